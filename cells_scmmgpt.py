@@ -94,6 +94,15 @@ def hash_names(names: Any) -> np.ndarray:
     return state
 
 
+def segment(ufunc: np.ufunc, values: np.ndarray, indptr: np.ndarray, empty: float = 0.0) -> np.ndarray:
+    """Reduce `values` within each row; `empty` for rows without values."""
+    filled = np.flatnonzero(np.diff(indptr))
+    result = np.full(len(indptr) - 1, empty, dtype=values.dtype)
+    if len(filled):
+        result[filled] = ufunc.reduceat(values, indptr[filled])
+    return result
+
+
 # -- cells ------------------------------------------------------------------------------------------------------------
 
 

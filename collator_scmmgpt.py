@@ -253,11 +253,5 @@ def encode_conversation(messages: list[dict[str, str]], processor: Any, where: s
 
 def pad_conversations(encoded: Sequence[tuple[list[int], list[int]]], processor: Any) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask` and `labels` of conversations, int64 `(n, longest)`, padded on the left."""
-    length = max(len(ids) for ids, _ in encoded)
-    pad = processor.tokenizer.pad_token_id
-    rows = {
-        "input_ids": [[pad] * (length - len(ids)) + ids for ids, _ in encoded],
-        "attention_mask": [[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in encoded],
-        "labels": [[-100] * (length - len(labels)) + labels for _, labels in encoded],
-    }
-    return {name: torch.tensor(values) for name, values in rows.items()}
+    ids, labels = (list(rows) for rows in zip(*encoded, strict=True))
+    return processor.pad_rows({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels})

@@ -1,9 +1,8 @@
 """Compiled loops over the counts of cells, one cell at a time, in memory that fits the cache.
 
 [`find_entries`] and [`name_genes`] read the rows of a dense and of a sparse matrix as genes of the vocabulary;
-[`fill_rows`] bins, selects and pads; [`hash_rows`] is for receipts, [`place_counts`] for label readouts and
-[`sum_roots`] for novelty. Each has a twin in NumPy that gives the same bits, in the file that calls it, for machines
-without numba and for few cells.
+[`fill_rows`] bins, selects and pads; [`hash_rows`] is for receipts. Each has a twin in NumPy that gives the same bits,
+in the file that calls it, for machines without numba and for few cells.
 
 In shapes, C is cells, V the variables (columns) of a file, E the entries (non-zero counts) of all cells and T the
 tokens of a cell. `indptr` is `int64 (C + 1,)`: cell `i` owns the entries `indptr[i]:indptr[i + 1]`.
@@ -190,45 +189,6 @@ def name_genes(
                     n += ONE
         kept_indptr[row + 1] = n
     return kept_indptr, gene_ids[:n], counts[:n], totals, are_sound
-
-
-@_compiled
-def place_counts(
-    indptr: np.ndarray, gene_ids: np.ndarray, counts: np.ndarray, places: np.ndarray, share: float, scale: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`scale` times the root of each count as a part of its cell's, times `share`, of the genes that have a place.
-
-    `places` is `int32 (n_ids,)`: the position of each gene, or -1. Returns `indptr`, positions `int64` and values
-    `float32` of the entries that have one; see `readout_scmmgpt.panel_profiles`.
-    """
-    starts, positions, kept = np.zeros(len(indptr), np.int64), np.empty(len(counts), np.int64), np.empty(len(counts))
-    values, n = np.empty(len(counts), np.float32), 0
-    for cell in range(len(indptr) - 1):
-        first, total = n, 0.0
-        for i in range(indptr[cell], indptr[cell + 1]):  # without a branch, as above
-            place, count = places[gene_ids[i]], np.float64(counts[i])
-            positions[n], kept[n] = place, count
-            total += count if place >= 0 else 0.0
-            n += place >= 0
-        for i in range(first, n):
-            values[i] = scale * np.sqrt(kept[i] * share / total)
-        starts[cell + 1] = n
-    return starts, positions[:n], values[:n]
-
-
-@_compiled
-def sum_roots(indptr: np.ndarray, gene_ids: np.ndarray, counts: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Sums over each cell of the roots of all counts, and of those of `chosen` genes, float64 `(2, C)`.
-
-    `chosen` is bool `(n_ids,)`.
-    """
-    sums = np.zeros((2, len(indptr) - 1))
-    for cell in range(len(indptr) - 1):
-        for i in range(indptr[cell], indptr[cell + 1]):
-            root = np.sqrt(np.float64(counts[i]))
-            sums[0, cell] += root
-            sums[1, cell] += root if chosen[gene_ids[i]] else 0.0
-    return sums
 
 
 @_compiled

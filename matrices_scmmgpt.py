@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .rows_scmmgpt import LARGEST_VALUE, CountRows, is_expression, row_major, sample_rows, segment
+from .cells_scmmgpt import segment
+from .rows_scmmgpt import LARGEST_VALUE, CountRows, is_expression, row_major, sample_rows
 
 
 ROUNDED = "rounded to the nearest integer"

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
-from .kernels_scmmgpt import kernels_pay, sum_roots
+from .cells_scmmgpt import COUNTS_PER_10K, Cells, permutation, segment
 
 
 logger = logging.get_logger(__name__)
@@ -54,12 +53,9 @@ def novelty_of(cells: Cells, absent: np.ndarray) -> np.ndarray:
     from laboratory to laboratory, while distances between cells grow: see `train/LOG.md`. `absent` is bool
     `(n_genes,)`, by vocabulary id.
     """
-    if kernels_pay(0):
-        total, novel = sum_roots(cells.indptr, cells.gene_ids, cells.counts, absent)
-    else:
-        roots, rows = np.sqrt(cells.counts, dtype=np.float64), cells.rows()
-        total = np.bincount(rows, weights=roots, minlength=len(cells))
-        novel = np.bincount(rows, weights=roots * absent[cells.gene_ids], minlength=len(cells))
+    roots, kept = np.sqrt(cells.counts, dtype=np.float64), np.flatnonzero(absent[cells.gene_ids])
+    total = segment(np.add, roots, cells.indptr)
+    novel = segment(np.add, roots[kept], np.searchsorted(kept, cells.indptr))
     return (novel / np.maximum(total, 1e-9)).astype(np.float32)
 
 

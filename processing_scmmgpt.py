@@ -373,7 +373,7 @@ class ScMMGPTProcessor(ScGPTProcessor):
         elif max_length is not None and padding.get("padding") != "max_length":
             raise ValueError(f"max_length={max_length} needs truncation=True or padding='max_length' beside it.")
         rows["attention_mask"] = [[1] * len(i) for i in rows["input_ids"]]
-        data = self._pad(rows, max_length, **padding)
+        data = self.pad_rows(rows, max_length, **padding)
         if return_text_replacement_offsets:  # for the masks of assistant tokens
             data["text_replacement_offsets"] = [self._find_expansions(t) for t in text]
         return data
@@ -390,15 +390,20 @@ class ScMMGPTProcessor(ScGPTProcessor):
         for name, values in rows.items():
             rows[name] = [row[kept] for row in values]
 
-    def _pad(
+    def pad_rows(
         self,
         rows: dict[str, list[list]],
-        max_length: int | None,
+        max_length: int | None = None,
         padding: bool | str = True,
         padding_side: str | None = None,
         pad_to_multiple_of: int | None = None,
     ) -> dict[str, Any]:
-        """Rows of equal length, as tensors `(n_texts, length)` int64; `offset_mapping` as lists."""
+        """Rows of equal length, as tensors `(n_texts, length)` int64; `offset_mapping` as lists.
+
+        Args:
+            rows: `input_ids`, `attention_mask`, `labels` and `offset_mapping` of each text, as many as there are.
+            max_length, padding, padding_side, pad_to_multiple_of: As for a tokenizer.
+        """
         lengths = {len(ids) for ids in rows["input_ids"]}
         if padding not in (True, False, "longest", "max_length", "do_not_pad"):
             raise ValueError(f"padding is {padding!r}; choose True (to the longest text), 'max_length' or False.")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .cells_scmmgpt import segment
 from .kernels_scmmgpt import LARGEST_VALUE, find_entries, kernels_pay, name_genes
 
 
@@ -96,15 +97,6 @@ class CountRows:
         """Sum of each row's data, or of `values` in their place; float64 `(n_cells,)`."""
         values = self.data if values is None else values
         return segment(np.add, values.astype(np.float64, copy=False), self.indptr)
-
-
-def segment(ufunc: np.ufunc, values: np.ndarray, indptr: np.ndarray, empty: float = 0.0) -> np.ndarray:
-    """Reduce `values` within each row; `empty` for rows without values."""
-    filled = np.flatnonzero(np.diff(indptr))
-    result = np.full(len(indptr) - 1, empty, dtype=values.dtype)
-    if len(filled):
-        result[filled] = ufunc.reduceat(values, indptr[filled])
-    return result
 
 
 def row_major(matrix: Any) -> Any:

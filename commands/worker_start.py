@@ -10,12 +10,8 @@ import scmmgpt.commands.partitions
 import scmmgpt.pipeline_scmmgpt  # noqa: F401
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.kernels_scmmgpt import WARM_UP_CELLS, kernels_pay
-from scmmgpt.novelty_scmmgpt import novelty_of
-from scmmgpt.readout_scmmgpt import panel_profiles
 
 
 kernels_pay(WARM_UP_CELLS)
-cells = Cells.from_csr(sp.csr_matrix(np.ones((1, 1), np.float32)), np.zeros(1, np.int32), sums_columns=False)
-panel_profiles(cells, np.zeros(1, np.int64), 1.0)
-novelty_of(cells, np.ones(1, bool))
+Cells.from_csr(sp.csr_matrix(np.ones((1, 1), np.float32)), np.zeros(1, np.int32), sums_columns=False)
 gc.freeze()  # else a look for garbage writes to the memory of all objects, which is shared until then

@@ -3,6 +3,8 @@
 import gc
 import logging
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -116,6 +118,46 @@ def tiny_processor():
 def tiny_pipeline():
     """The whole model in small, with random weights, and its processor, ready for AnnData."""
     return synthetic.tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """The tiny pipeline whose label readout knows four types, one for each file of tests."""
+    return synthetic.fitted_pipeline()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a disk of some kilobytes, or changes its size; returns its folder."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def resize(kilobytes):
+        how = "remount," if disk.is_mount() else ""
+        words = ["mount", "-t", "tmpfs", "-o", f"{how}size={kilobytes}k", "tmpfs", str(disk)]
+        if subprocess.run(words, capture_output=True).returncode:
+            pytest.skip("this user cannot mount a file system")
+        return disk
+
+    yield resize
+    if disk.is_mount():
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.fixture(scope="session")
+def labelled_checkpoint(tmp_path_factory):
+    """The folder of the tiny pipeline with two labels, which no test alters."""
+    pipeline = synthetic.tiny_pipeline()
+    pipeline.model.config.annotation = {"labels": {"B": "a B cell", "T": "a T cell"}, "cl_ids": {"B": "CL:0000236"}}
+    path = tmp_path_factory.mktemp("labelled") / "checkpoint"
+    pipeline.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def checkpoint(labelled_checkpoint, tmp_path):
+    """A copy of it in the test's folder, which the test may alter."""
+    return str(shutil.copytree(labelled_checkpoint, tmp_path / "checkpoint"))
 
 
 @pytest.fixture

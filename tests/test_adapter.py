@@ -1,9 +1,6 @@
 """The adapter of stage 2: it names a base that exists, loads on that base alone, and has a card."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import peft
@@ -14,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.tests.test_remote_code import run_without_package
 from scmmgpt.tests.test_train import tune_only
 from scmmgpt.train.data.corpus import open_corpus
 
@@ -103,26 +101,23 @@ def test_the_card_of_an_adapter_names_base_and_library(tuned, folder):
     assert "[More Information Needed]" not in card.text
 
 
+PROGRAM = """
+import json, sys
+import torch
+from peft import AutoPeftModelForCausalLM
+
+adapter, batch = sys.argv[1:]
+model = AutoPeftModelForCausalLM.from_pretrained(adapter, trust_remote_code=True).eval()
+print(json.dumps(model(**torch.load(batch)).logits.tolist()))
+"""
+
+
 def test_the_adapter_loads_without_the_package(tuned, batch, tmp_path):
     """Where only the files of the checkpoint are, by the snippet of the card."""
     torch.save(dict(batch), tmp_path / "batch.pt")
-    script = (
-        "import sys, importlib.abc\n"
-        "class Refuse(importlib.abc.MetaPathFinder):\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        "        if name.split('.')[0] == 'scmmgpt': raise ImportError(name)\n"
-        "sys.meta_path.insert(0, Refuse())\n"
-        "import torch\n"
-        "from peft import AutoPeftModelForCausalLM\n"
-        f"adapter = {str(tuned / 'adapter')!r}\n"
-        "model = AutoPeftModelForCausalLM.from_pretrained(adapter, trust_remote_code=True).eval()\n"
-        f"logits = model(**torch.load({str(tmp_path / 'batch.pt')!r})).logits\n"
-        f"torch.save(logits.detach(), {str(tmp_path / 'logits.pt')!r})\n"
-    )
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)
+    logits = run_without_package(PROGRAM, tmp_path, tuned / "adapter", tmp_path / "batch.pt")
     merged = logits_of(ScMMGPTForConditionalGeneration.from_pretrained(tuned), batch)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), merged, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(logits), merged, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_have_the_permissions_of_other_files(tuned):

@@ -23,11 +23,6 @@ from scmmgpt.synthetic import synthetic_adata
 SWAPPED = {"cell-0": "monocyte", "cell-5": "natural killer cell"}  # a B cell and a T cell
 
 
-@pytest.fixture(scope="module")
-def pipeline():
-    return synthetic.fitted_pipeline()
-
-
 @pytest.fixture
 def swapped():
     """Cells of which two have wrong labels."""

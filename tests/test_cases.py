@@ -4,6 +4,7 @@ import json
 import logging
 import re
 
+import anndata as ad
 import numpy as np
 import pytest
 
@@ -13,17 +14,6 @@ from scmmgpt.tests.cases.inputs import CASES, COUNTS
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Writing zarr v2", "ignore:Observation names are not unique")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    from scmmgpt.synthetic import tiny_pipeline
-
-    pipeline = tiny_pipeline()
-    pipeline.model.config.annotation = {"labels": {"B": "a B cell", "T": "a T cell"}}
-    path = tmp_path_factory.mktemp("model")
-    pipeline.save_pretrained(path)
-    return str(path)
 
 
 def in_one_line(arguments, capsys):
@@ -36,15 +26,17 @@ def in_one_line(arguments, capsys):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
-def test_every_input_is_read_right_or_refused_in_one_line(case, checkpoint, tmp_path, capsys, caplog):
+def test_every_input_is_read_right_or_refused_in_one_line(case, labelled_checkpoint, tmp_path, capsys, caplog):
     (tmp_path / "input").mkdir()
     path = case.build(tmp_path / "input")
-    code, captured = in_one_line(["inspect", str(path), "--model", checkpoint], capsys)
+    code, captured = in_one_line(["inspect", str(path), "--model", labelled_checkpoint], capsys)
     if case.refused:
         assert code == 2
         assert re.search(case.refused, captured.err), captured.err
         output = tmp_path / "out.h5ad"
-        code, captured = in_one_line(["annotate", str(path), "--model", checkpoint, "-o", str(output)], capsys)
+        code, captured = in_one_line(
+            ["annotate", str(path), "--model", labelled_checkpoint, "-o", str(output)], capsys
+        )
         assert code == 2
         assert re.search(case.refused, captured.err), captured.err
         assert not output.exists()
@@ -52,13 +44,14 @@ def test_every_input_is_read_right_or_refused_in_one_line(case, checkpoint, tmp_
     assert code == 0, captured.out
     assert re.search(case.says, captured.out, re.DOTALL), captured.out
     with read_file(path, backed=True) as file:
-        whole = file.to_memory()
+        chunks = [file[start : start + 9].to_memory() for start in range(0, file.n_obs, 9)]
     adata = read_file(path)
     expected = COUNTS[case.cells]
     if len(expected):
         assert sorted(bare(name) for name in adata.obs_names) == sorted(expected.index)
         assert_same_counts(adata, expected)
-        assert_same_counts(whole, expected)
+        assert [name for chunk in chunks for name in chunk.obs_names] == list(adata.obs_names)
+        assert_same_counts(ad.concat(chunks, merge="same"), expected)
     assert adata.n_vars - len(set(gene_names(adata)) & set(COUNTS.columns)) == case.aside or not len(expected)
     for name in case.obs:
         assert name in adata.obs, list(adata.obs)
@@ -84,13 +77,13 @@ def assert_same_counts(adata, expected):
     np.testing.assert_array_equal(frame.loc[expected.index, shared] * scale, expected[shared])
 
 
-def test_what_inspect_says_is_what_the_commands_log_and_read(checkpoint, tmp_path, capsys, caplog):
+def test_what_inspect_says_is_what_the_commands_log_and_read(labelled_checkpoint, tmp_path, capsys, caplog):
     case = next(case for case in CASES if case.what == "metadata of Seurat")
     path = case.build(tmp_path)
-    assert main(["inspect", str(path), "--model", checkpoint, "--json"]) == 0
+    assert main(["inspect", str(path), "--model", labelled_checkpoint, "--json"]) == 0
     notes = json.loads(capsys.readouterr().out)["file"]["notes"]
     output = str(tmp_path / "out.h5ad")
     with caplog.at_level(logging.WARNING, "scmmgpt"):
         options = ["--cluster-key", "seurat_clusters", "--quiet"]
-        assert main(["annotate", str(path), "--model", checkpoint, "-o", output, *options]) == 0
+        assert main(["annotate", str(path), "--model", labelled_checkpoint, "-o", output, *options]) == 0
     assert all(any(note in record.getMessage() for record in caplog.records) for note in notes)

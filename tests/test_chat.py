@@ -23,11 +23,6 @@ def adata():
     return adata
 
 
-@pytest.fixture(scope="module")
-def pipeline():
-    return synthetic.fitted_pipeline()
-
-
 @pytest.fixture
 def chat(pipeline, adata):
     """About the 30 B cells of 120."""

@@ -2,9 +2,6 @@
 
 import functools
 import json
-import multiprocessing
-import os
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -74,14 +71,6 @@ def test_counts_that_float32_would_round_are_refused(tmp_path):
     cells = Cells(np.array([0, 1]), np.array([3]), np.array([2**24 + 1]), np.array([7], np.uint64))
     with pytest.raises(ValueError, match="16777217"):
         write_corpus(tmp_path, VOCABULARY, {"train": (cells, {})})
-
-
-def test_a_finished_shard_is_never_written_again(tmp_path):
-    writer = CorpusWriter(tmp_path, VOCABULARY)
-    path = writer.write_shard("train", 0, 1, make_cells(10), {})
-    before = path.read_bytes(), path.stat().st_mtime_ns
-    writer.write_shard("train", 0, 1, make_cells(10, seed=5), {})
-    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
 
 
 def test_the_same_cells_give_the_same_bytes(tmp_path):
@@ -194,27 +183,3 @@ def test_annotations_of_a_split_are_one_table(corpus_path):
     assert isinstance(table, pa.Table)
     assert table.num_rows == 300
     assert table.to_pandas()["cell_type"].value_counts().to_dict() == {"type 1": 100, "type 2": 100}
-
-
-def write_shards(path):
-    writer = CorpusWriter(path, VOCABULARY, row_group_size=50)
-    for index in range(1000):
-        writer.write_shard("train", index, 1000, make_cells(400, seed=index), {})
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked on POSIX only")
-def test_two_writers_at_once_write_every_shard_once(tmp_path):
-    fork = multiprocessing.get_context("fork")
-    writers = [fork.Process(target=write_shards, args=(tmp_path,)) for _ in range(2)]
-    for writer in writers:
-        writer.start()
-    time.sleep(0.5)
-    for writer in writers:
-        assert writer.is_alive()
-        writer.kill()
-        writer.join()
-    shards = sorted((tmp_path / "data").glob("train-*.parquet"))
-    assert shards
-    for index, shard in enumerate(shards):
-        counts = pq.read_table(shard, columns=["counts"])["counts"].combine_chunks().flatten().to_numpy()
-        np.testing.assert_array_equal(counts, make_cells(400, seed=index).counts)

@@ -50,11 +50,9 @@ def test_twice_the_cells_take_twice_the_time_and_storage_after_the_start():
 
 
 @pytest.mark.parametrize("verb", ["annotate", "embed"])
-def test_a_sample_of_a_file_is_measured(verb, adata, tiny_pipeline, tmp_path, capsys):
-    tiny_pipeline.model.config.annotation = {"labels": {"B": "a B cell", "T": "a T cell"}}
-    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
+def test_a_sample_of_a_file_is_measured(verb, adata, checkpoint, tmp_path, capsys):
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    words = ["plan", str(tmp_path / "cells.h5ad"), "--model", str(tmp_path / "checkpoint"), "--verb", verb, "--json"]
+    words = ["plan", str(tmp_path / "cells.h5ad"), "--model", checkpoint, "--verb", verb, "--json"]
     assert main([*words, "--seconds", "0.01", "--cells", "1000000", "--workers", "1", "4"]) == 0
     found = json.loads(capsys.readouterr().out)
     measured = found["measured"]
@@ -80,10 +78,9 @@ def test_an_audit_and_a_search_are_planned_too(words, tmp_path, capsys):
     assert "obs has no column 'type'" in capsys.readouterr().err
 
 
-def test_the_lines_of_a_plan_have_a_column_for_each_number_of_workers(adata, tiny_pipeline, tmp_path, capsys):
-    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
+def test_the_lines_of_a_plan_have_a_column_for_each_number_of_workers(adata, checkpoint, tmp_path, capsys):
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    words = ["plan", str(tmp_path / "cells.h5ad"), "--model", str(tmp_path / "checkpoint"), "--verb", "embed"]
+    words = ["plan", str(tmp_path / "cells.h5ad"), "--model", checkpoint, "--verb", "embed"]
     assert main([*words, "--seconds", "0.01", "--workers", "1", "8", "--quiet"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "ms a cell" in lines[0]

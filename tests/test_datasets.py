@@ -25,7 +25,6 @@ from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.collate import AlignmentCollator
 from scmmgpt.train.data.corpus import open_corpus
-from scmmgpt.train.data.stream import CellStream
 from scmmgpt.train.data.streamed import open_cells
 from scmmgpt.train.trainer import ModelLossTrainer
 
@@ -433,32 +432,6 @@ def test_two_processes_end_alike_by_all_roads_also_resumed(corpus, aligned, tmp_
         theirs = torch.load(tmp_path / road / "found.pt")
         assert theirs[0] == losses
         assert all(torch.equal(value, theirs[1][name]) for name, value in weights.items())
-
-
-@pytest.mark.slow
-def test_a_streamed_dataset_trains_like_the_corpus_by_our_trainer_and_by_a_plain_one(
-    corpus,
-    aligned,
-    collate,
-    tmp_path,
-):
-    fast = BatchDataset(CellStream(corpus, batch_size=8, shuffle=False), collate)
-    losses, weights = by_hand(aligned, tmp_path / "fast", train_dataset=fast)
-    assert len(losses) == 20
-    assert losses[0] != losses[4]  # epochs differ in their draws
-    stream = load(corpus, streaming=True)
-    rows = collate.processor.data_collator(collate)
-    runs = {
-        "ours": by_hand(aligned, tmp_path / "a", train_dataset=stream, data_collator=rows),
-        "ours, resumed in epoch 3": by_hand(
-            aligned, tmp_path / "c", resume=tmp_path / "a" / "checkpoint-14", train_dataset=stream, data_collator=rows
-        ),
-        "plain": by_hand(aligned, tmp_path / "b", Trainer, train_dataset=stream, data_collator=rows, callbacks=[rows]),
-    }
-    for name, (their_losses, their_weights) in runs.items():
-        assert their_losses == losses, name
-        for part, value in weights.items():
-            assert torch.equal(value, their_weights[part]), (name, part)
 
 
 def plain_arguments(output_dir, **options):

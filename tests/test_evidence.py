@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scmmgpt import synthetic
 from scmmgpt.__main__ import main
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.eval.evidence import evaluate_evidence
@@ -28,11 +27,6 @@ from scmmgpt.synthetic import MARKERS, synthetic_adata
 
 
 TYPES = list(MARKERS)
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    return synthetic.fitted_pipeline()
 
 
 @pytest.fixture

@@ -279,12 +279,6 @@ def test_groups_that_equal_labels_are_refused():
     labels.hold_out(found, np.array(["d1"] * 15 + ["d2"] * 15), arguments, seed=0)
 
 
-def test_texts_of_labels_come_from_a_table_of_excel_too(tmp_path):
-    (tmp_path / "texts.csv").write_bytes("label;text\nB;a B cell\n".encode("utf-8-sig"))
-    found = labels_of(["B", "T"] * 2, label_texts=str(tmp_path / "texts.csv"))
-    assert found.texts[0] == "a B cell"
-
-
 def test_a_converted_cell_model_is_fine_tuned_in_its_own_vocabulary(cells, bert, tmp_path):
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<cls>", "<eoc>", *GENES[::-1], "OTHER"])}
     torch.manual_seed(0)

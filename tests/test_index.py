@@ -15,13 +15,6 @@ pytest.importorskip("faiss", reason="the extra `index` installs FAISS")
 from scmmgpt.commands import index
 
 
-@pytest.fixture
-def checkpoint(tiny_pipeline, tmp_path):
-    """A saved tiny checkpoint."""
-    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
-    return str(tmp_path / "checkpoint")
-
-
 def unit(vectors):
     return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
 

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
-from scmmgpt.genes_scmmgpt import GeneIndex, classify_features, detect_species, find_species, match_genes
+from scmmgpt.genes_scmmgpt import GeneIndex, classify_features, detect_species, find_species
 from scmmgpt.matrices_scmmgpt import convert_rows, inspect_matrix
 from scmmgpt.reading_scmmgpt import choose_input, read_cells
 from scmmgpt.records_scmmgpt import need_columns, storable
@@ -893,14 +893,6 @@ def test_names_that_other_programs_changed_are_found(name, how):
     assert index.lookup(name)[1] == how
 
 
-def test_matching_needs_no_anndata(gene_index):
-    columns = {"var_names": ["GENE1", "ENSG00000000002.3", "NOTHING"]}
-    types = np.full(3, "gene", dtype=object)
-    match = match_genes(columns, gene_index, types=types, organism=None, weights=np.ones(3))
-    np.testing.assert_array_equal(match.ids, [4, 5, -1])
-    assert list(match.how) == ["symbol", "ensembl", "unmatched"]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Wrong files
 # ---------------------------------------------------------------------------------------------------------------------
@@ -913,15 +905,6 @@ def test_values_that_are_no_numbers_are_refused_by_cell_and_gene(counts, gene_in
     matrix[3, 17] = value
     with pytest.raises(ValueError, match=r"cell 'cell3', gene 'GENE17'"):
         read_cells(make_adata(LAYOUTS[layout](matrix)), gene_index)
-
-
-def test_a_bad_value_outside_the_sample_is_found(gene_index):
-    matrix = sp.csr_matrix(umi_counts(np.random.default_rng(0), 2000).astype(np.float32))
-    row = 100  # not in the sampled blocks, of which the first ends at 64
-    matrix.data[matrix.indptr[row]] = np.nan
-    assert inspect_matrix(matrix).kind == "raw_integer"
-    with pytest.raises(ValueError, match=r"X holds nan at cell 'cell100', gene 'GENE0'"):
-        read_cells(make_adata(matrix), gene_index)
 
 
 def test_scaled_values_are_refused_with_a_way_out(counts, gene_index):

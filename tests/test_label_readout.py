@@ -9,7 +9,6 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
-from scmmgpt import kernels_scmmgpt, novelty_scmmgpt, readout_scmmgpt
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.eval.annotators import run_finetune
 from scmmgpt.novelty_scmmgpt import novelty_of
@@ -190,21 +189,13 @@ def test_a_panel_has_profiles_on_the_scale_of_the_whole_transcriptome():
     np.testing.assert_allclose(values, [100 * (1 / 16) ** 0.5, 100 * (3 / 16) ** 0.5], rtol=1e-6)
 
 
-@pytest.mark.skipif(kernels_scmmgpt.njit is None, reason="numba is not installed")
-@pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_compiled_loops_have_the_bits_of_numpy(monkeypatch, dtype):
-    rng = np.random.default_rng(1)
-    counts = rng.poisson(0.8, (60, 40)) * (1 if dtype is np.int32 else rng.random((60, 40)))
-    counts[7], counts[8, :20] = 0, 0  # a cell without a gene, and one without a gene of the panel
-    cells, absent = Cells.from_csr(csr_matrix(counts.astype(dtype)), np.arange(100, 140)), rng.random(140) < 0.2
-    found = []
-    for pays in (True, False):
-        for module in (readout_scmmgpt, novelty_scmmgpt):
-            monkeypatch.setattr(module, "kernels_pay", lambda n_cells, pays=pays: pays)
-        found.append([*panel_profiles(cells, np.arange(90, 120), share=0.3), novelty_of(cells, absent)])
-    for compiled, plain in zip(*found, strict=True):
-        assert compiled.dtype == plain.dtype
-        np.testing.assert_array_equal(compiled, plain)
+def test_a_cell_without_a_gene_of_the_panel_has_an_empty_profile_and_no_novelty():
+    cells = Cells.from_csr(csr_matrix([[0, 0, 0], [4, 0, 0], [4, 9, 1]]), np.array([5, 6, 7]))
+    indptr, positions, values = panel_profiles(cells, np.array([6, 7]), share=1.0)
+    assert (indptr.tolist(), positions.tolist()) == ([0, 0, 0, 2], [0, 1])
+    np.testing.assert_allclose(values, [100 * 0.9**0.5, 100 * 0.1**0.5], rtol=1e-6)
+    absent = np.arange(8) >= 6
+    np.testing.assert_allclose(novelty_of(cells, absent), [0, 0, 4 / 6], rtol=1e-6)
 
 
 def test_a_file_without_a_gene_of_the_training_cells_is_refused():

@@ -42,12 +42,12 @@ MARKERS = np.array([[8, 0, 0, 0], [0, 6, 0, 0], [0, 0, 6, 0], [0, 0, 0, 8], [0, 
 N_OTHERS = 20
 
 
-def dataset(targets, seed, n_each=30):
-    """Cells whose first genes are two markers of each type, and twenty genes of all types."""
+def dataset(targets, seed, markers=MARKERS, scales=(0.5, 2)):
+    """Thirty cells of each target, whose first genes are two markers of each type, and twenty genes of all types."""
     rng = np.random.default_rng(seed)
-    targets = np.repeat(targets, n_each)
-    rates = np.hstack([np.repeat(MARKERS[targets], 2, axis=1), np.full((len(targets), N_OTHERS), 5.0)])
-    rates = (rates + 0.1) * rng.uniform(0.5, 2, rates.shape[1])  # every laboratory has its own scale of a gene
+    targets = np.repeat(targets, 30)
+    rates = np.hstack([np.repeat(markers[targets], 2, axis=1), np.full((len(targets), N_OTHERS), 5.0)])
+    rates = (rates + 0.1) * rng.uniform(*scales, rates.shape[1])  # every laboratory has its own scale of a gene
     return Dataset(csr_matrix(rng.poisson(rates).astype(np.float32)), np.arange(rates.shape[1]), targets)
 
 
@@ -86,11 +86,7 @@ MARKERS_AND_LIVER[LIVER, -1] = 8
 
 def wide_dataset(targets, seed):
     """As [`dataset`], with two genes of the liver."""
-    rng = np.random.default_rng(seed)
-    targets = np.repeat(targets, 30)
-    rates = np.hstack([np.repeat(MARKERS_AND_LIVER[targets], 2, axis=1), np.full((len(targets), N_OTHERS), 5.0)])
-    rates = (rates + 0.1) * rng.uniform(0.7, 1.4, rates.shape[1])
-    return Dataset(csr_matrix(rng.poisson(rates).astype(np.float32)), np.arange(rates.shape[1]), targets)
+    return dataset(targets, seed, MARKERS_AND_LIVER, (0.7, 1.4))
 
 
 def test_cells_of_a_reference_profile_that_is_no_label_are_novel_in_a_panel_too():

@@ -36,17 +36,6 @@ COMMANDS = [
 
 
 @pytest.fixture
-def checkpoint(tiny_pipeline, tmp_path):
-    """A saved tiny checkpoint that stores two labels."""
-    tiny_pipeline.model.config.annotation = {
-        "labels": {"B": "a B cell", "T": "a T cell"},
-        "cl_ids": {"B": "CL:0000236"},
-    }
-    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
-    return str(tmp_path / "checkpoint")
-
-
-@pytest.fixture
 def cells(adata, tmp_path):
     adata.write_h5ad(tmp_path / "cells.h5ad")
     return str(tmp_path / "cells.h5ad")
@@ -173,13 +162,6 @@ def test_labels_stand_on_the_command_line(checkpoint, cells, tmp_path):
     assert anndata.read_h5ad(out).uns["scmmgpt"]["annotate"]["texts"].tolist() == ["a B cell", "Mono"]
 
 
-def test_a_list_may_be_given_word_by_word(checkpoint, cells, tmp_path):
-    words = ["annotate", cells, "--model", checkpoint, "-o", str(tmp_path / "out.h5ad"), "--quiet"]
-    assert main([*words, "--labels", "B", "--labels", "Mono"]) == 0
-    done = anndata.read_h5ad(tmp_path / "out.h5ad").uns["scmmgpt"]["annotate"]
-    assert done["labels"].tolist() == ["B", "Mono"]
-
-
 def test_describe_writes_descriptions_beside_what_obs_would_say(checkpoint, cells, tmp_path):
     out, table = tmp_path / "described.h5ad", tmp_path / "descriptions.csv"
     arguments = ["describe", cells, "--model", checkpoint, "-o", str(out), "--table", str(table), "--quiet"]
@@ -266,46 +248,6 @@ def refused(arguments, capsys, tmp_path):
     assert "Traceback" not in captured.err
     assert set(tmp_path.rglob("*")) == before, "a failed command leaves nothing behind"
     return lines[0]
-
-
-def scaled(adata):
-    adata.X = adata.X.toarray() - 1.0
-
-
-def with_nan(adata):
-    adata.X.data[0] = np.nan
-
-
-def foreign(adata):
-    adata.var_names = [f"gene-of-mars-{i}" for i in range(adata.n_vars)]
-
-
-def empty(adata):
-    adata._inplace_subset_obs(np.zeros(adata.n_obs, dtype=bool))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "word"), [(scaled, "negative"), (with_nan, "NaN"), (foreign, "match"), (empty, "cells")]
-)
-def test_cells_that_cannot_be_read_are_refused(checkpoint, adata, tmp_path, capsys, spoil, word):
-    spoil(adata)
-    path = str(tmp_path / "bad.h5ad")
-    adata.write_h5ad(path)
-    line = refused(["annotate", path, "--model", checkpoint, "-o", str(tmp_path / "out.h5ad")], capsys, tmp_path)
-    assert word in line
-
-
-def test_a_missing_file_is_named(checkpoint, tmp_path, capsys):
-    path = str(tmp_path / "none.h5ad")
-    line = refused(["annotate", path, "--model", checkpoint, "-o", str(tmp_path / "out.h5ad")], capsys, tmp_path)
-    assert "none.h5ad" in line
-
-
-def test_a_file_that_is_no_h5ad_is_named(checkpoint, tmp_path, capsys):
-    (tmp_path / "text.h5ad").write_text("not HDF5")
-    path = str(tmp_path / "text.h5ad")
-    line = refused(["embed", path, "--model", checkpoint, "-o", str(tmp_path / "out.h5ad")], capsys, tmp_path)
-    assert "text.h5ad" in line
 
 
 def test_a_missing_checkpoint_is_named(cells, tmp_path, capsys):

@@ -28,14 +28,11 @@ def folder(adata, tmp_path):
 
 
 @pytest.fixture
-def call(tiny_pipeline, folder, tmp_path):
+def call(checkpoint, folder):
     """Calls a tool by the client of the SDK, and returns its structured content or its error."""
     from scmmgpt.commands.mcp_server import make_server
 
-    tiny_pipeline.model.config.annotation = {"labels": {"B": "a B cell", "T": "a T cell"}}
-    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
-    model = str(tmp_path / "checkpoint")
-    server = make_server(folder, run_words, model, [f"--model={model}"])
+    server = make_server(folder, run_words, checkpoint, [f"--model={checkpoint}"])
 
     def call(tool, **arguments):
         async def run():
@@ -179,13 +176,11 @@ def test_a_mistake_is_one_clear_error_and_writes_nothing(call, folder, tool, arg
     assert [path.name for path in folder.iterdir()] == ["cells.h5ad"]
 
 
-def test_a_client_is_told_how_far_a_call_is_and_can_cancel_it(folder, tiny_pipeline, tmp_path, monkeypatch):
+def test_a_client_is_told_how_far_a_call_is_and_can_cancel_it(folder, checkpoint, monkeypatch):
     from scmmgpt.commands import mcp_server
 
     monkeypatch.setattr(mcp_server, "SECONDS", 0)
-    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
-    model = str(tmp_path / "checkpoint")
-    server = mcp_server.make_server(folder, run_words, model, [f"--model={model}", "--batch-size=1"])
+    server = mcp_server.make_server(folder, run_words, checkpoint, [f"--model={checkpoint}", "--batch-size=1"])
     told = []
 
     async def run():

@@ -315,17 +315,6 @@ def test_a_temperature_beyond_its_ceiling_comes_back_and_goes_no_further(alignme
     assert gradient == 0 if pairs_are_right else gradient > 0
 
 
-def test_a_plain_trainer_evaluates_the_loss(alignment_model, tmp_path):
-    inputs = {**make_cells([9] * 4), **make_texts([6] * 4)}
-    rows = [{name: value[row] for name, value in inputs.items()} for row in range(4)]
-    torch.manual_seed(0)
-    expected = alignment_model(**inputs).loss.item()
-    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
-    trainer = Trainer(alignment_model, arguments, eval_dataset=rows)
-    torch.manual_seed(0)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
-
-
 def test_a_misspelled_input_is_refused_by_name(alignment_model):
     inputs = {**make_cells([9, 4]), **make_texts([6, 3])}
     with pytest.raises(TypeError, match=r"'text_id' is not an input of ScMMGPTForCellTextAlignment.* text_ids, "):

@@ -7,15 +7,9 @@ import anndata
 import numpy as np
 import pytest
 
-from scmmgpt import synthetic
 from scmmgpt.__main__ import main
 from scmmgpt.commands.report import describe_some, report_page, warnings_of
 from scmmgpt.synthetic import synthetic_adata
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    return synthetic.fitted_pipeline()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import errno
 import json
 import multiprocessing
-import subprocess
 import sys
 from dataclasses import replace
 from unittest.mock import Mock
@@ -446,24 +445,6 @@ def test_a_disk_that_fills_while_results_are_joined_loses_nothing(adata, checkpo
         run(*words, tmp_path / "out.h5ad", checkpoint=checkpoint)
     run(*words, tmp_path / "again.h5ad", checkpoint=checkpoint)
     assert_same(tmp_path / "out.h5ad", tmp_path / "again.h5ad")
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mounts a disk of some kilobytes, or changes its size."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def resize(kilobytes):
-        how = "remount," if disk.is_mount() else ""
-        words = ["mount", "-t", "tmpfs", "-o", f"{how}size={kilobytes}k", "tmpfs", str(disk)]
-        if subprocess.run(words, capture_output=True).returncode:
-            pytest.skip("this user cannot mount a file system")
-        return disk
-
-    yield resize
-    if disk.is_mount():
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.slow

@@ -1,10 +1,5 @@
 """The verbs over AnnData, with a tiny random model: what they write, what they leave alone, what they refuse."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import anndata
 import numpy as np
 import pandas as pd
@@ -18,6 +13,7 @@ from scmmgpt.generation_scmmgpt import gene_turns
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.records_scmmgpt import MISSING, words_of
+from scmmgpt.tests.test_remote_code import run_without_package
 from scmmgpt.votes_scmmgpt import cluster_answers, majority_vote
 
 
@@ -232,11 +228,6 @@ def test_one_string_is_no_list_of_labels(tiny_pipeline, adata):
         tiny_pipeline.annotate(adata, "B cell")
 
 
-def test_no_cells_are_an_error(tiny_pipeline, adata):
-    with pytest.raises(ValueError, match="[Nn]o cells|0 cells|0 rows"):
-        tiny_pipeline.annotate(adata[:0].copy(), LABELS)
-
-
 # -- describe ---------------------------------------------------------------------------------------------------------
 
 
@@ -321,11 +312,6 @@ def test_labels_of_prompts_are_kept(tiny_pipeline):
     assert cells.obs["cell_type"].tolist() == ["B", "B", "T", "T"]
 
 
-def test_generated_cells_can_be_written(counting_pipeline, tmp_path):
-    counting_pipeline.generate({"B": "a B cell"}, 2).write_h5ad(tmp_path / "generated.h5ad")
-    assert anndata.read_h5ad(tmp_path / "generated.h5ad").shape[0] == 2
-
-
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
     [
@@ -355,15 +341,6 @@ def test_embeddings_have_unit_length_and_do_not_depend_on_the_batch(tiny_pipelin
     assert together.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(together, alone, atol=1e-5)
-
-
-def test_the_input_may_be_shuffled_dense_or_log_normalised(tiny_pipeline, adata):
-    reference = tiny_pipeline.embed(adata.copy()).obsm["X_scmmgpt"]
-    shuffled = adata[:, np.random.default_rng(0).permutation(adata.n_vars)].copy()
-    np.testing.assert_allclose(tiny_pipeline.embed(shuffled).obsm["X_scmmgpt"], reference, atol=1e-5)
-    dense = adata.copy()
-    dense.X = dense.X.toarray()
-    np.testing.assert_allclose(tiny_pipeline.embed(dense).obsm["X_scmmgpt"], reference, atol=1e-5)
 
 
 def test_hits_are_the_most_similar_cells_in_order(tiny_pipeline, adata):
@@ -456,38 +433,24 @@ def test_an_unknown_task_is_refused(tiny_model, tiny_processor):
 
 
 PROGRAM = """
-import importlib.util, sys
+import sys
 import anndata
 from transformers import pipeline
 
-assert importlib.util.find_spec("scmmgpt") is None, "this process must not see the package"
 path, cells, out = sys.argv[1:]
 pipe = pipeline("cell-annotation", model=path, trust_remote_code=True, device="cpu")
 pipe(anndata.read_h5ad(cells), ["a B cell", "a T cell"]).write_h5ad(out)
 pipe.save_pretrained(path + "-again")
 again = pipeline("cell-search", model=path + "-again", trust_remote_code=True, device="cpu")
-assert len(again(anndata.read_h5ad(cells), "a B cell", top_k=3)) == 3
+print(len(again(anndata.read_h5ad(cells), "a B cell", top_k=3)))
 """
 
 
 def test_transformers_finds_the_pipeline_where_the_package_is_not_installed(tiny_pipeline, adata, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    hidden = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-    hide = "import sys\nsys.meta_path = [f for f in sys.meta_path if 'editable' not in type(f).__module__ + str(f)]\n"
-    hide += f"sys.path = [p for p in sys.path if p not in {hidden!r}]\n"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment.update(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    arguments = [str(tmp_path / name) for name in ("checkpoint", "cells.h5ad", "out.h5ad")]
-    run = subprocess.run(
-        [sys.executable, "-c", hide + PROGRAM, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    paths = [tmp_path / name for name in ("checkpoint", "cells.h5ad", "out.h5ad")]
+    assert run_without_package(PROGRAM, tmp_path, *paths) == 3
     ours = tiny_pipeline.annotate(adata, ["a B cell", "a T cell"]).obsm["scmmgpt_probabilities"]
     theirs = anndata.read_h5ad(tmp_path / "out.h5ad").obsm["scmmgpt_probabilities"]
     np.testing.assert_allclose(ours, theirs, atol=1e-6)

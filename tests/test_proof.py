@@ -17,11 +17,6 @@ from scmmgpt.synthetic import synthetic_adata
 
 
 @pytest.fixture(scope="module")
-def pipeline():
-    return synthetic.fitted_pipeline()
-
-
-@pytest.fixture(scope="module")
 def described(pipeline):
     """Cells of four types, thirty of each."""
     return pipeline.describe(synthetic_adata(120), proof=True)

@@ -1,13 +1,15 @@
 """Whatever is done to a layout, a file gives the right cells with the right barcodes, or one clear error.
 
 Structure is mutated (names, prefixes, order, compression, separators, encodings, indexes, annotations, decoys), so
-that the right cells are known; and bytes are damaged, where only a clear error or cells may come out.
+that the right cells are known; and bytes are damaged, where only a clear error or cells may come out. The variable
+`SCMMGPT_EXAMPLES` sets how many of each are tried.
 """
 
 import bz2
 import gzip
 import hashlib
 import lzma
+import os
 import shutil
 from pathlib import Path
 
@@ -28,7 +30,9 @@ from scmmgpt.tests.cases.inputs import CELLS, COUNTS, GENES, IDS, TYPES
 pytestmark = pytest.mark.filterwarnings("ignore:Writing zarr v2", "ignore::UserWarning")
 
 quick = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=int(os.environ.get("SCMMGPT_EXAMPLES", "40")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 COMPRESSORS = {"": lambda data: data, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 # Annotations of cells, by name: numbers and words of Seurat, scanpy and of nobody.
@@ -139,27 +143,19 @@ def outcome(path):
     return adata
 
 
-def check_table(folder, written, ending, name):
+@quick
+@given(
+    written=table_text(),
+    ending=st.sampled_from(list(COMPRESSORS)),
+    name=st.sampled_from(["t.csv", "t.tsv", "t.txt", "T.CSV"]),
+)
+def test_any_table_gives_its_cells(folder, written, ending, name):
     data, cells = written
     path = fresh(folder) / f"{name}{ending}"
     path.write_bytes(COMPRESSORS[ending](data))
     adata = outcome(path)
-    event(f"read: {adata is not None}")
     assert adata is not None, "all of these tables are read"
     assert_right(adata, COUNTS, cells)
-
-
-table_arguments = {
-    "written": table_text(),
-    "ending": st.sampled_from(list(COMPRESSORS)),
-    "name": st.sampled_from(["t.csv", "t.tsv", "t.txt", "T.CSV"]),
-}
-
-
-@quick
-@given(**table_arguments)
-def test_any_table_gives_its_cells(folder, written, ending, name):
-    check_table(folder, written, ending, name)
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------
@@ -228,7 +224,9 @@ def write_samples(folder, how):
     return (folder if how["passed"] < 0 else matrices[how["passed"]]), truths
 
 
-def check_samples(folder, how):
+@quick
+@given(how=samples())
+def test_any_folder_gives_the_cells_of_the_sample_with_their_barcodes(folder, how):
     path, truths = write_samples(fresh(folder), how)
     adata = outcome(path)
     event(f"read: {adata is not None}")
@@ -242,12 +240,6 @@ def check_samples(folder, how):
         return  # `barcodes.tsv` and `features.tsv` beside one matrix: nothing tells that they are others'
     assert how["n"] == 1 or how["passed"] >= 0, "a folder of several samples is refused"
     assert_right(adata, truths[max(how["passed"], 0)])
-
-
-@quick
-@given(how=samples())
-def test_any_folder_gives_the_cells_of_the_sample_with_their_barcodes(folder, how):
-    check_samples(folder, how)
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------
@@ -271,7 +263,9 @@ def damages(draw):
     }
 
 
-def check_damage(folder, how):
+@quick
+@given(how=damages())
+def test_damaged_bytes_give_cells_or_one_clear_error(folder, how):
     here = fresh(folder)
     path = SOUND[how["build"]](here)
     files = sorted(p for p in here.rglob("*") if p.is_file())
@@ -296,33 +290,3 @@ def check_damage(folder, how):
             assert "\n" not in str(error).strip()  # noqa: PT017
         else:
             assert report["usable"] or report["error"]
-
-
-@quick
-@given(how=damages())
-def test_damaged_bytes_give_cells_or_one_clear_error(folder, how):
-    check_damage(folder, how)
-
-
-# -- two thousand -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@settings(quick, max_examples=700)
-@given(**table_arguments)
-def test_seven_hundred_tables(folder, written, ending, name):
-    check_table(folder, written, ending, name)
-
-
-@pytest.mark.slow
-@settings(quick, max_examples=700)
-@given(how=samples())
-def test_seven_hundred_folders(folder, how):
-    check_samples(folder, how)
-
-
-@pytest.mark.slow
-@settings(quick, max_examples=600)
-@given(how=damages())
-def test_six_hundred_damaged_files(folder, how):
-    check_damage(folder, how)

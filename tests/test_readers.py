@@ -44,48 +44,6 @@ def write_h5ad_by_column(adata, folder):
     return write_h5ad(adata, folder)
 
 
-def write_h5ad_dense(adata, folder):
-    adata = adata.copy()
-    adata.X = adata.X.toarray()
-    return write_h5ad(adata, folder)
-
-
-def write_zarr(adata, folder):
-    adata.write_zarr(folder / "cells.zarr")
-    return folder / "cells.zarr"
-
-
-def write_h5mu(adata, folder):
-    with h5py.File(folder / "cells.h5mu", "w") as file:
-        ad.io.write_elem(file, "mod/rna", adata)
-    return folder / "cells.h5mu"
-
-
-def write_10x_h5(adata, folder):
-    with h5py.File(folder / "cells.h5", "w") as file:
-        group = file.create_group("matrix")
-        for name in ("data", "indices", "indptr"):
-            group[name] = getattr(adata.X, name)
-        group["shape"] = adata.shape[::-1]
-        group["barcodes"] = np.array(CELLS, dtype="S")
-        group["features/id"] = np.array([f"ENSG{i:011d}" for i in range(7)], dtype="S")
-        group["features/name"] = np.array(GENES, dtype="S")
-        group["features/feature_type"] = np.array(["Gene Expression"] * 7, dtype="S")
-    return folder / "cells.h5"
-
-
-def write_10x_h5_version_2(adata, folder):
-    with h5py.File(folder / "cells.h5", "w") as file:
-        group = file.create_group("GRCh38")
-        for name in ("data", "indices", "indptr"):
-            group[name] = getattr(adata.X, name)
-        group["shape"] = adata.shape[::-1]
-        group["barcodes"] = np.array(CELLS, dtype="S")
-        group["genes"] = np.array([f"ENSG{i:011d}" for i in range(7)], dtype="S")
-        group["gene_names"] = np.array(GENES, dtype="S")
-    return folder / "cells.h5"
-
-
 def write_loom(adata, folder):
     with h5py.File(folder / "cells.loom", "w") as file:
         file["matrix"] = adata.X.toarray().T
@@ -104,31 +62,6 @@ def write_mtx(adata, folder):
     return folder
 
 
-def write_csv(adata, folder):
-    adata.to_df().to_csv(folder / "cells.csv")
-    return folder / "cells.csv"
-
-
-def write_tsv_of_genes_by_cells(adata, folder):
-    adata.to_df().T.to_csv(folder / "cells.tsv.gz", sep="\t")
-    return folder / "cells.tsv.gz"
-
-
-FORMATS = [
-    write_h5ad,
-    write_h5ad_by_column,
-    write_h5ad_dense,
-    write_zarr,
-    write_h5mu,
-    write_10x_h5,
-    write_10x_h5_version_2,
-    write_loom,
-    write_mtx,
-    write_csv,
-    write_tsv_of_genes_by_cells,
-]
-
-
 def iter_chunks(path, n_cells):
     """A file, so many cells at a time."""
     with read_file(path, backed=True) as file:
@@ -138,22 +71,6 @@ def iter_chunks(path, n_cells):
 
 def dense(matrix):
     return matrix.toarray() if sp.issparse(matrix) else np.asarray(matrix)
-
-
-@pytest.mark.parametrize("write", FORMATS)
-def test_every_format_gives_the_same_cells(write, cells, counts, tmp_path):
-    adata = read_file(write(cells, tmp_path))
-    np.testing.assert_array_equal(dense(adata.X), counts)
-    assert list(adata.obs_names) == CELLS
-    assert list(adata.var_names) == GENES
-
-
-@pytest.mark.parametrize("write", FORMATS)
-def test_chunks_put_together_are_the_whole(write, cells, counts, tmp_path):
-    chunks = list(iter_chunks(write(cells, tmp_path), 5))
-    assert [chunk.n_obs for chunk in chunks] == [5, 5, 2]
-    np.testing.assert_array_equal(np.concatenate([dense(chunk.X) for chunk in chunks]), counts)
-    assert [name for chunk in chunks for name in chunk.obs_names] == CELLS
 
 
 def test_layers_raw_and_obs_stay_with_their_rows(cells, counts, tmp_path):
@@ -188,20 +105,6 @@ def test_a_damaged_column_of_a_table_on_disk_is_refused(cells, tmp_path):
         for name in ("short", "gone"):
             with pytest.raises(FileError, match=f"'{name}' is missing or too short"):
                 DiskTable(file["obs"], 0, 3)[name]
-
-
-def test_text_columns_of_a_table_become_annotations(cells, tmp_path):
-    table = cells.to_df()
-    table.insert(0, "cell_type", cells.obs["cell_type"])
-    table.to_csv(tmp_path / "cells.csv")
-    assert list(read_file(tmp_path / "cells.csv").obs["cell_type"]) == list(cells.obs["cell_type"])
-
-
-def test_a_table_written_by_r_has_one_name_less_in_its_header(cells, counts, tmp_path):
-    lines = cells.to_df().T.to_csv(sep="\t").splitlines()
-    (tmp_path / "cells.txt").write_text("\n".join([lines[0].lstrip("\t"), *lines[1:]]))
-    adata = read_file(tmp_path / "cells.txt")
-    np.testing.assert_array_equal(dense(adata.X), counts)
 
 
 def truncated(cells, folder):

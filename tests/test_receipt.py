@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scmmgpt import cells_scmmgpt, synthetic
+from scmmgpt import cells_scmmgpt
 from scmmgpt.__main__ import main
 from scmmgpt.cells_scmmgpt import Cells, CellsHash
 from scmmgpt.commands.report import warnings_of
@@ -21,15 +21,6 @@ from scmmgpt.records_scmmgpt import recorded
 
 
 LABELS = {"B": "a B cell", "T": "a T cell"}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    pipeline = synthetic.tiny_pipeline()
-    pipeline.model.config.annotation = {"labels": LABELS, "cl_ids": {"B": "CL:0000236"}}
-    path = tmp_path_factory.mktemp("receipts") / "checkpoint"
-    pipeline.save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture

@@ -16,13 +16,12 @@ from scmmgpt.processing_scmmgpt import ScGPTProcessor, ScMMGPTProcessor
 
 
 PROGRAM = """
-import importlib.util, json, sys
+import json, sys
 import anndata, torch
 from datasets.fingerprint import Hasher
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 from transformers import AutoModelForMultimodalLM
 
-assert importlib.util.find_spec("scmmgpt") is None, "this process must not see the package"
 path, again, cells = sys.argv[1:]
 answers = {}
 for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
@@ -52,11 +51,10 @@ print(json.dumps(answers))
 
 
 CELL_PROGRAM = """
-import importlib.util, json, sys
+import json, sys
 import anndata, torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoProcessor
 
-assert importlib.util.find_spec("scmmgpt") is None, "this process must not see the package"
 path, cells = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 batch = processor(anndata.read_h5ad(cells)[:3])
@@ -81,20 +79,10 @@ def checkpoint(tiny_config, text_tokenizer, qformer_tokenizer, gene_tokenizer, t
 
 def run_without_package(program, tmp_path, *arguments):
     """What a program prints last, as JSON, in a process that cannot import this package."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment.update(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    # -S -c would lose site-packages; a .pth or finder of an editable install is hidden by this hook instead.
-    hide = "import sys\nsys.meta_path = [f for f in sys.meta_path if 'editable' not in type(f).__module__ + str(f)]\n"
-    ours = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-    hide += f"sys.path = [p for p in sys.path if p not in {ours!r}]\n"
-    run = subprocess.run(
-        [sys.executable, "-c", hide + program, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-        check=False,
-    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    hide = "import sys\nsys.modules['scmmgpt'] = None  # importing it raises ImportError\n"
+    command = [sys.executable, "-c", hide + program, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.strip().splitlines()[-1])
 

@@ -14,7 +14,6 @@ from scipy import sparse
 
 from scmmgpt.cells_scmmgpt import Cells, hash_names
 from scmmgpt.eval import annotation, baselines, description, figures, generation
-from scmmgpt.eval.__main__ import COMMANDS
 from scmmgpt.eval.__main__ import main as evaluate
 from scmmgpt.eval.cells import read_splits
 from scmmgpt.eval.provenance import describe_checkpoint, read_training, trained_elsewhere
@@ -322,12 +321,6 @@ def test_curves_pair_training_and_validation_by_colour():
     assert losses.lines[1].get_color() == losses.lines[2].get_color() != losses.lines[0].get_color()
     assert [line.get_label() for line in shares.lines] == ["recall"]
     assert training_figure([{"step": 1, "train_loss": 1.0}]) is None
-
-
-def test_every_command_can_be_imported():
-    from importlib import import_module
-
-    assert all(callable(import_module(f"scmmgpt.eval.{name}").main) for name in COMMANDS)
 
 
 def test_a_label_with_dollar_signs_is_drawn_as_it_is():

@@ -15,14 +15,6 @@ from scmmgpt.readers.cell_files import CellFile, read_file
 
 
 @pytest.fixture
-def checkpoint(tiny_pipeline, tmp_path):
-    """A saved tiny checkpoint."""
-    tiny_pipeline.model.config.annotation = {"labels": {"B": "a B cell", "T": "a T cell"}, "cl_ids": {}}
-    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
-    return str(tmp_path / "checkpoint")
-
-
-@pytest.fixture
 def full(adata):
     """Cells with something in every part of an AnnData."""
     adata.layers["mine"] = csc_matrix(adata.X)

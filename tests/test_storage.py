@@ -4,7 +4,6 @@ import json
 
 import anndata
 import fsspec
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -14,14 +13,6 @@ from scmmgpt.commands import storage
 from scmmgpt.tests import test_partitions as partitions
 from scmmgpt.train.__main__ import main as train_main
 from scmmgpt.train.data.corpus import open_corpus
-
-
-@pytest.fixture
-def checkpoint(tiny_pipeline, tmp_path):
-    """A saved tiny checkpoint with two labels."""
-    tiny_pipeline.model.config.annotation = {"labels": {"B": "a B cell", "T": "a T cell"}}
-    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
-    return str(tmp_path / "checkpoint")
 
 
 @pytest.fixture(autouse=True)
@@ -71,13 +62,6 @@ def get(address, path):
     return path
 
 
-def assert_same(path, other):
-    one, two = anndata.read_h5ad(path), anndata.read_h5ad(other)
-    pd.testing.assert_frame_equal(one.obs, two.obs, check_exact=True)
-    for name in two.obsm:
-        np.testing.assert_array_equal(one.obsm[name], two.obsm[name])
-
-
 def test_files_come_from_a_store_and_go_to_one(bucket, adata, checkpoint, tmp_path, staging, capsys):
     adata.write_h5ad(tmp_path / "cells.h5ad")
     put(tmp_path / "cells.h5ad", f"{bucket}/in/cells.h5ad")
@@ -89,7 +73,7 @@ def test_files_come_from_a_store_and_go_to_one(bucket, adata, checkpoint, tmp_pa
     said = capsys.readouterr()
     assert json.loads(said.out)["output"] == out
     assert "very-secret" not in said.out + said.err
-    assert_same(get(out, tmp_path / "there.h5ad"), tmp_path / "here.h5ad")
+    partitions.assert_same(get(out, tmp_path / "there.h5ad"), tmp_path / "here.h5ad")
     assert len(pd.read_csv(get(table, tmp_path / "there.csv"))) == 60
     assert not any(staging.rglob("*.*"))
 
@@ -127,7 +111,7 @@ def test_folders_of_files_and_zarr_stores_do_too(bucket, adata, checkpoint, tmp_
     assert main(["embed", str(tmp_path / "b.zarr"), "--model", checkpoint, "-o", str(tmp_path / "b.h5ad")]) == 0
     there = get(f"{bucket}/out", tmp_path / "there")
     assert sorted(path.name for path in there.iterdir()) == ["a.h5ad", "b.h5ad"]
-    assert_same(there / "b.h5ad", tmp_path / "b.h5ad")
+    partitions.assert_same(there / "b.h5ad", tmp_path / "b.h5ad")
 
 
 def test_a_corpus_is_built_from_a_store_in_a_store_and_read_from_it(bucket, adata, checkpoint, tmp_path):

@@ -17,11 +17,6 @@ from scmmgpt.eval import figures
 from scmmgpt.synthetic import synthetic_adata
 
 
-@pytest.fixture(scope="module")
-def pipeline():
-    return synthetic.fitted_pipeline()
-
-
 @pytest.fixture
 def annotated(pipeline):
     adata = synthetic_adata()

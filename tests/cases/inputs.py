@@ -232,7 +232,8 @@ def table(name, change=lambda frame: frame, *, turned=False, encoding="utf-8", e
     def build(folder):
         frame = change(COUNTS.T.copy() if turned else COUNTS.copy())
         text = edit(frame.to_csv(**options))
-        (folder / name).write_bytes(text.encode(encoding))
+        data = text.encode(encoding)
+        (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
         return folder / name
 
     return build
@@ -299,7 +300,7 @@ def long_table(columns, *, extra=None, counter=False):
     return build
 
 
-def numbers_as(decimal, thousands=""):
+def numbers_as(decimal):
     """The text of a semicolon table with thirds, so that every count has a fraction."""
 
     def edit(text):
@@ -387,6 +388,14 @@ def biotypes(adata):
     adata.var_names = IDS
     adata.var["feature_type"] = pd.Categorical(["protein_coding" if i % 3 else "lncRNA" for i in range(len(IDS))])
     adata.raw = adata
+
+
+def by_column(adata):
+    adata.X = adata.X.tocsc()
+
+
+def as_array(adata):
+    adata.X = adata.X.toarray()
 
 
 def spike_ins(adata):
@@ -616,10 +625,15 @@ CASES = [
     Case("a gene's probe before its symbol", T("t.csv", probes, turned=True), var=("symbol",), cells=slice(0, 0)),
     Case("a long table with samples", T("t.csv", long_with_sample, index=False), obs=("sample",)),
     Case("a long table of cells of one name", T("t.csv", long_twice, index=False), r"'sample' differs within cells"),
+    Case("a compressed table", T("t.tsv.gz", sep="\t", turned=True)),
     Case("no header", T("t.csv", turned=True, edit=without_header), r"has no header"),
     Case("genes by genes", T("t.csv", lambda f: f.T @ f), r"genes in its rows and in its columns"),
     Case("a spreadsheet", spreadsheet, r"Save it as"),
     # HDF5 and Zarr
+    Case("an h5ad by column", h5ad(by_column)),
+    Case("an h5ad without zeros left out", h5ad(as_array)),
+    Case("a Zarr", zarr()),
+    Case("10x", ten_x()),
     Case("biotypes of CELLxGENE", h5ad(biotypes)),
     Case("a biotype that is a word of ours", h5ad(spike_ins)),
     Case("locations of the genes", h5ad(locations)),
