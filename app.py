@@ -53,8 +53,8 @@ NO_GRADIO = "The page needs gradio; install it with `pip install scmmgpt[app]`."
 NO_CELLS = "Choose a file of cells, or open the example, first."
 ANY_TISSUE = "any tissue"
 INTRODUCTION = """# scMMGPT
-Open a file of single cells, then annotate the cells, search them by a sentence, or ask about some of them.
-Files stay on the machine that runs this page."""
+Open a file of single cells (.h5ad, .h5 of 10x, .h5mu, .loom, .csv, .tsv), then annotate the cells, search them by a
+sentence, or ask about some of them. Files stay on the machine that runs this page."""
 NO_SELECTION = "No cells selected: draw a loop around some, or click a type below the map."
 DESCRIBED = 20  # selected cells that are described; each takes a second
 MIN_CELLS = 5  # of a UMAP
@@ -70,6 +70,13 @@ SHOWN_QUERY = 80  # characters of a search
 SHOWN_KINDS = 6  # kinds of selected cells that are counted
 POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 FIELDS = {"labels": "Cell types", "tissue": "Tissue", "min_score": "Minimum score"}  # of the page, by argument
+# Gradio measures the tabs in a hidden row; those that a column has no room for are behind a menu. Without a width
+# in the hidden row none is behind the menu, and the row that is shown wraps.
+STYLE = """
+.tab-container.visually-hidden button { width: 0; padding: 0; overflow: hidden }
+.tab-container[role=tablist] { flex-wrap: wrap; height: auto; overflow: visible }
+.tab-container[role=tablist] button { padding: 4px 5px; margin: 0 }
+"""
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # gradio's own come from Google
 
 
@@ -264,7 +271,7 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
 
 def lay_out_map(ui: SimpleNamespace, tasks: "Tasks") -> None:
     """The file, its cells on a map, and what is saved."""
-    ui.path = gr.File(label="File of cells (.h5ad, .h5, .h5mu, .loom, .csv, .tsv)", type="filepath", height=140)
+    ui.path = gr.File(label="File of cells", type="filepath", height=140)
     ui.sample = gr.Button("Open the example: 700 blood cells", size="sm")
     ui.map = gr.HTML(html_template=HTML, css_template=CSS, js_on_load=SCRIPT.read_text(encoding="utf-8"))
     ui.chosen = gr.Markdown(NO_SELECTION)
@@ -277,11 +284,11 @@ def lay_out_tabs(ui: SimpleNamespace, tasks: "Tasks") -> None:
     """A tab for each task, with its fields, button and results."""
     stored = tasks.pipeline.model.config.annotation or {}
     known, tissues = list(stored.get("labels", {})), [str(term["name"]) for term in stored.get("tissues") or []]
-    examples = f", such as {', '.join(known[:3])}" if known else ""
+    examples = "\n".join(["for example:", *known[:3]]) if known else ""
     tasks.notes.render()
     with gr.Tab("Annotate"):
-        text = f"{FIELDS['labels']} to choose from, one a line. Empty: all that the model knows{examples}"
-        ui.labels = gr.Textbox(label=text, lines=4)
+        text = f"{FIELDS['labels']} to choose from, one a line. Empty: all that the model knows"
+        ui.labels = gr.Textbox(label=text, placeholder=examples, lines=4)
         ui.tissue = gr.Dropdown([ANY_TISSUE, *tissues], label=FIELDS["tissue"], visible=bool(tissues))
         text = f"{FIELDS['min_score']}: a cell below it gets a broader type or none. 0: the model decides"
         ui.min_score = gr.Slider(0, 1, value=0, step=0.05, label=text)
@@ -554,6 +561,7 @@ def launch(page: Any, host: str, port: int | None = None, max_size: str | int = 
         server_port=port,
         max_file_size=max_size,
         theme=gr.themes.Default(**FONTS),
+        css=STYLE,
         footer_links=[],
         run_history=False,
         quiet=True,
