@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from scmmgpt import app, synthetic
+from scmmgpt.commands import page_session
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -154,7 +155,7 @@ def test_a_type_is_selected_by_keyboard_and_stays_selected_in_another_colour(pag
     page.get_by_role("combobox", name="Colour of the cells").click()
     page.get_by_role("option", name="cell_type", exact=True).click()
     page.locator("button[aria-pressed=true]", has_text="B cell (15)").click()
-    page.get_by_text(app.NO_SELECTION).wait_for()
+    page.get_by_text(page_session.NO_SELECTION).wait_for()
 
 
 def test_results_of_other_cells_leave_the_page(page, tmp_path):
@@ -199,6 +200,33 @@ def test_files_without_cells_or_too_large_are_refused_in_words(page, tmp_path, m
         page.reload()
     page.get_by_role("button", name="Annotate").click()  # without cells
     page.locator(".toast-body", has_text=app.NO_CELLS).wait_for()
+
+
+def test_a_reload_brings_the_cells_back_and_another_tab_has_none(page, address, tmp_path):
+    blood_cells().write_h5ad(tmp_path / "cells.h5ad")
+    upload(page, tmp_path / "cells.h5ad")
+    page.get_by_text("60 cells").first.wait_for()
+    page.get_by_role("button", name="Annotate").click()
+    page.get_by_text("Colour: cell type (scMMGPT)").wait_for()
+    select_all(page)
+    page.get_by_text("60 cells selected: ").wait_for()
+    page.reload()
+    page.get_by_text("Colour: cell type (scMMGPT)").wait_for()
+    page.get_by_text("60 cells selected: ").wait_for()
+    show_tab(page, "Selected")
+    page.get_by_role("button", name="Why these types?").click()
+    page.get_by_text("CD19").locator("visible=true").first.wait_for()
+    other = page.context.new_page()  # of the same browser
+    other.set_default_timeout(TIMEOUT)
+    other.goto(address)
+    other.get_by_role("button", name="Annotate").click()
+    other.locator(".toast-body", has_text=app.NO_CELLS).wait_for()
+    page.evaluate(f"sessionStorage.setItem('{app.STORE}', 'of a page that was restarted')")
+    page.reload()
+    page.get_by_text(app.GONE).wait_for()
+    page.reload()
+    page.get_by_text("No cells yet.").wait_for()
+    assert not page.get_by_text(app.GONE).count()
 
 
 def test_two_users_at_once_have_their_own_cells(browser, address, tmp_path):
