@@ -19,20 +19,21 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import anndata
 import numpy as np
 import pandas as pd
 
 from scmmgpt import pl
-from scmmgpt.commands.cell_map import CSS, HTML, SCRIPT, checked_rows, colors_of, draw, nearest_places
+from scmmgpt.commands.cell_map import CSS, HTML, SCRIPT, checked_rows, colors_of, nearest_places
 from scmmgpt.commands.chat import Chat, has_proof
 from scmmgpt.commands.checkpoints import check_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import CHECKED, DEBUG, OneLineParser, as_options, explain, number, run_command
+from scmmgpt.commands.page_session import NO_SELECTION, SEARCHED, Session
 from scmmgpt.commands.questions import EXAMPLES
 from scmmgpt.commands.writing import make_writable
 from scmmgpt.labels_scmmgpt import trained_labels_of
@@ -49,27 +50,37 @@ with suppress(ModuleNotFoundError):
     import gradio as gr
 
 
+logger = logging.getLogger("scmmgpt.app")  # where the page is run as a command, too
 NO_GRADIO = "The page needs gradio; install it with `pip install scmmgpt[app]`."
 NO_CELLS = "Choose a file of cells, or open the example, first."
 ANY_TISSUE = "any tissue"
 INTRODUCTION = """# scMMGPT
-Open a file of single cells, then annotate the cells, search them by a sentence, or ask about some of them.
-Files stay on the machine that runs this page."""
-NO_SELECTION = "No cells selected: draw a loop around some, or click a type below the map."
+Open a file of single cells (.h5ad, .h5 of 10x, .h5mu, .loom, .csv, .tsv), then annotate the cells, search them by a
+sentence, or ask about some of them. Files stay on the machine that runs this page."""
 DESCRIBED = 20  # selected cells that are described; each takes a second
 MIN_CELLS = 5  # of a UMAP
 MAX_CELLS = 50_000  # of a file, on the page
 MAX_SIZE = "1gb"  # of a file
 KEPT = 3600  # seconds that the cells and files of a browser are kept
+STORE = "scmmgpt"  # key of a browser's secret in its sessionStorage, which a tab keeps over reloads and alone
+GONE = (
+    "The cells of this tab are gone: the page keeps cells for an hour, and not over its own restart. Open them again."
+)
 MIN_WIDTH = 340  # pixels of a column
-SEARCHED, HITS = "scmmgpt_search", ["cell", "match", "annotated type"]  # a column of obs, those of a table
+HITS = ["cell", "match", "annotated type"]
 EVIDENCE = ["cell type (cells)", "against", "genes"]
 MEAN_EXPRESSION = "mean log1p(CP10k)"
 SHOWN_GENES = 10  # that speak for a label
 SHOWN_QUERY = 80  # characters of a search
-SHOWN_KINDS = 6  # kinds of selected cells that are counted
 POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 FIELDS = {"labels": "Cell types", "tissue": "Tissue", "min_score": "Minimum score"}  # of the page, by argument
+# Gradio measures the tabs in a hidden row; those that a column has no room for are behind a menu. Without a width
+# in the hidden row none is behind the menu, and the row that is shown wraps.
+STYLE = """
+.tab-container.visually-hidden button { width: 0; padding: 0; overflow: hidden }
+.tab-container[role=tablist] { flex-wrap: wrap; height: auto; overflow: visible }
+.tab-container[role=tablist] button { padding: 4px 5px; margin: 0 }
+"""
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # gradio's own come from Google
 
 
@@ -92,56 +103,6 @@ class Warnings(logging.Handler):
 
     def __exit__(self, *_: object) -> None:
         logging.getLogger("scmmgpt").removeHandler(self)
-
-
-@dataclass
-class Session:
-    """The cells of one browser. Another browser has another session; it ends an hour after its last use."""
-
-    adata: anndata.AnnData
-    name: str  # of the file
-    places: np.ndarray  # (n, 2), of the map
-    what: str  # the places are of
-    color: str | None = None  # column of obs
-    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # selected, none: all cells
-    marks: np.ndarray | None = None  # places of generated cells
-    query: str = ""  # of the last search
-    placed: np.ndarray | None = None  # by the network, for the searches
-    chat: Chat | None = None  # about the selected cells
-    turns: list[dict[str, str]] = field(default_factory=list)  # of the chat
-
-    def name_of(self, column: str) -> str:
-        """A column of `obs` in words: those that the page adds have no prefix."""
-        if column == SEARCHED:
-            return f"match with {self.query or 'a search'}"
-        added = column.removeprefix("scmmgpt_")
-        return column if added == column else f"{added.replace('_', ' ')} (scMMGPT)"
-
-    def map(self) -> dict:
-        """The value of the map."""
-        title = f"{self.name}: {self.adata.n_obs:,} {'cell' if self.adata.n_obs == 1 else 'cells'}. {self.what}."
-        if self.color is not None:
-            title += f" Colour: {self.name_of(self.color)}."
-        if self.marks is not None:
-            title += " Crosses: generated cells, each at a cell that is like it."
-        values = None if self.color is None else self.adata.obs[self.color]
-        return draw(self.places, title, values, self.marks, self.rows)
-
-    def said(self) -> str:
-        """How many cells are selected, and of which kinds."""
-        if not len(self.rows):
-            return NO_SELECTION
-        chosen = f"{len(self.rows):,} {'cell' if len(self.rows) == 1 else 'cells'} selected"
-        if self.color is None or self.adata.obs[self.color].dtype.kind in "fiu":
-            return f"{chosen}."
-        counts = self.adata.obs[self.color].iloc[self.rows].astype(str).value_counts()
-        kinds = ", ".join(f"{name} {n:,}" for name, n in counts.head(SHOWN_KINDS).items())
-        return f"{chosen}: {kinds}{', ...' if len(counts) > SHOWN_KINDS else '.'}"
-
-    def chosen(self, most: int) -> anndata.AnnData:
-        """A copy of the selected cells, at most `most`; without a selection of the first cells."""
-        rows = self.rows if len(self.rows) else np.arange(self.adata.n_obs)
-        return self.adata[rows[:most]].copy()
 
 
 def check_size(n_cells: int, name: str) -> None:
@@ -251,8 +212,10 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
     """The page for one checkpoint, a `gradio.Blocks`."""
     tasks, ui = Tasks(pipeline), SimpleNamespace()
     with gr.Blocks(title="scMMGPT", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
+        ui.page = page
         gr.Markdown(INTRODUCTION)
         ui.session = gr.State(None, time_to_live=KEPT)
+        ui.secret = gr.Textbox(visible=False)
         with gr.Row():
             with gr.Column(scale=3, min_width=MIN_WIDTH):
                 lay_out_map(ui, tasks)
@@ -264,7 +227,7 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
 
 def lay_out_map(ui: SimpleNamespace, tasks: "Tasks") -> None:
     """The file, its cells on a map, and what is saved."""
-    ui.path = gr.File(label="File of cells (.h5ad, .h5, .h5mu, .loom, .csv, .tsv)", type="filepath", height=140)
+    ui.path = gr.File(label="File of cells", type="filepath", height=140)
     ui.sample = gr.Button("Open the example: 700 blood cells", size="sm")
     ui.map = gr.HTML(html_template=HTML, css_template=CSS, js_on_load=SCRIPT.read_text(encoding="utf-8"))
     ui.chosen = gr.Markdown(NO_SELECTION)
@@ -277,11 +240,11 @@ def lay_out_tabs(ui: SimpleNamespace, tasks: "Tasks") -> None:
     """A tab for each task, with its fields, button and results."""
     stored = tasks.pipeline.model.config.annotation or {}
     known, tissues = list(stored.get("labels", {})), [str(term["name"]) for term in stored.get("tissues") or []]
-    examples = f", such as {', '.join(known[:3])}" if known else ""
+    examples = "\n".join(["for example:", *known[:3]]) if known else ""
     tasks.notes.render()
     with gr.Tab("Annotate"):
-        text = f"{FIELDS['labels']} to choose from, one a line. Empty: all that the model knows{examples}"
-        ui.labels = gr.Textbox(label=text, lines=4)
+        text = f"{FIELDS['labels']} to choose from, one a line. Empty: all that the model knows"
+        ui.labels = gr.Textbox(label=text, placeholder=examples, lines=4)
         ui.tissue = gr.Dropdown([ANY_TISSUE, *tissues], label=FIELDS["tissue"], visible=bool(tissues))
         text = f"{FIELDS['min_score']}: a cell below it gets a broader type or none. 0: the model decides"
         ui.min_score = gr.Slider(0, 1, value=0, step=0.05, label=text)
@@ -324,11 +287,16 @@ def connect(ui: SimpleNamespace, tasks: "Tasks") -> None:
     """Connect buttons and fields with their tasks."""
     drawn = [ui.session, ui.map, ui.chosen]
     shown = [*drawn, ui.color]
+    begun = [*shown, ui.secret]
     of_selected = [ui.evidence, ui.texts, ui.turns]
     of_file = [*of_selected, ui.counts, ui.hits, ui.genes, ui.made]
-    done = tasks.on([ui.path.upload], tasks.open, [ui.path], shown, clears=of_file)
+    read = f"() => [sessionStorage.getItem({STORE!r}) ?? '']"
+    tasks.on([ui.page.load], tasks.restore, [ui.secret], [*begun, ui.counts, ui.turns], changes=False, js=read)
+    keep = f"(secret) => sessionStorage.setItem({STORE!r}, secret)"
+    gr.on([ui.secret.change], None, ui.secret, None, js=keep, api_visibility="private")
+    done = tasks.on([ui.path.upload], tasks.open, [ui.path], begun, clears=of_file)
     done.then(lambda: None, None, ui.path, queue=False, api_visibility="private")  # free for the next file
-    tasks.on([ui.sample.click], tasks.example, [], shown, clears=of_file)
+    tasks.on([ui.sample.click], tasks.example, [], begun, clears=of_file)
     tasks.on([ui.color.input], tasks.paint, [ui.session, ui.color], drawn, changes=False, is_long=False)
     tasks.on([ui.map.select], tasks.select, [ui.session], drawn, clears=of_selected, changes=False, is_long=False)
     inputs = [ui.session, ui.labels, ui.tissue, ui.min_score]
@@ -336,14 +304,14 @@ def connect(ui: SimpleNamespace, tasks: "Tasks") -> None:
     inputs, outputs = [ui.session, ui.query, ui.top_k], [*shown, ui.hits]
     tasks.on([ui.search.click, ui.query.submit], tasks.search, inputs, outputs)
     tasks.on([ui.like.click], tasks.like, [ui.session, ui.top_k], outputs)
-    tasks.on([ui.explain.click], tasks.explain, [ui.session], [ui.evidence])
-    tasks.on([ui.describe.click], tasks.describe, [ui.session], [ui.texts])
+    tasks.on([ui.explain.click], tasks.explain, [ui.session], [ui.session, ui.evidence])
+    tasks.on([ui.describe.click], tasks.describe, [ui.session], [ui.session, ui.texts])
     outputs = [ui.session, ui.turns, ui.question]
     tasks.on([ui.ask.click, ui.question.submit], tasks.ask, [ui.session, ui.question], outputs)
     tasks.on([ui.turns.clear], tasks.forget, [ui.session], [ui.session], changes=False, is_long=False)
     inputs, outputs = [ui.session, ui.prompt, ui.n_cells], [ui.session, ui.map, ui.genes, ui.made]
     tasks.on([ui.generate.click, ui.prompt.submit], tasks.generate, inputs, outputs)
-    tasks.on([ui.save.click], tasks.save, [ui.session], [tasks.saved], changes=False)
+    tasks.on([ui.save.click], tasks.save, [ui.session], [ui.session, tasks.saved], changes=False)
 
 
 class Tasks:
@@ -352,6 +320,7 @@ class Tasks:
     def __init__(self, pipeline: ScMMGPTPipeline) -> None:
         self.pipeline = pipeline
         self.can_explain = pipeline.can_explain
+        self.sessions: WeakValueDictionary[str, Session] = WeakValueDictionary()  # by secret; gradio ends them
         self.can_write = hasattr(pipeline.model, "generate_cells")  # stage 1 has no language model
         self.notes: Any = gr.Markdown(render=False)  # where the page shows warnings of the last task
         self.saved: Any = gr.File(label="Saved cells", visible=False, render=False)
@@ -365,8 +334,11 @@ class Tasks:
         clears: Sequence[Any] = (),
         changes: bool = True,
         is_long: bool = True,
+        js: str | None = None,
     ) -> Any:
         """Connect events with a task. The model does one task at a time, whoever asks.
+
+        A task about cells has the session among its outputs, too: gradio counts `KEPT` from the last output.
 
         A task that succeeds empties the results of other cells or labels, `clears`, and, if it `changes` the cells,
         takes away the file that was saved before.
@@ -383,6 +355,7 @@ class Tasks:
                 part for part in outputs if isinstance(part, gr.HTML | gr.Dataframe | gr.File | gr.Chatbot)
             ],
             show_progress="full" if is_long else "hidden",
+            js=js,
         )
         gone: dict[Any, Any] = dict.fromkeys(clears)
         if changes:
@@ -409,11 +382,25 @@ class Tasks:
         adata = read_file(path, gene_index=genes)
         check_size(adata.n_obs, name)
         self.pipeline.processor.choose_input(adata)  # what it says of matrix and genes is said at once
-        return _shown(opened(adata, name))
+        return self.begun(opened(adata, name))
 
     def example(self) -> tuple[Any, ...]:
         """Open the example."""
-        return _shown(opened(example(), "example"))
+        return self.begun(opened(example(), "example"))
+
+    def begun(self, session: Session) -> tuple[Any, ...]:
+        """What `_shown` gives of a new session, and the secret that brings the session back."""
+        self.sessions[session.secret] = session
+        return *_shown(session), session.secret
+
+    def restore(self, secret: str) -> tuple[Any, ...]:
+        """Bring back the cells of a browser after a reload of the page; a task that still runs is waited for."""
+        session = self.sessions.get(secret)
+        if session is None:
+            if secret:
+                logger.warning(GONE)
+            return *[gr.skip()] * 4, "", gr.skip(), gr.skip()
+        return *_shown(session), secret, session.counts(), session.turns
 
     def paint(self, session: Session | None, color: str | None) -> tuple[Any, ...]:
         """Colour the map by a column of `obs`."""
@@ -442,8 +429,7 @@ class Tasks:
             )
         self.pipeline.annotate(session.adata, names or None, min_score=min_score or None, tissue=of)
         session.color, session.chat = "scmmgpt_cell_type", None
-        counts = session.adata.obs[session.color].value_counts().rename_axis("cell type").reset_index(name="cells")
-        return *_shown(session), counts[counts["cells"] > 0]
+        return *_shown(session), session.counts()
 
     def search(self, session: Session | None, text: str, top_k: int) -> tuple[Any, ...]:
         """Find cells by a text; the score of each colours the map."""
@@ -467,7 +453,7 @@ class Tasks:
         hits = self.pipeline.search(session.adata, None, int(top_k), like=list(names), key_added=SEARCHED)
         return _found(session, hits, names[0] if len(names) == 1 else f"{len(names):,} selected cells")
 
-    def explain(self, session: Session | None) -> tuple[pd.DataFrame]:
+    def explain(self, session: Session | None) -> tuple[Session, pd.DataFrame]:
         """The genes that speak for the labels of the selected cells."""
         session = _with_cells(session)
         if "scmmgpt_cell_type" not in session.adata.obs:  # of all cells, which decide what is novel
@@ -482,7 +468,7 @@ class Tasks:
             (f"{name} ({row['cells']:,})", row["against"], ", ".join(row["genes"][:SHOWN_GENES]))
             for name, row in sorted(table.items(), key=lambda item: -item[1]["cells"])
         ]
-        return (pd.DataFrame(rows, columns=EVIDENCE),)
+        return session, pd.DataFrame(rows, columns=EVIDENCE)
 
     def ask(self, session: Session | None, question: str) -> tuple[Any, ...]:
         """Answer a question about the selected cells; turns go on until others are selected."""
@@ -502,7 +488,7 @@ class Tasks:
         session.chat, session.turns = None, []
         return (session,)
 
-    def describe(self, session: Session | None) -> tuple[pd.DataFrame]:
+    def describe(self, session: Session | None) -> tuple[Session, pd.DataFrame]:
         """Describe the selected cells: by counts, where the checkpoint can prove what it says."""
         session = _with_cells(session)
         if not self.can_explain:
@@ -513,7 +499,7 @@ class Tasks:
                 self.pipeline.describe(session.adata, proof=True)
             cells = session.chosen(DESCRIBED)
         texts = cells.obs["scmmgpt_description"].rename("description")
-        return (texts.rename_axis("cell").reset_index(),)
+        return session, texts.rename_axis("cell").reset_index()
 
     def generate(self, session: Session | None, prompt: str, n_cells: int) -> tuple[Any, ...]:
         """Generate cells, and show where they fall among the cells of the map, if there are any."""
@@ -531,11 +517,11 @@ class Tasks:
         session.marks = nearest_places(session.places, *spaces)
         return session, session.map(), genes, self.written(generated, "generated.h5ad")
 
-    def save(self, session: Session | None) -> tuple[Any]:
+    def save(self, session: Session | None) -> tuple[Any, ...]:
         """Write the cells with all results."""
         session = _with_cells(session)
         path = self.written(session.adata, f"{session.name.split('.')[0]}_scmmgpt.h5ad")
-        return (gr.update(value=path, visible=True),)
+        return session, gr.update(value=path, visible=True)
 
 
 def _with_cells(session: Session | None) -> Session:
@@ -566,6 +552,7 @@ def launch(page: Any, host: str, port: int | None = None, max_size: str | int = 
         server_port=port,
         max_file_size=max_size,
         theme=gr.themes.Default(**FONTS),
+        css=STYLE,
         footer_links=[],
         run_history=False,
         quiet=True,

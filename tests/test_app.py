@@ -1,5 +1,6 @@
 """The page in the browser gives what the pipeline gives, and says what is wrong with an input."""
 
+import gc
 import inspect
 import logging
 import os
@@ -15,7 +16,7 @@ from matplotlib.colors import to_rgb
 
 from scmmgpt import app, synthetic
 from scmmgpt.app import ANY_TISSUE, build, opened
-from scmmgpt.commands import cell_map
+from scmmgpt.commands import cell_map, page_session
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_annotating_colours_the_map_and_counts_the_types(tasks, session, adata):
 
 def test_saved_cells_have_all_that_was_read_and_found(tasks, session, adata):
     tasks["annotate"](session, "B cell\nT cell", ANY_TISSUE, 0)
-    saved = anndata.read_h5ad(tasks["save"](session)[0]["value"])
+    saved = anndata.read_h5ad(tasks["save"](session)[1]["value"])
     assert saved.obs_names.tolist() == adata.obs_names.tolist()
     assert set(adata.obs) | {"scmmgpt_cell_type"} <= set(saved.obs)
     assert "X_umap" in saved.obsm
@@ -76,10 +77,10 @@ def test_a_loop_selects_cells_that_are_then_described_and_explained(tasks, sessi
     assert drawn["rows"] == [1, 3]
     assert session.rows.tolist() == [1, 3]  # what is not a row of the file is left out
     assert said.startswith("2 cells selected: ")
-    assert tasks["describe"](session)[0]["cell"].tolist() == session.adata.obs_names[[1, 3]].tolist()
+    assert tasks["describe"](session)[1]["cell"].tolist() == session.adata.obs_names[[1, 3]].tolist()
     _, drawn, said, _ = tasks["select"](session, SimpleNamespace(rows=[]))
     assert drawn["rows"] == []
-    assert said == app.NO_SELECTION
+    assert said == page_session.NO_SELECTION
 
 
 def test_evidence_names_genes_of_the_labels_of_selected_cells():
@@ -87,7 +88,7 @@ def test_evidence_names_genes_of_the_labels_of_selected_cells():
     pipeline = synthetic.fitted_pipeline()
     tasks = {function.api_name: function.fn for function in build(pipeline).fns.values()}
     cells = opened(synthetic.synthetic_adata(), "cells.h5ad")
-    table, _ = tasks["explain"](cells)
+    _, table, _ = tasks["explain"](cells)
     assert list(table) == app.EVIDENCE
     genes = dict(zip(table["cell type (cells)"], table["genes"], strict=True))
     assert len(genes) == 4
@@ -162,6 +163,31 @@ def test_two_users_have_their_own_cells(tasks, path):
     assert "scmmgpt_cell_type" not in two.adata.obs
 
 
+def test_a_session_comes_back_by_its_secret_alone(tasks, path):
+    session, *_, secret, _ = tasks["open"](path)
+    restored, drawn, _, _, again, counts, turns, _ = tasks["restore"](secret)
+    assert restored is session
+    assert (len(secret), again, len(drawn["x"]), len(counts), turns) == (43, secret, session.adata.n_obs, 0, [])
+    tasks["annotate"](session, "B cell\nT cell", ANY_TISSUE, 0)
+    assert tasks["restore"](secret)[5]["cells"].sum() == session.adata.n_obs
+    for guess in ("", secret[:-1], session.name, path):
+        _, _, _, _, forgotten, _, _, said = tasks["restore"](guess)
+        assert forgotten == ""
+        assert (app.GONE in said) == bool(guess)  # who comes for the first time has lost nothing
+    del session, restored
+    gc.collect()
+    assert app.GONE in tasks["restore"](secret)[-1]  # nothing but gradio's state keeps cells
+
+
+def test_every_task_about_cells_renews_their_time(tiny_pipeline):
+    gradio = pytest.importorskip("gradio")
+    for function in build(tiny_pipeline).fns.values():
+        states = [
+            [block for block in of if isinstance(block, gradio.State)] for of in (function.inputs, function.outputs)
+        ]
+        assert set(states[0]) <= set(states[1]), function.api_name
+
+
 def test_a_map_of_the_file_without_places_is_made_anew(adata):
     adata.obsm["X_umap"] = np.full((adata.n_obs, 2), np.nan)
     session = opened(adata, "cells.h5ad")
@@ -217,7 +243,7 @@ def test_a_selection_stays_with_its_cells(tasks, session):
 
 def test_what_is_saved_leaves_no_second_copy(tasks, session, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert anndata.read_h5ad(tasks["save"](session)[0]["value"]).n_obs == session.adata.n_obs
+    assert anndata.read_h5ad(tasks["save"](session)[1]["value"]).n_obs == session.adata.n_obs
     assert list(tmp_path.glob("scmmgpt-*")) == []
 
 

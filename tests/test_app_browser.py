@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from scmmgpt import app, synthetic
+from scmmgpt.commands import page_session
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -70,11 +71,7 @@ def upload(page, path):
 
 
 def show_tab(page, name):
-    tab = page.get_by_role("tab", name=name)
-    if not tab.is_visible():  # a narrow screen has no room for all tabs
-        page.locator(".overflow-menu > button").click()
-        tab = page.locator(".overflow-dropdown button", has_text=name)
-    tab.click()
+    page.get_by_role("tab", name=name).click()
 
 
 def select_all(page):
@@ -130,6 +127,20 @@ def test_cells_are_opened_annotated_found_selected_explained_asked_about_generat
     assert {"scmmgpt_cell_type", "scmmgpt_search", "scmmgpt_description"} <= set(saved.obs)
 
 
+@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+def test_all_tabs_are_in_view_on_any_screen(browser, address, width):
+    page = open_page(browser, address, width)
+    page.get_by_role("tab", name="Generate").wait_for()
+    tabs = page.get_by_role("tab")
+    assert tabs.all_inner_texts() == ["Annotate", "Search", "Selected", "Ask", "Generate"]
+    boxes = [tab.bounding_box() for tab in tabs.all()]
+    assert all(0 <= box["x"] and box["x"] + box["width"] <= width for box in boxes), boxes
+    if width >= 390:
+        assert len({box["y"] for box in boxes}) == 1  # one line
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing to scroll sideways
+    close_page(page, address)
+
+
 def test_a_type_is_selected_by_keyboard_and_stays_selected_in_another_colour(page, tmp_path):
     cells = blood_cells()
     cells.write_h5ad(tmp_path / "cells.h5ad")
@@ -144,7 +155,7 @@ def test_a_type_is_selected_by_keyboard_and_stays_selected_in_another_colour(pag
     page.get_by_role("combobox", name="Colour of the cells").click()
     page.get_by_role("option", name="cell_type", exact=True).click()
     page.locator("button[aria-pressed=true]", has_text="B cell (15)").click()
-    page.get_by_text(app.NO_SELECTION).wait_for()
+    page.get_by_text(page_session.NO_SELECTION).wait_for()
 
 
 def test_results_of_other_cells_leave_the_page(page, tmp_path):
@@ -189,6 +200,33 @@ def test_files_without_cells_or_too_large_are_refused_in_words(page, tmp_path, m
         page.reload()
     page.get_by_role("button", name="Annotate").click()  # without cells
     page.locator(".toast-body", has_text=app.NO_CELLS).wait_for()
+
+
+def test_a_reload_brings_the_cells_back_and_another_tab_has_none(page, address, tmp_path):
+    blood_cells().write_h5ad(tmp_path / "cells.h5ad")
+    upload(page, tmp_path / "cells.h5ad")
+    page.get_by_text("60 cells").first.wait_for()
+    page.get_by_role("button", name="Annotate").click()
+    page.get_by_text("Colour: cell type (scMMGPT)").wait_for()
+    select_all(page)
+    page.get_by_text("60 cells selected: ").wait_for()
+    page.reload()
+    page.get_by_text("Colour: cell type (scMMGPT)").wait_for()
+    page.get_by_text("60 cells selected: ").wait_for()
+    show_tab(page, "Selected")
+    page.get_by_role("button", name="Why these types?").click()
+    page.get_by_text("CD19").locator("visible=true").first.wait_for()
+    other = page.context.new_page()  # of the same browser
+    other.set_default_timeout(TIMEOUT)
+    other.goto(address)
+    other.get_by_role("button", name="Annotate").click()
+    other.locator(".toast-body", has_text=app.NO_CELLS).wait_for()
+    page.evaluate(f"sessionStorage.setItem('{app.STORE}', 'of a page that was restarted')")
+    page.reload()
+    page.get_by_text(app.GONE).wait_for()
+    page.reload()
+    page.get_by_text("No cells yet.").wait_for()
+    assert not page.get_by_text(app.GONE).count()
 
 
 def test_two_users_at_once_have_their_own_cells(browser, address, tmp_path):

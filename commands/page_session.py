@@ -1,0 +1,76 @@
+"""The cells of one browser on the page: what is drawn, selected and asked about."""
+
+import secrets
+from dataclasses import dataclass, field
+
+import anndata
+import numpy as np
+import pandas as pd
+
+from scmmgpt.commands.cell_map import draw
+from scmmgpt.commands.chat import Chat
+
+
+NO_SELECTION = "No cells selected: draw a loop around some, or click a type below the map."
+SEARCHED = "scmmgpt_search"  # column of obs
+SHOWN_KINDS = 6  # kinds of selected cells that are counted
+
+
+@dataclass
+class Session:
+    """The cells of one browser. Another browser has another session; it ends an hour after its last use.
+
+    The browser gets the secret of its session, and only who has the secret gets the session back after a reload.
+    """
+
+    adata: anndata.AnnData
+    name: str  # of the file
+    places: np.ndarray  # (n, 2), of the map
+    what: str  # the places are of
+    color: str | None = None  # column of obs
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # selected, none: all cells
+    marks: np.ndarray | None = None  # places of generated cells
+    query: str = ""  # of the last search
+    placed: np.ndarray | None = None  # by the network, for the searches
+    chat: Chat | None = None  # about the selected cells
+    turns: list[dict[str, str]] = field(default_factory=list)  # of the chat
+    secret: str = field(default_factory=secrets.token_urlsafe, repr=False)
+
+    def name_of(self, column: str) -> str:
+        """A column of `obs` in words: those that the page adds have no prefix."""
+        if column == SEARCHED:
+            return f"match with {self.query or 'a search'}"
+        added = column.removeprefix("scmmgpt_")
+        return column if added == column else f"{added.replace('_', ' ')} (scMMGPT)"
+
+    def map(self) -> dict:
+        """The value of the map."""
+        title = f"{self.name}: {self.adata.n_obs:,} {'cell' if self.adata.n_obs == 1 else 'cells'}. {self.what}."
+        if self.color is not None:
+            title += f" Colour: {self.name_of(self.color)}."
+        if self.marks is not None:
+            title += " Crosses: generated cells, each at a cell that is like it."
+        values = None if self.color is None else self.adata.obs[self.color]
+        return draw(self.places, title, values, self.marks, self.rows)
+
+    def said(self) -> str:
+        """How many cells are selected, and of which kinds."""
+        if not len(self.rows):
+            return NO_SELECTION
+        chosen = f"{len(self.rows):,} {'cell' if len(self.rows) == 1 else 'cells'} selected"
+        if self.color is None or self.adata.obs[self.color].dtype.kind in "fiu":
+            return f"{chosen}."
+        counts = self.adata.obs[self.color].iloc[self.rows].astype(str).value_counts()
+        kinds = ", ".join(f"{name} {n:,}" for name, n in counts.head(SHOWN_KINDS).items())
+        return f"{chosen}: {kinds}{', ...' if len(counts) > SHOWN_KINDS else '.'}"
+
+    def chosen(self, most: int) -> anndata.AnnData:
+        """A copy of the selected cells, at most `most`; without a selection of the first cells."""
+        rows = self.rows if len(self.rows) else np.arange(self.adata.n_obs)
+        return self.adata[rows[:most]].copy()
+
+    def counts(self) -> pd.DataFrame:
+        """The number of cells of each annotated type, no row before there are types."""
+        types = self.adata.obs.get("scmmgpt_cell_type", pd.Series(dtype="category"))
+        counts = types.value_counts().rename_axis("cell type").reset_index(name="cells")
+        return counts[counts["cells"] > 0]
