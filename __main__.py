@@ -30,6 +30,7 @@ try:
         run_command,
     )
     from scmmgpt.commands.files import check_file, check_folder, check_paths, exists, whole_file
+    from scmmgpt.commands.garbage import started, starting
     from scmmgpt.commands.options import (
         READ_HELP,
         add_annotation,
@@ -95,6 +96,7 @@ def run_words(argv: list[str]) -> int:
         path for name in ("output", "table", "evidence", "proof") if (path := getattr(args, name, None)) is not None
     ]
 
+    @starting()
     def work() -> int | None:
         check_split(getattr(args, "given_split", None), [*inputs[:-1], getattr(args, "input", None)])
         if getattr(args, "has_own_model", False):
@@ -279,6 +281,7 @@ def index(args: Args) -> None:
     """Add embedded cells to an index, in which `search --index` finds them without a pass over all."""
     from scmmgpt.commands.index import add_files
 
+    started()  # without a checkpoint
     check_folder(args.output)
     done = add_files(args.output, args.file, args.workers or 1, args.cluster)
     write(args, {"output": str(args.output), **done})
@@ -467,6 +470,7 @@ def mcp(args: Args) -> None:
     """Serve the commands to an agent: a Model Context Protocol server over the files of one folder."""
     from scmmgpt.commands.mcp_server import serve
 
+    started()  # without a checkpoint
     serve(args.folder, run_words, args.model, {"device": args.device, "batch-size": args.batch_size})
 
 
@@ -522,6 +526,7 @@ def load_pipeline(args: Args) -> "ScMMGPTPipeline":
         try:
             return ScMMGPTPipeline.from_pretrained(args.model, device=args.device, batch_size=args.batch_size)
         finally:
+            started()
             if not (args.quiet or args.json):
                 logging.enable_progress_bar()
 

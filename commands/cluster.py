@@ -60,7 +60,7 @@ def preload_workers() -> None:
     os.environ.update(settings)
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        forkserver.set_forkserver_preload(["scmmgpt.commands.worker_start", "distributed"])
+        forkserver.set_forkserver_preload(["scmmgpt.commands.worker_start"])
         forkserver.ensure_running()
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
