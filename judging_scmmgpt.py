@@ -1,6 +1,6 @@
 """Labels against the genes of the cells: the evidence for a label, and the audit of labels that cells were given."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 from transformers.utils import logging
 
 from .audit_scmmgpt import Audit, judge, log_pooled, nested_sets
+from .cells_scmmgpt import Cells
 from .conversion_scmmgpt import InputChoice
 from .crossfit_scmmgpt import FileRegression, best_other_label
 from .evidence_scmmgpt import Evidence, Explainer, label_members
@@ -21,6 +22,7 @@ logger = logging.get_logger(__name__)
 
 FITTED_CELLS, BELIEF_CELLS = 4096, 1024  # of a file, at most, for the regression of its labels, and its weight
 ROWS_AT_ONCE = 64  # neighbouring rows of one read
+CELLS_AT_ONCE = 512  # of arrays of cells x labels of the file, which may have many
 
 
 def spread_rows(total: int, most: int) -> list[tuple[int, int]]:
@@ -33,6 +35,15 @@ def spread_rows(total: int, most: int) -> list[tuple[int, int]]:
         return [(0, total)]
     starts = np.linspace(0, total - ROWS_AT_ONCE, most // ROWS_AT_ONCE).astype(np.int64)
     return [(start, start + ROWS_AT_ONCE) for start in starts.tolist()]
+
+
+def _few_at_once(adata: Any, choice: InputChoice) -> Iterator[tuple[int, Cells]]:
+    """All cells, `CELLS_AT_ONCE` at most at a time, and the place of the first of each."""
+    first = 0
+    for chunk in uncounted(choice).iter_cells(adata):
+        for start in range(0, len(chunk), CELLS_AT_ONCE):
+            yield first + start, chunk[start : start + CELLS_AT_ONCE]
+        first += len(chunk)
 
 
 class EvidenceSteps(LabellingSteps):
@@ -156,11 +167,13 @@ class EvidenceSteps(LabellingSteps):
         n_cells, rival = len(given), np.full(len(given), -1)
         file_odds, both_odds = np.full((2, n_cells), np.nan)
         if file is not None:
-            parts = [file.log_probabilities(cells) for cells in uncounted(choice).iter_cells(adata)]
-            model = np.where(novel[:, None], np.nan, log_pooled(probabilities, members))
-            model[np.isnan(odds)] = np.nan
-            found = best_other_label(np.concatenate(parts), model, set_of_cell, nested_sets(members), file.belief)
-            rival, both_odds, file_odds = found
+            ours, nested, parts = ~novel & ~np.isnan(odds), nested_sets(members), []
+            for first, cells in _few_at_once(adata, choice):  # cells x labels: of few cells at a time
+                here = slice(first, first + len(cells))
+                model = np.where(ours[here, None], log_pooled(probabilities[here], members), np.nan)
+                logs = file.log_probabilities(cells)
+                parts.append(best_other_label(logs, model, set_of_cell[here], nested, file.belief))
+            rival, both_odds, file_odds = (np.concatenate(part) for part in zip(*parts, strict=True))
             both_odds[(given == MISSING) | (given == UNKNOWN)] = np.nan
             rival = np.where(both_odds > 0, rival, -1)  # where the file names another label, its evidence is sought
             theirs = np.where(members[rival] & ~members[set_of_cell], probabilities, -1.0)
@@ -216,13 +229,11 @@ class EvidenceSteps(LabellingSteps):
         genes: np.ndarray,
     ) -> None:
         """Set the genes by which the file tells `rival` from `given`, for cells that have a rival."""
-        first = 0
-        for cells in uncounted(choice).iter_cells(adata):
+        for first, cells in _few_at_once(adata, choice):
             rows = slice(first, first + len(cells))
             for row, ids in enumerate(file.genes_for(cells, rival[rows], given[rows]), first):
                 if len(ids):
                     genes[row] = ", ".join(self.processor.gene_symbols(ids.tolist()))
-            first += len(cells)
 
     def _audit_probabilities(
         self,

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
+from sklearn.linear_model import LogisticRegression
 
-from scmmgpt import synthetic
+from scmmgpt import crossfit_scmmgpt, judging_scmmgpt, synthetic
 from scmmgpt.__main__ import main
 from scmmgpt.audit_scmmgpt import Audit, judge
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.crossfit_scmmgpt import FileRegression, folds_of
+from scmmgpt.crossfit_scmmgpt import FileRegression, best_other_label, folds_of
 from scmmgpt.eval.audit import best_other, confident_scores, evaluate_audit, overlap, plant, precision_at
 from scmmgpt.eval.audit import main as evaluate
 from scmmgpt.synthetic import synthetic_adata
@@ -320,3 +321,32 @@ def test_the_evaluation_judges_all_cells_by_a_checkpoint_as_it_is(pipeline, tmp_
     assert precision["audit: file and model"] == [1, 1]
     assert min(precision["markers of the labels"]) > 0.5
     assert max(precision["random"]) < 0.5
+
+
+def test_many_labels_are_judged_a_few_cells_at_a_time_with_the_same_answers(pipeline, monkeypatch):
+    found, sizes = [], []
+
+    def spied(logs, *rest):
+        sizes.append(len(logs))
+        return best_other_label(logs, *rest)
+
+    monkeypatch.setattr(judging_scmmgpt, "best_other_label", spied)
+    for at_once in (512, 16):
+        monkeypatch.setattr(judging_scmmgpt, "CELLS_AT_ONCE", at_once)
+        adata = synthetic_adata(100)
+        adata.obs["given"] = [f"cluster {i % 9}" for i in range(100)]
+        audit = pipeline.audit(adata, "given")
+        found.append([audit.verdict, audit.score, audit.suggested, audit.genes, audit.file_odds])
+    assert sizes == [100, 16, 16, 16, 16, 16, 16, 4]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_regression_of_a_fold_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(4, size=300)
+    places = (rng.normal(size=(300, 6)) + numbers[:, None] * np.arange(6) / 4).astype(np.float32)
+    weights, bias = crossfit_scmmgpt._fit(places, numbers, 4)
+    sklearn = LogisticRegression(C=1 / crossfit_scmmgpt.PENALTY, tol=1e-8).fit(places, numbers)
+    np.testing.assert_allclose(weights.T, sklearn.coef_, atol=5e-3)
+    np.testing.assert_allclose(bias - bias.mean(), sklearn.intercept_ - sklearn.intercept_.mean(), atol=5e-3)
