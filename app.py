@@ -12,6 +12,7 @@ import inspect
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import textwrap
@@ -154,6 +155,8 @@ def on_page(text: str) -> str:
         as_command += " Options that begin with -- are those of the command `scmmgpt annotate`; the page has none."
     if "`adata" in said:
         as_command += " Here `adata` is the file in Python: change it there, write it, and open it again."
+    if "folder" in text:
+        as_command += " The page opens files alone; the command `scmmgpt annotate` opens folders, too."
     return as_command
 
 
@@ -546,7 +549,7 @@ def _found(session: Session, hits: list[dict[str, Any]], query: str) -> tuple[An
 
 
 def launch(page: Any, host: str, port: int | None = None, max_size: str | int = MAX_SIZE) -> str:
-    """Serve a page, and return its address. Nothing of it is stored in the browser or offered to another host."""
+    """Serve a page, and return its address. The browser stores the secret of a session alone."""
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -575,10 +578,15 @@ def main(argv: list[str] | None = None) -> int:
             raise ModuleNotFoundError(NO_GRADIO, name="gradio")
         model = args.model or root_checkpoint()
         check_checkpoint(model)
-        page = build(ScMMGPTPipeline.from_pretrained(model))
-        sys.stdout.write(f"The page is at {launch(page, args.host, args.port)} until you press Ctrl+C.\n")
-        sys.stdout.flush()
-        page.block_thread()
+        pipeline = ScMMGPTPipeline.from_pretrained(model)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl+C: files are deleted
+        # Gradio's own folder is open to all users of the machine, and stays there after the page.
+        with tempfile.TemporaryDirectory(prefix="scmmgpt-page-", ignore_cleanup_errors=True) as folder:
+            os.environ["GRADIO_TEMP_DIR"] = folder
+            page = build(pipeline)
+            sys.stdout.write(f"The page is at {launch(page, args.host, args.port)} until you press Ctrl+C.\n")
+            sys.stdout.flush()
+            page.block_thread()
 
     return run_command("scmmgpt.app", serve, inputs=[args.model], extra="app")
 

@@ -4,6 +4,8 @@ import gc
 import inspect
 import logging
 import os
+import signal
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -260,6 +262,7 @@ def test_labels_and_a_tissue_at_once_are_named_as_the_fields_of_the_page(tasks, 
         ("`tissue='lung'` chooses among the others.", "\"Tissue\" 'lung' chooses among the others."),
         ("Pass another `layer=`.", "Pass another `--layer`. Options that begin with -- are those of the command"),
         ("Write it again; `--debug` shows where it happened.", "Write it again."),
+        ("Unpack it: pass the folder.", "Unpack it: pass the folder. The page opens files alone; the command"),
         ("Write `adata = adata.T`.", "Write `adata = adata.T`. Here `adata` is the file in Python"),
     ],
 )
@@ -314,6 +317,26 @@ def test_parameters_of_the_pages_api_have_names(tasks):
 def test_the_page_does_not_call_home(tasks, tiny_pipeline):
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     assert build(tiny_pipeline).analytics_enabled is False
+
+
+def test_files_of_the_page_are_of_its_user_alone_and_gone_after_it(tiny_pipeline, tmp_path):
+    pytest.importorskip("gradio", reason="the page needs gradio, which the extra `app` installs")
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    files = tmp_path / "files"
+    files.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "scmmgpt.app", str(tmp_path / "model"), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"TMPDIR": str(files)}) as page:
+        assert f"127.0.0.1:{port}".encode() in page.stdout.readline()
+        (folder,) = files.glob("scmmgpt-page-*")
+        assert folder.stat().st_mode & 0o077 == 0
+        (folder / "cells.h5ad").write_text("of a user")
+        page.terminate()
+    assert page.returncode == 128 + signal.SIGTERM
+    assert not folder.exists()
+    assert not [path for path in files.rglob("*") if path.is_file()]
 
 
 def test_without_gradio_one_line_says_what_to_install():
