@@ -118,8 +118,7 @@ class GeneIndex:
         self.orthologs = {species: dict(table) for species, table in (orthologs or {}).items()}
         self.species = detect_species(list(self.vocabulary))[0]
         # Some files write `C1ORF112` for `C1orf112`. Symbols that differ in case only are not folded.
-        folded = Counter(name.upper() for name in self.vocabulary)
-        self._folded = {name.upper(): i for name, i in self.vocabulary.items() if folded[name.upper()] == 1}
+        self._folded = {key: self.vocabulary[name] for key, name in _folded_keys(self.vocabulary).items()}
         self._folded_orthologs = {species: _folded_keys(table) for species, table in self.orthologs.items()}
 
     def __len__(self) -> int:

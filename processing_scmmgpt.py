@@ -477,14 +477,11 @@ class ScMMGPTProcessor(ScGPTProcessor):
         else:
             gene_ids = np.broadcast_to(genes, (n, len(genes)))
 
-        # step 2: each cell's counts of its text's genes; a binary search among sorted keys, one per (cell, gene)
-        cells = cells.sorted_by_gene()
-        stride = int(max(genes.max(), cells.gene_ids.max(initial=0))) + 1
-        keys = cells.rows() * stride + cells.gene_ids.astype(np.int64)
-        wanted = np.arange(len(cells))[:, None] * stride + gene_ids[place]
-        position = np.searchsorted(keys, wanted)  # len(keys) beyond the last key
-        found = np.append(keys, -1)[position] == wanted
-        counts = np.where(found, np.append(cells.counts, 0)[position], 0).astype(np.float32)
+        # step 2: each cell's counts of its text's genes
+        n_ids = int(max(genes.max(), cells.gene_ids.max(initial=0))) + 1
+        counts = np.zeros((len(cells), n_ids), dtype=np.float32)
+        counts[cells.rows(), cells.gene_ids] = cells.counts
+        counts = np.take_along_axis(counts, gene_ids[place], axis=1)
         library_size = cells.library_sizes().astype(np.float32)
 
         data = {

@@ -13,7 +13,6 @@ import itertools
 import lzma
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -21,6 +20,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from anndata.utils import make_index_unique
 
 from scmmgpt.genes_scmmgpt import ENSEMBL, HUMAN_SYMBOL, MOUSE_SYMBOL, GeneIndex, classify_features, detect_species
 
@@ -376,7 +376,7 @@ def _read(path: Path, layout: Layout, genes: _Recogniser) -> Contents:
     matrix = sp.vstack(blocks, format="csr")
     columns = [layout.header[i] for i in roles.values]
     rows = pd.concat(notes).set_axis(pd.Index(names), axis=0)
-    rows.columns = pd.Index(_distinct([layout.header[i] for i in roles.notes]), dtype=object)
+    rows.columns = _distinct([layout.header[i] for i in roles.notes])
     titles = _distinct([row[0] or f"line {i + 2}" for i, row in enumerate(layout.label_rows)])
     labels = {
         title: [row[i] if i < len(row) else "" for i in roles.values]
@@ -512,14 +512,9 @@ def _say(roles: _Roles, rows: pd.DataFrame, described: pd.DataFrame, layout: Lay
     return said
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
+def _distinct(names: Sequence[str]) -> pd.Index:
     """The names, of which repeated ones get a number."""
-    seen: Counter[str] = Counter()
-    found = []
-    for name in names:
-        found.append(f"{name}.{seen[name]}" if seen[name] else name)
-        seen[name] += 1
-    return found
+    return make_index_unique(pd.Index(names, dtype=object), join=".")
 
 
 def _list(names: Sequence[Any]) -> str:

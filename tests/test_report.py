@@ -255,52 +255,20 @@ def test_a_checkpoint_of_another_corpus_is_warned_of(demo, tmp_path):
 
 
 def test_verdicts_tell_losses_from_draws():
+    def row(system, role, **measured):
+        return {"metric": "m", "system": system, "role": role, **measured}
+
+    lost = {"difference": -0.1, "ci": [-0.2, -0.05], "verdict": "worse"}
+    drawn = {"difference": 0.0, "ci": [-0.1, 0.1], "verdict": "unclear"}
+    values = [("ours", "model", 0.5), ("a", "baseline", 0.6), ("b", "baseline", 0.5), ("s", "control", 0.5)]
     result = {
         "model": "ours",
         "measures": {"m": {"title": "M", "higher_is_better": True, "about": ""}},
-        "rows": [
-            {"metric": "m", "system": s, "role": role, "value": v, "ci": None, "n": 1}
-            for s, role, v in (
-                ("ours", "model", 0.5),
-                ("a", "baseline", 0.6),
-                ("b", "baseline", 0.5),
-                ("s", "control", 0.5),
-            )
-        ],
-        "comparisons": [
-            {
-                "metric": "m",
-                "system": "a",
-                "role": "baseline",
-                "difference": -0.1,
-                "ci": [-0.2, -0.05],
-                "verdict": "worse",
-            },
-            {
-                "metric": "m",
-                "system": "b",
-                "role": "baseline",
-                "difference": 0.0,
-                "ci": [-0.1, 0.1],
-                "verdict": "unclear",
-            },
-            {
-                "metric": "m",
-                "system": "s",
-                "role": "control",
-                "difference": 0.0,
-                "ci": [-0.1, 0.1],
-                "verdict": "unclear",
-            },
-        ],
+        "rows": [row(system, role, value=value, ci=None, n=1) for system, role, value in values],
+        "comparisons": [row("a", "baseline", **lost), row("b", "baseline", **drawn), row("s", "control", **drawn)],
     }
-    found = verdicts({"annotation": result})
-    assert {name: len(entries) for name, entries in found.items()} == {
-        "worse": 1,
-        "unclear": 1,
-        "better": 0,
-        "control": 1,
-    }
+    found = {name: len(entries) for name, entries in verdicts({"annotation": result}).items()}
+    assert found == {"worse": 1, "unclear": 1, "better": 0, "control": 1}
     assert headline("annotation", result)["best"]["system"] == "a"
 
 
