@@ -25,6 +25,7 @@ from .states_scmmgpt import ScMMGPTCellStates
 
 logger = logging.get_logger(__name__)
 
+LEAST_OF_LIBRARY = 0.5  # counts of the genes of the model, in a cell
 DRAWN_AT_ONCE = 256  # generated cells whose rates over all genes are in memory
 GENERATED_CELLS = 1024  # of a prompt that are drawn at a time: genes x 8 bytes each
 
@@ -51,6 +52,23 @@ def warn_of_unknown_types(prompts: Sequence[str], annotation: Mapping[str, Any])
             f"{len(unknown)} of {len(prompts)} prompts, such as {unknown[0]!r}, name none of the {len(labels)} "
             f"cell types that this checkpoint knows (such as {', '.join(map(repr, labels[:3]))}): the cells are a "
             "guess, and marker genes of another type may not be in its vocabulary."
+        )
+
+
+def warn_of_panels(counts: Any, sizes: np.ndarray) -> None:
+    """Warn of cells that hold too few of the counts of their library, since they are drawn like cells of a panel.
+
+    Training cells of a panel of genes have no counts of other genes, and neither have the cells drawn like them.
+
+    Args:
+        counts: Counts of all genes of the model, CSR `(n_cells, n_genes)`.
+        sizes: Library sizes, `(n_cells,)`.
+    """
+    n_few = int((np.asarray(counts.sum(axis=1)).ravel() < LEAST_OF_LIBRARY * sizes).sum())
+    if n_few:
+        logger.warning(
+            f"{n_few} of {len(sizes)} cells hold less than half of the counts of their library: they are drawn like "
+            "training cells of a panel, which measured few genes. Leave them out, or try a prompt without a tissue."
         )
 
 

@@ -387,7 +387,7 @@ class LabellingSteps(CellPasses):
         settings: dict[str, Any],
         batch_size: int | None = None,
     ) -> tuple[dict[str, Any], dict[str, float]]:
-        """What [`calibrate`] stores, from labelled cells of `adata`; how well it fits them: `nll` and `accuracy`."""
+        """What [`calibrate`] stores, from labelled `cells` of `adata`, and the `nll` and `accuracy` of the fit."""
         texts = list(settings["labels"].values())
         names = list(settings["labels"])
         readout = self._text_scores(texts, np.zeros(len(texts), bool), choice)

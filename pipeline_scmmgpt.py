@@ -37,6 +37,7 @@ from .generation_scmmgpt import (
     labels_and_prompts,
     library_sizes,
     target_genes,
+    warn_of_panels,
     warn_of_unknown_types,
 )
 from .modeling_scgpt import cpu_dtype
@@ -464,6 +465,8 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         parts, sizes_of_parts = zip(*((csr_matrix(part), sizes) for part, sizes in blocks), strict=True)
         values, sizes = vstack(parts, format="csr"), np.concatenate(sizes_of_parts)
         rows = np.repeat(np.arange(len(prompts)), n_cells)
+        if states is not None and do_sample and genes is None:
+            warn_of_panels(values, sizes)
         # The library size counts all genes of the cell; `genes` may be some of them.
         generated = AnnData(X=log1p_cp10k(values, sizes) if do_sample else values[rows])
         generated.obs_names = [f"prompt{p}-cell{i}" for p in range(len(prompts)) for i in range(n_cells)]

@@ -37,6 +37,7 @@ RESOLUTIONS = np.arange(1, 11) / 5  # of Leiden: 0.2 to 2
 N_NEIGHBORS = 15
 N_NEAREST = 10  # hits of a search, by default
 N_COMPONENTS = 50
+N_VARIABLE = 2000  # genes, as scanpy's tutorials take
 LISI_NEIGHBORS = 90  # three times the perplexity, as in the paper of LISI
 MEASURES = {
     "avg_bio": results.Measure("AvgBIO", True, "Mean of NMI, ARI and the silhouette width of types."),
@@ -141,6 +142,14 @@ def components(train: np.ndarray, test: np.ndarray, *, seed: int = 0) -> np.ndar
     return PCA(width, random_state=seed).fit(train).transform(test)
 
 
+def variable_genes(values: np.ndarray) -> np.ndarray:
+    """The `N_VARIABLE` columns of log1p(CP10k) `(n_cells, n_genes)` that vary most, by scanpy, bool `(n_genes,)`."""
+    import scanpy
+
+    found = scanpy.pp.highly_variable_genes(AnnData(values), n_top_genes=N_VARIABLE, inplace=False)
+    return np.asarray(found["highly_variable"])
+
+
 def harmony(points: np.ndarray, batches: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """Harmony's correction of principal components for batches."""
     import harmonypy
@@ -179,6 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for of in (name for name in networks if name != pipeline.embedding_of()):
         spaces[networks[of]] = pipeline.embed(adata.copy(), of=of).obsm["X_scmmgpt"]
     spaces["principal components"] = points
+    if values.shape[1] > N_VARIABLE:
+        chosen = values[:, variable_genes(values)]
+        spaces["principal components, variable genes"] = components(chosen, chosen, seed=args.seed)
     if batches is None or importlib.util.find_spec("harmonypy") is None:
         logger.warning("Harmony is left out: %s.", "no batches" if batches is None else "harmonypy is not installed")
     else:

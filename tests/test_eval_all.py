@@ -101,6 +101,14 @@ def test_clusters_that_are_types_and_batches_that_are_mixed_score_best():
     assert values[results.MODEL_NAME, "avg_batch"] > 0.9 > values["batches", "avg_batch"]
 
 
+def test_variable_genes_are_those_that_tell_cells_apart(monkeypatch):
+    monkeypatch.setattr(clustering, "N_VARIABLE", 3)
+    rng = np.random.default_rng(0)
+    values = rng.uniform(0.9, 1.1, size=(60, 40)) * rng.uniform(0.5, 2, size=40)
+    values[::2, [4, 9, 30]] += 2
+    assert np.flatnonzero(clustering.variable_genes(values)).tolist() == [4, 9, 30]
+
+
 def test_a_margin_says_by_how_much_it_is_missed_and_what_was_possible():
     draws = results.bootstrap_draws(4)
     measured = {"ours": np.array([1.0, 1, 1, 1]), "sentences": np.array([1.0, 1, 1, 0])}

@@ -232,6 +232,23 @@ def test_without_sampling_every_cell_of_a_prompt_is_the_mean(pipeline):
     assert cells.shape[0] == 4
 
 
+def test_cells_with_few_of_the_counts_of_their_library_are_told(pipeline, caplog):
+    states = pipeline.model.model.cell_states
+    n_genes = states.gene_bias.weight.shape[0]
+    with torch.no_grad():
+        states.gene_directions.weight.zero_()
+        states.gene_bias.weight.fill_(np.log(1e4 / n_genes))
+        states.gene_log_dispersion.weight.fill_(20.0)
+    pipeline.generate("a B cell", 4)
+    assert "of their library" not in caplog.text
+    with torch.no_grad():
+        states.gene_bias.weight.sub_(np.log(4))
+    pipeline.generate("a B cell", 4, genes=["CD19", "CD14"])  # the others are not drawn
+    assert "of their library" not in caplog.text
+    pipeline.generate("a B cell", 4)
+    assert "4 of 4 cells hold less than half of the counts of their library" in caplog.text
+
+
 def test_states_travel_with_the_checkpoint(pipeline, tmp_path):
     pipeline.model.save_pretrained(tmp_path)
     loaded, info = ScMMGPTForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
