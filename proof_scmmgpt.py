@@ -450,15 +450,18 @@ class Proof:
             best = genes[np.argsort(-times, kind="stable")]
             best = best[shares[i, best] >= elsewhere[best] + GROUP_SHARE]
             of_genes = [
-                f"{self.expression.symbols[g]} ({shares[i, g]:.0%} of its cells, {elsewhere[g]:.0%} of the others)"
+                f"{self.expression.symbols[g]} ({shares[i, g]:.0%} of its cells"
+                + (f", {elsewhere[g]:.0%} of the others)" if others else ")")
                 for g in best[:N_TYPE_GENES]
             ]
-            text = f"{n} cells, {join(parts) if parts else 'without a type that their counts show'}"
+            text = f"{n} {'cell' if n == 1 else 'cells'}, "
+            text += join(parts) if parts else "without a type that their counts show"
             text += f", shown by {join(of_genes)}." if parts and of_genes else "."
             for phrase, has in shown.items():
                 here, there = has[mine].mean(), has[~mine].mean() if others else 0.0
                 if here >= GROUP_SHARE and here >= GROUP_FOLD * there:
-                    text += f" {phrase} in {here:.0%} of its cells, and in {there:.0%} of the others."
+                    text += f" {phrase} in {here:.0%} of its cells"
+                    text += f", and in {there:.0%} of the others." if others else "."
             for lineage in LINEAGES:
                 against = sum(
                     any(c.kind == "against" and c.words.endswith(f" {lineage.name}.") for c in self.clauses[cell])

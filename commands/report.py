@@ -84,7 +84,10 @@ def pictures(adata: Any, label_key: str | None, seed: int) -> dict[str, dict[str
             caption = f"{what}: {len(rows):,} cells by {title}."
             found[f"map of {title}"] = figures.scatter_figure(places, {title: values}), caption
     if "gene" in recorded(adata, KEY, "explain"):
-        caption = "Genes that speak for each label against the runner-up. Darker: more cells express the gene."
+        caption = (
+            "Genes that speak for each label against the runner-up. A bar is the part of the gene in the log odds "
+            "(natural logarithm) of the label, in the mean of its cells. Darker: more of them express the gene."
+        )
         found["evidence"] = pl.evidence(adata), caption
     if label_key is not None:
         caption = f"Labels of {label_key} in rows, predicted labels in columns."
@@ -145,7 +148,8 @@ def label_rows(adata: Any) -> list[dict[str, Any]]:
         sets = mine[f"{KEY}_label_set"].astype(str) if f"{KEY}_label_set" in obs else None
         size = None if sets is None else float(sets.str.count(r" \| ").add(1).mean())
         about |= {"set_size": size, "set": "" if sets is None else sets.value_counts().index[0].replace(" | ", ", ")}
-        rows.append({**about, "score": means["score"], "support": means.get("marker_support")})
+        score = None if name == UNKNOWN else means["score"]  # that of a label which the cell was not given
+        rows.append({**about, "score": score, "support": means.get("marker_support")})
     return sorted(rows, key=lambda row: -row["cells"])
 
 
@@ -156,6 +160,7 @@ def evidence_rows(explained: Mapping[str, Any]) -> list[dict[str, Any]]:
     columns = ("name", "cells", "rival", "gene", "term", "expressing", "elsewhere", "marker")
     table = pd.DataFrame({name: np.asarray(explained[name]) for name in columns})
     rows = []
+    are_others = table.name.nunique() > 1  # a share of no cells is no 0 %
     for name, mine in table.groupby("name", sort=False):
         genes = mine[mine.term > 0].sort_values("term", ascending=False, kind="stable").head(SHOWN)
         markers = mine[mine.marker.astype(bool)]
@@ -164,7 +169,11 @@ def evidence_rows(explained: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "label": str(name),
                 "rival": str(mine.rival.iloc[0]),
                 "genes": [
-                    {"gene": g.gene, "expressing": float(g.expressing), "elsewhere": float(g.elsewhere)}
+                    {
+                        "gene": g.gene,
+                        "expressing": float(g.expressing),
+                        "elsewhere": float(g.elsewhere) if are_others else None,
+                    }
                     for g in genes.itertuples()
                 ],
                 "markers": markers[markers.expressing >= SILENT].gene.tolist(),
@@ -212,18 +221,20 @@ def group_rows(described: Mapping[str, Any]) -> list[dict[str, str]]:
     if table.empty:
         return []
     table = table.sort_values(["level", "cells"], ascending=False, kind="stable")
-    return [{"label": f"{row['level']} {row['name']}", "text": row["text"]} for row in table.to_dict("records")]
+    names = {"label": "", "cluster": "cluster "}
+    return [{"label": f"{names[row['level']]}{row['name']}", "text": row["text"]} for row in table.to_dict("records")]
 
 
 def input_facts(read: Mapping[str, Any]) -> dict[str, Any]:
     """How the file was read, in words."""
     matrix, genes = read.get("matrix", {}), read.get("genes", {})
+    share = genes.get("share_expression_matched")
     facts = {
         "matrix": f"{matrix['chosen']}: {matrix['kind']}, {matrix['conversion']}" if "chosen" in matrix else None,
         "species": genes.get("species"),
         "genes": genes.get("genes"),
         "genes of the checkpoint": genes.get("matched"),
-        "share of the expression in them": genes.get("share_expression_matched"),
+        "share of the expression in them": f"{100 * share:.3g} %" if share is not None else None,
     }
     return {name: str(value) for name, value in facts.items() if value is not None}
 

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
@@ -21,6 +22,8 @@ from scmmgpt.train.curves import figure_style
 REAL, GENERATED = "#9aa5b1", "#c2410c"
 MAX_VECTOR_POINTS = 3000  # more points are drawn as pixels inside the SVG, which would otherwise take megabytes
 LEGEND_ROW = 0.2  # inches
+# Of numbers, the highest darkest: the yellow of viridis, its highest, is hardly seen on white.
+SEEN_ON_WHITE = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.2, 1, 256)))
 
 
 def data_uri(figure: Figure) -> str:
@@ -128,7 +131,7 @@ def scatter_figure(points: np.ndarray, columns: Mapping[str, np.ndarray]) -> Fig
         style: dict[str, Any] = {"s": size, "linewidths": 0, "rasterized": len(points) > MAX_VECTOR_POINTS}
         for axes, (name, values) in zip(panels, columns.items(), strict=True):
             if np.asarray(values).dtype.kind in "fiu":
-                drawn = axes.scatter(points[:, 0], points[:, 1], c=values, cmap="viridis", **style)
+                drawn = axes.scatter(points[:, 0], points[:, 1], c=values, cmap=SEEN_ON_WHITE, **style)
                 figure.colorbar(drawn, ax=axes, shrink=0.7).outline.set_visible(False)
             else:
                 labels = np.asarray(values, dtype=str)

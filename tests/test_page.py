@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scmmgpt.__main__ import main
-from scmmgpt.commands.report import describe_some, report_page, warnings_of
+from scmmgpt.commands.report import describe_some, label_rows, report_page, warnings_of
 from scmmgpt.synthetic import synthetic_adata
 
 
@@ -66,6 +66,27 @@ def test_a_rare_label_has_no_share_of_nothing(cells):
     assert not re.search(r"\d %", page)  # a line would end between the two
 
 
+def test_a_page_of_one_label_compares_it_with_no_other_cells(pipeline, cells):
+    cells = cells[(cells.obs["cell_type"] == "B cell").to_numpy()][:3].copy()
+    pipeline.annotate(cells)
+    pipeline.explain(cells)
+    pipeline.describe(cells, proof=True)
+    words, _ = words_of(report_page(cells, "three"))
+    assert "3 cells, 1 label: B cell (100 %)." in words
+    assert "CD19 (100 %)" in words  # and no "0 %" of no cells
+    assert "CD19 (100 % of its cells)" in words
+    assert "of the others" not in words
+
+
+def test_the_score_of_a_label_that_was_not_given_is_not_shown(pipeline, cells):
+    pipeline.annotate(cells)
+    kinds = cells.obs["scmmgpt_cell_type"].astype(str).to_numpy()
+    cells.obs["scmmgpt_cell_type"] = np.where(np.arange(60) < 6, "Unknown", kinds)
+    scores = {row["label"]: row["score"] for row in label_rows(cells)}
+    assert scores.pop("Unknown") is None
+    assert all(0 < score <= 1 for score in scores.values())
+
+
 def test_a_page_has_labels_evidence_audit_descriptions_and_receipt(pipeline, cells):
     pipeline.annotate(cells, cluster_key="donor_id")
     pipeline.explain(cells)
@@ -88,6 +109,8 @@ def test_a_page_has_labels_evidence_audit_descriptions_and_receipt(pipeline, cel
     ):
         assert part in words, part
     assert "1 contradicted" in words
+    assert "at least 19 to 1" in words  # what the verdict means
+    assert "log odds (natural logarithm) of the suggested label" in words
     assert "markers expressed" in words
     assert "60 cells, 4 labels: B cell (25 %), " in words  # the answer, above all else
     assert re.search(r"cell-0 monocyte B cell", words)
@@ -153,7 +176,7 @@ def test_the_command_writes_the_page_of_results_and_of_plain_cells(pipeline, cel
     second = words_of((tmp_path / "page.html").read_text())[0]
     assert "CD79A" in first
     assert "CD79A" in second
-    assert re.search(r"label B cell 15 cells, 100 % B cell, shown by \w+ \(100 % of its cells", second)
+    assert re.search(r"B cell 15 cells, 100 % B cell, shown by \w+ \(100 % of its cells", second)
     assert "X_umap" in anndata.read_h5ad(source).obsm
     with pytest.raises(ValueError, match="annotate them first"):
         report_page(cells, "cells")
