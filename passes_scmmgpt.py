@@ -16,6 +16,7 @@ from .cells_scmmgpt import Cells, CellsHash
 from .conversion_scmmgpt import InputChoice
 from .evidence_scmmgpt import label_members
 from .labels_scmmgpt import profiled_types, with_types
+from .machine_scmmgpt import best_device
 from .modeling_scmmgpt import ScMMGPTBridgeModel, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from .processing_scmmgpt import ScMMGPTProcessor
 from .receipt_scmmgpt import Signer
@@ -158,13 +159,6 @@ def _joined(chunks: Iterable[Cells]) -> Iterator[Cells]:
             parts = []
     if parts:
         yield type(parts[0]).concatenate(parts)
-
-
-def best_device() -> str:
-    """`"cuda"`, `"mps"` or `"cpu"`: the fastest that this machine has."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def uncounted(choice: InputChoice) -> InputChoice:

@@ -40,9 +40,9 @@ from .generation_scmmgpt import (
     warn_of_panels,
     warn_of_unknown_types,
 )
-from .modeling_scgpt import cpu_dtype
+from .machine_scmmgpt import best_device, cpu_dtype
 from .modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
-from .passes_scmmgpt import best_device, uncounted
+from .passes_scmmgpt import uncounted
 from .processing_scmmgpt import ScMMGPTProcessor
 from .receipt_scmmgpt import with_receipt
 from .records_scmmgpt import add_column, clusters_of, finish_report, words_of

@@ -58,11 +58,11 @@ def digest(parts: Iterable[bytes | str]) -> str:
     return total.hexdigest()[:DIGITS]
 
 
-def tensor_bytes(tensor: torch.Tensor) -> bytes:
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Values of a tensor, fractions at float32: a checkpoint in bfloat16 has one hash on every machine."""
     tensor = tensor.detach().cpu()
     tensor = tensor.float() if tensor.is_floating_point() else tensor
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # not a copy
 
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

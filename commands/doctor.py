@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from scmmgpt.modeling_scgpt import cpu_dtype, cpu_rate
-from scmmgpt.passes_scmmgpt import best_device
+from scmmgpt.machine_scmmgpt import best_device, cpu_dtype, cpu_rate
 
 
 def describe_machine() -> dict[str, dict[str, Any]]:

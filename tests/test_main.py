@@ -226,6 +226,12 @@ def test_calibration_is_written_into_the_checkpoint(checkpoint, cells, tmp_path,
     assert len(anndata.read_h5ad(out).uns["scmmgpt"]["annotate"]["labels"]) == 4
 
 
+def test_doctor_loads_no_library_but_pytorch():
+    code = "import sys, scmmgpt.commands.doctor; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "True False\n"
+
+
 def test_doctor_names_versions_and_device(capsys):
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -468,7 +468,7 @@ def test_a_checkpoint_in_bfloat16_runs_in_what_the_cpu_is_fast_in(
     tiny_pipeline, tmp_path, monkeypatch, is_fast, loaded
 ):
     rates = {torch.float32: 100.0, torch.bfloat16: 400.0 if is_fast else 1.0}
-    monkeypatch.setattr("scmmgpt.modeling_scgpt.cpu_rate", rates.__getitem__)
+    monkeypatch.setattr("scmmgpt.machine_scmmgpt.cpu_rate", rates.__getitem__)
     said = []
     monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.logger.warning", said.append)
     tiny_pipeline.model.to(torch.bfloat16)

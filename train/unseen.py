@@ -12,7 +12,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.modeling_scgpt import cpu_dtype
+from scmmgpt.machine_scmmgpt import cpu_dtype
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout, panel_profiles

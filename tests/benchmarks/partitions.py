@@ -182,6 +182,7 @@ def measure(words: list[str], out: Path, cluster: DaskCluster | None) -> dict[st
     where = [] if cluster is None else ["--cluster", cluster.address]
     command = [sys.executable, "-m", "scmmgpt", *words, "-o", str(out), "--quiet", "--force", *where]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installation does not compile its modules at each start
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     found = Watch(process, Path(f"{out}.parts"), cluster).found()
     out.unlink(missing_ok=True)

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
-from scmmgpt.modeling_scgpt import ScGPTModel, cpu_dtype, cpu_rate
+from scmmgpt.machine_scmmgpt import cpu_dtype, cpu_rate
+from scmmgpt.modeling_scgpt import ScGPTModel
 
 
 pytestmark = [
