@@ -83,9 +83,9 @@ class Sources:
         return [[place for place, name in enumerate(names) if name in term["labels"]] for term in self.terms]
 
 
-def read_sources(folder: str | Path, labels: str = "human") -> Sources:
+def read_sources(folder: str | Path) -> Sources:
     """The datasets that the reviewed table names, over the genes of the release."""
-    table, files = prepare.read_label_table(labels), prepare._expand([str(folder)])
+    table, files = prepare.read_label_table("human"), prepare._expand([str(folder)])
     specs = prepare.reviewed_sources(dict(zip(prepare.name_sources(files), files, strict=True)), table)
     vocabulary = release.shared_vocabulary(specs, folder)
     index = GeneIndex(vocabulary, build_gene_aliases(vocabulary))

@@ -233,12 +233,12 @@ class Checker:
             return False
         return abs(self.by_cell[cell, self.column[gene]] - count) <= ROUNDING * count
 
-    def standing_out(self, cell: int, n: int = 10) -> str:
-        """The genes of a cell that are furthest above the mean of the file, with counts and percentiles, in words."""
+    def standing_out(self, cell: int) -> str:
+        """The ten genes of a cell furthest above the mean of the file, with counts and percentiles, in words."""
         row = self.by_cell[cell]
         shares = row.data / self.sizes[cell]
         usual = np.asarray(self.counts.multiply(1 / self.sizes[:, None]).tocsc()[:, row.indices].mean(axis=0)).ravel()
-        best = np.argsort(-shares * np.log(shares / usual), kind="stable")[:n]
+        best = np.argsort(-shares * np.log(shares / usual), kind="stable")[:10]
         words = []
         for gene, count in zip(row.indices[best], row.data[best], strict=True):
             rates = self.rates(self.symbols[gene])

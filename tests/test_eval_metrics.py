@@ -223,13 +223,6 @@ def test_the_two_metrics_measure_one_discrepancy(rng, m):
     assert text_discrepancy.mmd_squared(x, y) == pytest.approx(ours, abs=1e-12)
 
 
-def test_distances_grow_with_the_shift(rng):
-    x, y = rng.normal(size=(50, 4)), rng.normal(size=(50, 4))
-    for distance in (energy_distance, lambda a, b: mmd_squared(a, b, bandwidth=2.0), sliced_wasserstein):
-        near, far = distance(x, y + 0.5), distance(x, y + 2)
-        assert near < far
-
-
 def test_bootstrap_weights_equal_repeated_points_without_pairs_of_copies(rng):
     x, y = rng.normal(size=(6, 2)), rng.normal(size=(5, 2))
     wx, wy = np.array([[2, 0, 1, 1, 1, 1]]), np.ones((1, 5))
@@ -316,19 +309,6 @@ def test_only_the_first_named_type_counts(rng):
 def test_rouge_by_hand():
     # Words in common: "a", "cell" of 3 and 3; no bigram in common; longest common subsequence "a cell".
     assert rouge_f(["a B cell"], ["a T cell"])[0] == pytest.approx([2 / 3, 0, 2 / 3])
-
-
-def test_order_of_pairs_does_not_matter(rng):
-    x, y = rng.normal(size=(6, 4)), rng.normal(size=(6, 4))
-    texts, order = [f"text {i} of a cell" for i in range(6)], rng.permutation(6)
-    one = text_scores(texts, texts[::-1], prediction_embeddings=x, reference_embeddings=y)
-    two = text_scores(
-        [texts[i] for i in order],
-        [texts[::-1][i] for i in order],
-        prediction_embeddings=x[order],
-        reference_embeddings=y[order],
-    )
-    assert one == pytest.approx(two)
 
 
 def test_packaged_embedder_puts_paraphrases_nearer_than_strangers():

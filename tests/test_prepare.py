@@ -17,10 +17,9 @@ from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.synthetic import synthetic_adata
 from scmmgpt.train.data import build as builder
 from scmmgpt.train.data import build_steps, ontology, prepare
-from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
+from scmmgpt.train.data.captions import read_gene_means
 from scmmgpt.train.data.corpus import SPLITS, hash_file, open_corpus
 from scmmgpt.train.data.splits import split_cells, split_units
-from scmmgpt.train.data.stream import CellStream
 
 
 GENES = list(synthetic_adata(4).var_names)
@@ -396,16 +395,6 @@ def test_gene_means_are_those_of_the_training_cells(build, folder):
     expected = (counts / counts.sum(axis=1, keepdims=True)).mean(axis=0)
     means = read_gene_means(corpus.path)
     np.testing.assert_allclose(means[[corpus.vocabulary[gene] for gene in GENES]], expected, rtol=1e-6)
-
-
-def test_the_stream_and_the_captions_read_it(build, folder):
-    corpus = build(folder, *SMALL)
-    sampler = CaptionSampler(gene_means=read_gene_means(corpus.path))
-    texts = []
-    for cells, obs in CellStream(corpus, split="train", batch_size=16):
-        texts += sampler.caption(obs, cells, corpus.gene_symbols)
-    assert len(set(texts)) > 10
-    assert any("CD79A" in text for text in texts)
 
 
 def test_a_source_that_cannot_be_read_is_named(build, folder):

@@ -116,13 +116,6 @@ def test_without_shuffling_cells_come_as_stored(corpus):
     assert flat(ids_of(stream_of(corpus, shuffle=False))) == list(range(1000))
 
 
-def test_a_batch_is_not_one_dataset(corpus):
-    """Cells are stored by dataset, 100 each; a pool of ten row groups of 20 mixes several."""
-    numbers = [len(set(obs["dataset_id"])) for _, obs in stream_of(corpus) if len(obs["dataset_id"]) == 32]
-    assert np.mean(numbers) > 5
-    assert min(numbers) > 2
-
-
 def test_neighbours_in_the_store_are_not_neighbours_in_a_batch(corpus):
     together = []
     for batch in ids_of(stream_of(corpus)):
@@ -303,20 +296,6 @@ def test_balanced_ranks_draw_the_same_cells_as_one(corpus):
 
 
 # The copy
-
-
-def test_a_flipped_byte_in_a_shard_is_refused_while_streaming(tmp_path):
-    import pyarrow.parquet as pq
-
-    write_corpus(tmp_path, VOCABULARY, {"train": (make_cells(50), {})})
-    corpus = open_corpus(tmp_path)
-    shard = tmp_path / corpus.shards("train")[0].path
-    chunk = pq.read_metadata(shard).row_group(0).column(2)  # gene ids
-    content = bytearray(shard.read_bytes())
-    content[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
-    shard.write_bytes(content)
-    with pytest.raises(ValueError, match=r"Row group 0 of .*train-00000-of-00001.parquet can't be read.*damaged"):
-        list(stream_of(corpus))
 
 
 def test_a_copy_of_another_state_of_the_corpus_is_not_used(tmp_path, caplog):

@@ -49,13 +49,17 @@ def typed_cells(seed=0, n_cells=300):
     return Cells.from_csr(csr_matrix(counts.astype(np.float32)), np.arange(24)), types
 
 
-def typed_readout():
-    """Cells of five types, their types, and a readout of them."""
-    cells, types = typed_cells()
+def fit(cells, types, n_types=5):
+    """A readout of the types of cells."""
     profiles = profile_matrix(cells, 24)
-    data = LabelledProfiles(profiles, types, 5, np.arange(len(types)), np.arange(0), profiles[:0])
-    readout = fit_label_readout(data, fit_regression(profiles, types, 5, 0.01), 1.0)
-    return cells, types, readout
+    data = LabelledProfiles(profiles, types, n_types, np.arange(len(types)), np.arange(0), profiles[:0])
+    return fit_label_readout(data, fit_regression(profiles, types, n_types, 0.01), 1.0)
+
+
+def typed_readout(n_cells=300):
+    """Cells of five types, their types, and a readout of them."""
+    cells, types = typed_cells(n_cells=n_cells)
+    return cells, types, fit(cells, types)
 
 
 @pytest.fixture
@@ -69,20 +73,18 @@ def embeddings():
 def scores_without(embeddings):
     """Scores of cells for all five types where one was not trained, of any genes."""
 
-    def fit(left_out, step=1):
+    def without(left_out, step=1):
         cells, types = typed_cells()
         kept, others = np.flatnonzero(types != left_out), np.delete(np.arange(5), left_out)
         targets = np.searchsorted(others, types[kept])
-        profiles = profile_matrix(cells[kept], 24)
-        data = LabelledProfiles(profiles, targets, 4, np.arange(len(kept)), np.arange(0), profiles[:0])
-        readout = fit_label_readout(data, fit_regression(profiles, targets, 4, 0.01), 1.0)
+        readout = fit(cells[kept], targets, 4)
         gate = fit_gate(readout, cells[kept], targets, embeddings[others], [{}] * 4)
         trained = [TEXTS[i] for i in others]
         embed = lambda texts: embeddings[[TEXTS.index(text) for text in texts]]  # noqa: E731
         unseen = np.arange(5) == left_out
         return TextScores.of(readout, trained, TEXTS, unseen, np.arange(0, 24, step), vars(gate), INDEX, embed)
 
-    return fit
+    return without
 
 
 def test_weights_of_a_gate_are_drawn_towards_those_of_other_datasets_the_more_the_fewer_its_episodes():
@@ -194,10 +196,7 @@ def test_genes_in_pairs_count_from_the_mean_of_each_trained_label_and_relatives_
 
 
 def test_directions_of_genes_are_embeddings_of_their_texts_around_the_mean():
-    cells, types = typed_cells(n_cells=40)
-    profiles = profile_matrix(cells, 24)
-    data = LabelledProfiles(profiles, types, 5, np.arange(40), np.arange(0), profiles[:0])
-    readout = fit_label_readout(data, fit_regression(profiles, types, 5, 0.01), 1.0)
+    _, _, readout = typed_readout(n_cells=40)
     tables = {3: "one", 7: "three", 99: "a gene that no cell expresses"}, {7: "gene 7", 8: "gene 8b"}
     lengths = lambda texts: np.array([[len(text), 1.0] for text in texts])  # noqa: E731
     directions = embed_gene_texts(readout, tables, lengths)
@@ -248,9 +247,7 @@ def test_texts_of_genes_are_read_from_a_table_with_symbol_and_summary(tmp_path):
 
 def test_two_labels_are_too_few_for_a_gate():
     cells, types = typed_cells(n_cells=40)
-    profiles = profile_matrix(cells, 24)
-    data = LabelledProfiles(profiles, types % 2, 2, np.arange(40), np.arange(0), profiles[:0])
-    readout = fit_label_readout(data, fit_regression(profiles, types % 2, 2, 0.01), 1.0)
+    readout = fit(cells, types % 2, 2)
     assert fit_gate(readout, cells, types % 2, np.eye(2), [{}] * 2) is None
     assert (
         TextScores.of(readout, ["a", "b"], ["a", "b", "c"], np.arange(3) == 2, np.arange(24), None, INDEX, len) is None

@@ -120,14 +120,13 @@ def judge(
     tests: Mapping[int, Dataset],
     reference: Reference | None = None,
     terms: Sequence[Sequence[int]] = (),
-    fitted: tuple[ScMMGPTLabelReadout, np.ndarray] | None = None,
 ) -> LeftOut:
     """Cells of `tests`, of one label each, by readout and novelty of `train`; the keys are the datasets' positions.
 
-    `terms` are the labels of broader terms, and `fitted` the result of [`fit_known`], if it is known.
+    `terms` are the labels of broader terms.
     """
     n_genes, parts = train[0].counts.shape[1], []
-    readout, own = fitted or fit_known(train, meanings, reference)
+    readout, own = fit_known(train, meanings, reference)
     stored = (fit_pooled_novelty(train, n_genes) or {}) | ({} if reference is None else {"lead_unit": 1.0})
     in_terms = [np.flatnonzero(np.isin(own, term)).tolist() for term in terms]
     in_terms = [term if 1 < len(term) <= MOST_LABELS * len(own) else [] for term in in_terms]

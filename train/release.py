@@ -148,14 +148,14 @@ def shared_vocabulary(specs: Sequence[SourceSpec], folder: str | Path) -> dict[s
     return {name: i for i, name in enumerate([*SPECIAL_TOKENS, *kept])}
 
 
-def read_labelled(spec: SourceSpec, index: GeneIndex, seed: int = 0) -> LabelledSource:
+def read_labelled(spec: SourceSpec, index: GeneIndex) -> LabelledSource:
     """Cells of a source with a cell type, at most `MAX_CELLS` of each of its own labels."""
     source = FileSource(spec)
     choice, obs = source.choose(index), source.obs()
     labels = resolve_labels(obs).fillna("")
     terms, tissues = (labels[f"{name}_ontology_term_id"].to_numpy(dtype=str) for name in ("cell_type", "tissue"))
     own = obs["cell_type"].fillna("").to_numpy(dtype=str)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     names = sorted(set(own[terms != ""]))
     drawn = [rng.permutation(np.flatnonzero((own == name) & (terms != "")))[:MAX_CELLS] for name in names]
     rows = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *drawn]))
