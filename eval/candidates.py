@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 DOUBT = 0.05  # as fitted for the checkpoint of the root (`train.left_out.fit_probabilities`)
 LEAST_CELLS = 5  # of a case
-N_GENES, INVERSE_PENALTY = 4000, 0.03  # of logistic regression, as most often chosen in `eval.crossdata`
+N_GENES, INVERSE_PENALTY = 4000, 0.03  # of logistic regression; C is the middle one of `crossdata.INVERSE_PENALTIES`
 READOUT = "readout"
 WITHOUT = "readout, without the regression of the candidates"
 REGRESSION = "logistic regression of the candidates"
