@@ -140,7 +140,7 @@ class Chat:
         self.asked = asked
         start = f'Read as "{asked.text}": ' if asked.is_misspelt else ""
         if not self.subject[0].any():
-            return Answer(f"{start}The file has none of {self.subject[1]}.", asked.topic)
+            return Answer(f"{start}The file has {self.subject[1].replace('the 0 ', 'no ', 1)}.", asked.topic)
         return Answer(start + getattr(self, f"_{asked.topic}")(), asked.topic)
 
     # -- cells --------------------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ class Chat:
         if len(several) == 2:  # "why B cells and not plasma cells?"
             self.asked.roles |= {"subject": several[0], "target": several[1]}
             if not self.subject[0].any():
-                return f"The file has none of {self.subject[1]}."
+                return f"The file has {self.subject[1].replace('the 0 ', 'no ', 1)}."
         target, (label, _) = self.asked.roles["target"], self.commonest()
         if self.is_kind(label, target[1]):
             return self.called(target)

@@ -115,7 +115,7 @@ ALSO = {
         "quality": r"""pick sequencing median average\w* mean typical high\w* low\w* normal big size large
             types? labels?
             clusters? populations? content deep sequenced have most least contain\w* (?:how.)?much
-            rna detected""",
+            rna detected good bad poor fine""",
         "sure": r"""classified label\w* annotat\w* prediction\w* call\w* model mean low\w* high\w* few too name""",
         "why": r"""think label\w* annotat\w* call\w* model gene\w* markers? decision name\w*""",
         "whynot": r"""label\w* annotat\w* call\w* model exclu\w+ argu\w+ just""",
@@ -325,6 +325,7 @@ class QuestionReader:
         for match in WORD.finditer(asked.text):
             word, (start, stop) = match.group().lower(), match.span()
             is_short = len(word) < SHORTEST and not word.isdigit()
+            is_short |= word == "cluster" and SELECTION.search(asked.text[:start]) is not None  # the selection
             is_read = is_short or word in PLAIN or any(a < stop and start < b for a, b in read)
             if not is_read and match.group() not in asked.names:
                 unread.append(match.group())

@@ -71,6 +71,8 @@ UNREAD = "no gene, label, column or subject of these answers"
         ("How many are not from donor-1?", "15 of the 30 selected cells (50 %) are not of donor_id donor-1."),
         ("Are they lymphocytes?", "30 of the 30 selected cells (100 %) are called lymphocyte or a kind of it."),
         ("Why not monocytes?", "0 of the 30 selected cells (0 %) are called monocyte or a kind of it. Genes"),
+        ("What is this cluster?", "Labels of the 30 selected cells: B cell (100 %)."),
+        ("How good is the quality?", "The median of the 30 selected cells is "),
         ("Which donors are they from?", "Of the 30 selected cells: donor_id: donor-1 (50 %) and donor-2 (50 %)."),
         ("How many are from donor-1?", "15 of the 30 selected cells (50 %) are of donor_id donor-1."),
         ("Is FOXP3 there?", "The file does not measure FOXP3."),
@@ -164,6 +166,8 @@ def test_all_cells_can_be_asked_about_and_a_selection_of_none_is_refused(pipelin
     assert chat.ask("Which types?").text.startswith("Labels of the 120 cells: ")
     assert chat.ask("Which genes set them apart?").text.startswith("There are no cells to compare the 120 cells with")
     assert "of the 30 cells called B cell" in chat.ask("Do the B cells express CD19?").text
+    few = Chat(pipeline, adata[adata.obs["cell_type"] == "monocyte"].copy())
+    assert few.ask("Do the B cells express CD19?").text == "The file has no cells called B cell."
     with pytest.raises(ValueError, match="No cell is selected by 'leiden == \"9\"'"):
         Chat(pipeline, adata, 'leiden == "9"')
     with pytest.raises(ValueError, match="is not a condition on columns of obs"):

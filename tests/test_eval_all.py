@@ -104,9 +104,10 @@ def test_clusters_that_are_types_and_batches_that_are_mixed_score_best():
 def test_variable_genes_are_those_that_tell_cells_apart(monkeypatch):
     monkeypatch.setattr(clustering, "N_VARIABLE", 3)
     rng = np.random.default_rng(0)
-    values = rng.uniform(0.9, 1.1, size=(60, 40)) * rng.uniform(0.5, 2, size=40)
-    values[::2, [4, 9, 30]] += 2
-    assert np.flatnonzero(clustering.variable_genes(values)).tolist() == [4, 9, 30]
+    rates = np.expm1(rng.uniform(0.5, 3, size=400)) * rng.uniform(0.9, 1.1, size=(60, 400))
+    rates[::2, [40, 90, 300]] *= 2  # of the same mean, so that variance alone tells them
+    rates[1::2, [40, 90, 300]] = 0
+    assert np.flatnonzero(clustering.variable_genes(np.log1p(rates))).tolist() == [40, 90, 300]
 
 
 def test_a_margin_says_by_how_much_it_is_missed_and_what_was_possible():
