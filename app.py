@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 
 from scmmgpt import pl
-from scmmgpt.commands.cell_map import CSS, HTML, SCRIPT, checked_rows, colors_of, nearest_places
+from scmmgpt.commands.cell_map import CSS, HTML, SCRIPT, checked_rows, colors_of, nearest_rows
 from scmmgpt.commands.chat import Chat, has_proof
 from scmmgpt.commands.checkpoints import check_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import CHECKED, DEBUG, OneLineParser, as_options, explain, number, run_command
@@ -517,7 +517,7 @@ class Tasks:
         of = recorded(session.adata, "scmmgpt", "embed").get("of")  # of a file, not always the default
         self.pipeline.embed(generated, of=of)
         spaces = session.adata.obsm["X_scmmgpt"], generated.obsm["X_scmmgpt"]
-        session.marks = nearest_places(session.places, *spaces)
+        session.marks = nearest_rows(session.places, *spaces)
         return session, session.map(), genes, self.written(generated, "generated.h5ad")
 
     def save(self, session: Session | None) -> tuple[Any, ...]:

@@ -103,8 +103,8 @@ def checked_rows(rows: Sequence[Any], n: int) -> np.ndarray:
     return np.unique(np.asarray(found, dtype=np.int64))
 
 
-def nearest_places(places: np.ndarray, cells: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Places `(m, 2)` of other cells on a map: of the nearest cells, the one amid the others.
+def nearest_rows(places: np.ndarray, cells: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Rows `(m,)` of the cells that other cells are like: of the nearest cells, the one amid the others on the map.
 
     A mean place could be between two groups, where no cell is.
 
@@ -116,6 +116,7 @@ def nearest_places(places: np.ndarray, cells: np.ndarray, others: np.ndarray) ->
     from sklearn.neighbors import NearestNeighbors
 
     nearest = NearestNeighbors(n_neighbors=min(NEIGHBORS, len(cells))).fit(cells)
-    found = places[nearest.kneighbors(others, return_distance=False)]  # (m, k, 2)
+    rows = nearest.kneighbors(others, return_distance=False)  # (m, k)
+    found = places[rows]
     apart = np.linalg.norm(found[:, :, None] - found[:, None], axis=-1).sum(axis=-1)
-    return found[np.arange(len(found)), apart.argmin(axis=1)]
+    return rows[np.arange(len(rows)), apart.argmin(axis=1)]

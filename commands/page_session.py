@@ -13,7 +13,7 @@ from scmmgpt.commands.chat import Chat
 
 NO_SELECTION = "No cells selected: draw a loop around some, or click a type below the map."
 SEARCHED = "scmmgpt_search"  # column of obs
-SHOWN_KINDS = 6  # kinds of selected cells that are counted
+SHOWN_KINDS = 6  # kinds of cells that are counted in a sentence
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Session:
     what: str  # the places are of
     color: str | None = None  # column of obs
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # selected, none: all cells
-    marks: np.ndarray | None = None  # places of generated cells
+    marks: np.ndarray | None = None  # rows of cells that generated cells are like, one for each
     query: str = ""  # of the last search
     placed: np.ndarray | None = None  # by the network, for the searches
     chat: Chat | None = None  # about the selected cells
@@ -49,20 +49,26 @@ class Session:
         if self.color is not None:
             title += f" Colour: {self.name_of(self.color)}."
         if self.marks is not None:
-            title += " Crosses: generated cells, each at a cell that is like it."
+            title += f" Crosses: generated cells, each at a cell that is like it{self.kinds(self.marks)}"
         values = None if self.color is None else self.adata.obs[self.color]
-        return draw(self.places, title, values, self.marks, self.rows)
+        marks = None if self.marks is None else self.places[self.marks]
+        return draw(self.places, title, values, marks, self.rows)
+
+    def kinds(self, rows: np.ndarray) -> str:
+        """How many rows are of which kinds, by the colour of the map, else by type; the end of a sentence."""
+        is_number = self.color is None or self.adata.obs[self.color].dtype.kind in "fiu"
+        column = "scmmgpt_cell_type" if is_number else self.color
+        if column not in self.adata.obs:
+            return "."
+        counts = self.adata.obs[column].iloc[rows].astype(str).value_counts()
+        kinds = ", ".join(f"{name} {n:,}" for name, n in counts.head(SHOWN_KINDS).items())
+        return f": {kinds}{', ...' if len(counts) > SHOWN_KINDS else '.'}"
 
     def said(self) -> str:
         """How many cells are selected, and of which kinds."""
         if not len(self.rows):
             return NO_SELECTION
-        chosen = f"{len(self.rows):,} {'cell' if len(self.rows) == 1 else 'cells'} selected"
-        if self.color is None or self.adata.obs[self.color].dtype.kind in "fiu":
-            return f"{chosen}."
-        counts = self.adata.obs[self.color].iloc[self.rows].astype(str).value_counts()
-        kinds = ", ".join(f"{name} {n:,}" for name, n in counts.head(SHOWN_KINDS).items())
-        return f"{chosen}: {kinds}{', ...' if len(counts) > SHOWN_KINDS else '.'}"
+        return f"{len(self.rows):,} {'cell' if len(self.rows) == 1 else 'cells'} selected{self.kinds(self.rows)}"
 
     def chosen(self, most: int) -> anndata.AnnData:
         """A copy of the selected cells, at most `most`; without a selection of the first cells."""

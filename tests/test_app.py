@@ -135,7 +135,10 @@ def test_searches_place_the_cells_of_a_session_once(tiny_pipeline, tasks, sessio
 def test_generated_cells_are_marked_on_the_map(tasks, session):
     _, drawn, genes, file, _ = tasks["generate"](session, "a B cell", 3)
     assert anndata.read_h5ad(file).n_obs == len(drawn["marks"]["x"]) == 3
-    assert drawn["title"].endswith("Crosses: generated cells, each at a cell that is like it.")
+    said = drawn["title"].split("Crosses: generated cells, each at a cell that is like it: ")[1].removesuffix(".")
+    counts = {name: int(n) for name, n in (part.rsplit(" ", 1) for part in said.split(", "))}
+    assert sum(counts.values()) == 3
+    assert set(counts) <= set(session.adata.obs[session.color])
     crosses, cells = (set(zip(places["x"], places["y"], strict=True)) for places in (drawn["marks"], drawn))
     assert crosses <= cells  # and none between groups, where no cell is
     assert all(len(str(value)) <= 6 for value in genes["mean log1p(CP10k)"])  # three digits, of a double
