@@ -62,7 +62,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Values of a tensor, fractions at float32: a checkpoint in bfloat16 has one hash on every machine."""
     tensor = tensor.detach().cpu()
     tensor = tensor.float() if tensor.is_floating_point() else tensor
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # not a copy
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data  # not a copy
 
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
