@@ -35,7 +35,11 @@ from scmmgpt.train.labels import column_of
 
 ERROR_RATES = (0.01, 0.05, 0.1, 0.2)
 # What may be left out of `--data`, and the options that do not apply to it.
-UNUSED = {"datasets": (), "labels": ("genes", "together"), "candidates": ("genes", "together", "alone")}
+UNUSED: dict[str, tuple[str, ...]] = {
+    "datasets": (),
+    "labels": ("genes", "together"),
+    "candidates": ("genes", "together", "alone"),
+}
 
 
 def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_key: str) -> dict[str, Any]:

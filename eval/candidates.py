@@ -75,7 +75,11 @@ def cases_of(case: LeftOutSet, types: Sequence[tuple[str, str]]) -> Iterator[Can
 
 
 def named_by_readout(
-    case: LeftOutSet, readout: ScMMGPTLabelReadout, panel: PanelReadout, types: Sequence[tuple[str, str]], one: Any
+    case: LeftOutSet,
+    readout: ScMMGPTLabelReadout,
+    panel: PanelReadout,
+    types: Sequence[tuple[str, str]],
+    one: CandidateCase,
 ) -> dict[str, np.ndarray]:
     """The class that each cell of the dataset gets by the readout, with and without the candidates' regression."""
     names = sorted({types[place][0] for place in one.places})
@@ -84,7 +88,7 @@ def named_by_readout(
     texts = [kind or label for label, kind in types]
     candidates = Candidates(names, texts, owners, np.zeros(len(types), bool), {})
     found = {}
-    for system, judge in ((READOUT, readout.among(panel, one.places)), (WITHOUT, panel)):
+    for system, judge in ((READOUT, readout.among(panel, one.places.tolist())), (WITHOUT, panel)):
         scores, parts = judge(case.test.cells), candidates.doubt_parts()
         pooled = candidates.pool(label_probabilities(scores, logit_scale=1.0, doubt=DOUBT, parts=parts))
         found[system] = np.array(names)[pooled.argmax(axis=1)]
