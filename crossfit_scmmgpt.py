@@ -55,19 +55,27 @@ class FileRegression:
     belief: np.ndarray
 
     @classmethod
-    def of(cls, cells: Cells, numbers: np.ndarray, n_labels: int) -> "FileRegression | None":
+    def of(
+        cls, cells: Cells, numbers: np.ndarray, n_labels: int, of_all: np.ndarray | None = None
+    ) -> "FileRegression | None":
         """Of cells with labels; None if fewer than two labels have enough cells.
 
         Args:
             cells: Counts.
             numbers: int64 `(n_cells,)`, the label of each; -1 for none.
             n_labels: Of the file.
+            of_all: The labels of all cells, where `cells` are drawn by label: labels are as probable as in the file.
         """
         usable = np.bincount(numbers[numbers >= 0], minlength=n_labels) >= LEAST_CELLS
         kept = np.flatnonzero((numbers >= 0) & usable[numbers] & (np.diff(cells.indptr) > 0))
         if usable.sum() < 2 or not len(kept):
             return None
         cells, numbers = cells[kept], numbers[kept]
+        # Of cells that are drawn by label, the bias alone differs (Prentice and Pyke 1979, Biometrika 66:403).
+        n_drawn, n_all = (
+            np.bincount(part[part >= 0], minlength=n_labels).clip(min=1)
+            for part in (numbers, numbers if of_all is None else of_all)
+        )
         genes, values = _variable_genes(cells)
         axes = _principal_axes(values)
         places = values @ axes
@@ -82,6 +90,7 @@ class FileRegression:
             if len(judged) > 1:
                 found = _fit(places[rows], np.searchsorted(judged, numbers[rows]), len(judged))
                 weights[fold][:, judged], bias[fold, judged] = found
+                bias[fold, judged] += np.log(n_all / n_drawn)[judged]
         means = np.zeros((n_labels, len(genes)), dtype=np.float32)
         for label in np.flatnonzero(usable):
             means[label] = values[numbers == label].mean(axis=0)

@@ -38,6 +38,7 @@ OF_NO_ONE_TYPE = re.compile(r"[/&|]|\b(and|or|not|no|mixed|doublets?|multiplets?
 GENE = re.compile(r"[A-Z][A-Z0-9-]*\d[A-Z0-9-]*|[A-Z]{4,}")  # behind a type: "T cell GZMK"; not "NK", "DC"
 SPELT_ALIKE = 0.85  # share of the letters of two names that agree, of which one may be a slip of the other
 LEVEL = re.compile(r"high|hi|low|lo", re.IGNORECASE)  # of a gene: "C1QB_high"
+LEVELLED = re.compile(r"[A-Z][A-Z0-9-]+")  # a gene before its level: "LTB_high"
 STATE = re.compile(r"^((activated|quiescent|resting|cycling|proliferating|immature|mature|inflamed|stressed) )+")
 
 
@@ -266,11 +267,12 @@ def label_members(
         stored: `kinds` and `tissues` of the checkpoint, terms; for [`labels_in_other_words`].
     """
     members = np.zeros((len(labels), len(known)), dtype=bool)
-    words = {word for term in terms for name in term["names"] for word in name.split()}
+    words = {*ABBREVIATIONS, *(word for term in terms for name in term["names"] for word in name.split())}
+    tissues = {name for term in (stored or {}).get("tissues", []) for name in term["names"]}
     for row, label in enumerate(labels):
         meant = trained_labels_of(label, None, list(known), terms)
         if not meant:
-            label = without_genes(label, words)
+            label = without_genes(label, words, tissues)
             meant = trained_labels_of(label, None, list(known), terms)
         if not meant and not OF_NO_ONE_TYPE.search(label.replace("_", " ")):
             meant = _as_written(label, known, terms) or labels_in_other_words(label, list(known), terms, stored or {})
@@ -346,24 +348,36 @@ def _together(one: Sequence[str], other: Sequence[str], terms: Sequence[Mapping[
     return sorted(both) if any(set(term["labels"]) == both for term in terms) else []
 
 
-def without_genes(label: str, words: Collection[str]) -> str:
+def without_genes(label: str, words: Collection[str], tissues: Collection[str] = ()) -> str:
     """A label without the genes that it ends with, as the clusters of a type are often told apart by.
+
+    A tissue behind the genes is left out with them; one behind a type alone stays.
 
     Args:
         label: Of a file.
         words: Those that names of types consist of, which are no genes.
+        tissues: Names of tissues, normalized.
 
     >>> [without_genes(label, {"cell"}) for label in ("B Cell CD79A", "Macrophage C1QB_high", "B CELL", "CD4 T")]
     ['B Cell', 'Macrophage', 'B CELL', 'CD4 T']
+    >>> labels = "T Cell LTB_high Liver", "B MS4A1+", "T CD4+", "GZMK_high Liver"
+    >>> [without_genes(label, {"cell", "cd4"}, {"liver"}) for label in labels]
+    ['T Cell', 'B', 'T CD4+', 'GZMK_high Liver']
     """
     parts = label.replace("_", " ").split()
-    end = len(parts)
-    while end > 1:
-        last = end - 1 if end > 2 and LEVEL.fullmatch(parts[end - 1]) else end
-        if not GENE.fullmatch(parts[last - 1]) or normalize_label(parts[last - 1]) in words:
-            break
-        end = last - 1
-    return label if end in (0, len(parts)) else " ".join(parts[:end])
+    ends = [len(parts), *(cut for cut in range(1, len(parts)) if normalize_label(" ".join(parts[cut:])) in tissues)]
+    for whole in ends:
+        end = whole
+        while end > 1:
+            has_level = end > 2 and LEVEL.fullmatch(parts[end - 1])
+            gene = parts[end - 2 if has_level else end - 1].rstrip("+-")
+            is_gene = (LEVELLED if has_level else GENE).fullmatch(gene)
+            if not is_gene or normalize_label(gene) in words:
+                break
+            end -= 2 if has_level else 1
+        if end < whole:
+            return " ".join(parts[:end])
+    return label
 
 
 def labels_in_short(label: str, terms: Sequence[Mapping[str, Any]]) -> list[str]:

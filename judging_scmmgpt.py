@@ -21,6 +21,7 @@ from .records_scmmgpt import MISSING, add_column, finish_report, table_of
 logger = logging.get_logger(__name__)
 
 FITTED_CELLS, BELIEF_CELLS = 4096, 1024  # of a file, at most, for the regression of its labels, and its weight
+RARE_CELLS = 30  # of each label, if it has so many: five folds of six cells
 ROWS_AT_ONCE = 64  # neighbouring rows of one read
 CELLS_AT_ONCE = 512  # of arrays of cells x labels of the file, which may have many
 
@@ -35,6 +36,30 @@ def spread_rows(total: int, most: int) -> list[tuple[int, int]]:
         return [(0, total)]
     starts = np.linspace(0, total - ROWS_AT_ONCE, most // ROWS_AT_ONCE).astype(np.int64)
     return [(start, start + ROWS_AT_ONCE) for start in starts.tolist()]
+
+
+def rows_of_rare(numbers: np.ndarray, ranges: Sequence[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+    """Rows of labels that `ranges` have few of, each a range, so that every label has `RARE_CELLS` or all it has.
+
+    Args:
+        numbers: int64 `(n_cells,)`, the label of each; -1 for none.
+        ranges: Of rows, as of [`spread_rows`].
+        most: Rows at most; with many labels, each has less.
+
+    >>> rows_of_rare(np.array([0] * 90 + [1, 1, -1]), [(0, 64)], 100)
+    [(90, 91), (91, 92)]
+    """
+    taken = np.zeros(len(numbers), dtype=bool)
+    for start, stop in ranges:
+        taken[start:stop] = True
+    labels = np.unique(numbers[numbers >= 0])
+    found: list[int] = []
+    for label in labels:
+        mine = numbers == label
+        rows = np.flatnonzero(mine & ~taken)
+        lacking = min(min(RARE_CELLS, most // len(labels)) - int((mine & taken).sum()), len(rows))
+        found += rows[np.linspace(0, len(rows) - 1, max(lacking, 0)).astype(np.int64)].tolist()
+    return [(row, row + 1) for row in sorted(found)]
 
 
 def _few_at_once(adata: Any, choice: InputChoice) -> Iterator[tuple[int, Cells]]:
@@ -112,7 +137,7 @@ class EvidenceSteps(LabellingSteps):
     def read_labels(
         self, adata: Any, labelling: Labelling, given: np.ndarray, sets: np.ndarray
     ) -> FileRegression | None:
-        """The regression of the given labels on up to `FITTED_CELLS` cells of the data, `ROWS_AT_ONCE` at a time.
+        """The regression of the given labels on up to `FITTED_CELLS` cells of the data, and cells of rare labels.
 
         How much the checkpoint counts beside it is fitted on up to `BELIEF_CELLS`. None where labels have few cells.
 
@@ -122,10 +147,12 @@ class EvidenceSteps(LabellingSteps):
         """
         choice = labelling.choice
         numbers = np.where(np.isin(given, (MISSING, UNKNOWN)), -1, np.searchsorted(sets, given))
-        fitted = read_ranges(adata, uncounted(choice), spread_rows(len(given), FITTED_CELLS))
+        ranges = spread_rows(len(given), FITTED_CELLS)
+        ranges = [*ranges, *rows_of_rare(numbers, ranges, FITTED_CELLS)]
+        fitted = read_ranges(adata, uncounted(choice), ranges)
         cells = [cells for _, _, cells in fitted]
         of_cells = np.concatenate([numbers[start:stop] for start, stop, _ in fitted])
-        file = FileRegression.of(type(cells[0]).concatenate(cells), of_cells, len(sets))
+        file = FileRegression.of(type(cells[0]).concatenate(cells), of_cells, len(sets), numbers)
         if file is None:
             return None
         wide, types, members = self._audit_labelling(choice, sets)

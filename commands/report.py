@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from scmmgpt.audit_scmmgpt import CONTRADICTED
 from scmmgpt.commands.verify import COMMANDS, receipts
 from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.receipt_scmmgpt import superseded
@@ -17,6 +18,7 @@ from scmmgpt.records_scmmgpt import need_columns, recorded
 
 SHOWN = 10  # rows of a table of cells
 SILENT = 0.1  # a marker that fewer cells of a label express is missing
+WORST = 3  # given labels that a warning names
 LOW_MATCH, LOW_SCORE = 0.6, 0.5  # shares and scores below these get a warning
 KEY = "scmmgpt"
 DESCRIBED = 10_000  # cells at most, which are in memory at once
@@ -109,6 +111,8 @@ def warnings_of(adata: Any) -> list[str]:
         found.append("Nearly all cells have one label. Check the matrix and the candidate labels.")
     if f"{KEY}_novelty" in adata.obs:
         found += novelty_warnings(adata.obs)
+    if f"{KEY}_audit" in adata.obs:
+        found += audit_warnings(adata.obs, str(recorded(adata, KEY, "audit").get("label_key", "")))
     for label in np.atleast_1d(done.get("weak_labels", [])):
         found.append(f"The file lacks genes that tell {str(label)!r} from another label.")
     low = int((adata.obs[f"{KEY}_score"] < LOW_SCORE).sum())
@@ -133,6 +137,24 @@ def novelty_warnings(obs: pd.DataFrame) -> list[str]:
     if named := len(novel) - unknown:
         found.append(f"Unlike the cells of every label, and named all the same: {named:,}, most by a broader type.")
     return found
+
+
+def audit_warnings(obs: pd.DataFrame, label_key: str) -> list[str]:
+    """How many given labels the audit contradicts, and those of which it contradicts the largest shares."""
+    bad = obs[f"{KEY}_audit"] == CONTRADICTED
+    if not bad.any():
+        return []
+    count = f"The audit contradicts {bad.sum():,} of {len(obs):,} given labels"
+    if label_key not in obs:
+        return [f"{count}."]
+    given = obs[label_key].astype(str)
+    of_label = bad.groupby(given).agg(["sum", "count"]).query("sum > 0")
+    of_label["share"] = of_label["sum"] / of_label["count"]
+    worst = []
+    for label, row in of_label.sort_values(["share", "sum"], ascending=False, kind="stable").head(WORST).iterrows():
+        other = obs.loc[bad & (given == label), f"{KEY}_audit_suggested"].astype(str).value_counts().index[0]
+        worst.append(f"{label} ({row['sum']:,.0f} of {row['count']:,.0f} cells, {other} suggested)")
+    return [f"{count} of {label_key}, the largest share of {', '.join(worst)}."]
 
 
 def label_rows(adata: Any) -> list[dict[str, Any]]:

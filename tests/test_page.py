@@ -5,10 +5,11 @@ import re
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 
 from scmmgpt.__main__ import main
-from scmmgpt.commands.report import describe_some, label_rows, report_page, warnings_of
+from scmmgpt.commands.report import audit_warnings, describe_some, label_rows, report_page, warnings_of
 from scmmgpt.synthetic import synthetic_adata
 
 
@@ -181,3 +182,15 @@ def test_the_command_writes_the_page_of_results_and_of_plain_cells(pipeline, cel
     with pytest.raises(ValueError, match="annotate them first"):
         report_page(cells, "cells")
     assert main(["report", annotated, "-o", str(tmp_path / "page.pdf")]) == 2
+
+
+def test_the_page_begins_with_the_given_labels_that_an_audit_contradicts():
+    verdicts = ["contradicted"] * 3 + ["supported"] * 3 + ["doubtful", "contradicted"]
+    obs = {"given": list("aaabbbcb"), "scmmgpt_audit": verdicts, "scmmgpt_audit_suggested": list("xyyaaaax")}
+    obs = pd.DataFrame(obs)
+    assert audit_warnings(obs, "given") == [
+        "The audit contradicts 4 of 8 given labels of given, the largest share of a (3 of 3 cells, y suggested), "
+        "b (1 of 4 cells, x suggested)."
+    ]
+    assert audit_warnings(obs, "gone") == ["The audit contradicts 4 of 8 given labels."]
+    assert audit_warnings(obs[3:7], "given") == []
