@@ -15,7 +15,7 @@ STRANGE_SHARE, MIN_STRANGE = 0.02, 3  # cells, and labels, of other tissues that
 # Of the cells of a tissue, the share that may have any label: of 0.1, 0.3 and 0.5, that of the greatest likelihood of
 # datasets left out (`train/LOG.md`).
 FOREIGN = 0.3
-ROUNDS = 100  # of expectation and maximisation; shares are within a tenth of those after 5,000
+ROUNDS = 100  # of expectation and maximisation; more change the shares little (`train/LOG.md`)
 
 
 def tissue_prior(probabilities: np.ndarray, labels: Sequence[str], tissues: Sequence[Mapping[str, Any]]) -> np.ndarray:
