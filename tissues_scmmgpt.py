@@ -15,7 +15,7 @@ STRANGE_SHARE, MIN_STRANGE = 0.02, 3  # cells, and labels, of other tissues that
 # Of the cells of a tissue, the share that may have any label: of 0.1, 0.3 and 0.5, that of the greatest likelihood of
 # datasets left out (`train/LOG.md`).
 FOREIGN = 0.3
-ROUNDS = 100  # of expectation and maximisation
+ROUNDS = 100  # of expectation and maximisation; more change the shares little (`train/LOG.md`)
 
 
 def tissue_prior(probabilities: np.ndarray, labels: Sequence[str], tissues: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -25,7 +25,8 @@ def tissue_prior(probabilities: np.ndarray, labels: Sequence[str], tissues: Sequ
 
     The cells are taken for a mixture of tissues, whose weights are those of maximum likelihood. A cell of a tissue has
     any of its labels with the same probability, or, in a share of `FOREIGN`, any label of all. One more component has
-    any label: cells of a tissue that the checkpoint does not know.
+    any label: cells of a tissue that the checkpoint does not know. A label of no tissue may be in each: labelled cells
+    may lack their tissue, and `calibrate` may give a label another name.
 
     Args:
         probabilities: `(n_cells, n_labels)`, of labels that are equally common; positive.
@@ -37,7 +38,8 @@ def tissue_prior(probabilities: np.ndarray, labels: Sequence[str], tissues: Sequ
     array([1.3, 1.3, 0.3])
     """
     has = np.array([np.isin(labels, tissue["labels"]) for tissue in tissues]).reshape(len(tissues), len(labels))
-    has = np.unique(np.vstack([has[has.any(axis=1)], np.ones(len(labels), bool)]), axis=0)
+    has = np.vstack([has[has.any(axis=1)] | ~has.any(axis=0), np.ones(len(labels), bool)])
+    has = np.unique(has, axis=0)  # the same labels are one tissue
     shares = (1 - FOREIGN) * has / has.sum(axis=1, keepdims=True) + FOREIGN / len(labels)
     likelihood, weights = probabilities @ shares.T, np.full(len(shares), 1 / len(shares))
     for _ in range(ROUNDS):

@@ -78,11 +78,15 @@ def matching(names: Sequence[str], word: str) -> list[str]:
 
     >>> matching(["B cell", "T cell"], "b"), matching(["B cell"], r"B\ c"), matching(["B cell"], '"B c')
     (['B\\ cell'], ['B\\ cell'], ['B cell'])
+    >>> matching(["$(ls)"], '"'), matching(["5' end"], "'5")
+    (['\\$(ls)'], ["5'\\'' end"])
     """
-    quoted = word[:1] in ('"', "'")
-    start = (word[1:] if quoted else re.sub(r"\\(.)", r"\1", word)).casefold()
-    found = [name for name in names if name.casefold().startswith(start)]
-    return found if quoted else [re.sub(r"([^\w@%+=:,./-])", r"\\\1", name) for name in found]
+    start = word[1:] if word[:1] == "'" else re.sub(r"\\(.)", r"\1", word.removeprefix('"'))
+    found = [name for name in names if name.casefold().startswith(start.casefold())]
+    if word[:1] == "'":
+        return [name.replace("'", r"'\''") for name in found]
+    special = r'(["$`\\])' if word[:1] == '"' else r"([^\w@%+=:,./-])"  # a file may have a column `$(command)`
+    return [re.sub(special, r"\\\1", name) for name in found]
 
 
 if __name__ == "__main__":

@@ -173,6 +173,10 @@ def test_labels_of_other_tissues_than_those_of_the_cells_are_unlikely_beside_the
     assert mixed[3] == pytest.approx(mixed[4], rel=0.01)
     np.testing.assert_allclose(seen(20, 20, 20, 20, 20) @ np.ones(5), 5)  # shares of all labels sum to 1
     np.testing.assert_allclose(tissue_prior(np.full((3, 5), 0.2), labels, [{"labels": ["keratinocyte"]}]), 1)
+    renamed = ["B", "T cell", "macrophage"]  # no tissue has a label "B": it is as common as those of blood
+    b_cells = np.tile([0.8, 0.1, 0.1], (50, 1))
+    of_b_cells = tissue_prior(b_cells, renamed, [{"labels": ["B cell", "T cell"]}, {"labels": ["macrophage"]}])
+    assert of_b_cells[0] == of_b_cells.max() > 1
 
 
 @pytest.mark.parametrize(

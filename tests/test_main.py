@@ -83,7 +83,12 @@ def test_a_shell_completes_commands_options_and_paths(tmp_path, capsys):
     assert completed("annotate", "cells.h5ad", *model, "--labels", "b") == [r"B\ cell"]
     assert completed("annotate", "cells.h5ad", *model, "--labels", "B cell", "p") == [r"plasma\ cell"]
     assert completed("embed", "cells.h5ad", "--device", "c") == ["cpu", "cuda"]
-    synthetic_adata(3).write_h5ad(tmp_path / "cells.h5ad")
+    cells = synthetic_adata(3)
+    cells.obs["$(touch run)"] = "a"  # is a word, in quotes and without, and no command
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    assert completed("audit", "cells.h5ad", "--label-key", '"$') == [r"\$(touch run)"]
+    assert completed("audit", "cells.h5ad", "--label-key", "$") == [r"\$\(touch\ run\)"]
+    assert not (tmp_path / "run").exists()
     assert completed("audit", "cells.h5ad", "--label-key", "cell") == ["cell_type", "cell_type_ontology_term_id"]
     assert completed("audit", "none.h5ad", "--label-key", "cell") == [""]
 
