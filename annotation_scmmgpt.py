@@ -253,7 +253,7 @@ def fit_mixture(
     best: dict[str, float] = {}
     for candidate in temperature * 2.0 ** np.arange(-3, 3.5, 0.5):
         for weight in np.linspace(0, 1, 11):
-            options = {"logit_scale": 1 / candidate, "matching_weight": weight, "doubt": doubt}
+            options: dict[str, Any] = {"logit_scale": 1 / candidate, "matching_weight": weight, "doubt": doubt}
             probabilities = label_probabilities(similarity, match, **options)
             nll = -np.log(np.maximum(probabilities[np.arange(len(target)), target], 1e-9)).mean()
             if not best or nll < best["nll"] - 1e-9:

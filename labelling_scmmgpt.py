@@ -407,7 +407,11 @@ class LabellingSteps(CellPasses):
             novelty = fit_novelty(cells, target, choice.match.measured, vocab_size)
             kept = {k: v for k, v in (before.get("novelty") or {}).items() if k.endswith("_unit")}  # the readout's own
             fitted |= {} if novelty is None else {"novelty": {**kept, **novelty}}
-        options = {"logit_scale": 1 / best["temperature"], "matching_weight": best["matching_weight"], "doubt": doubt}
+        options: dict[str, Any] = {
+            "logit_scale": 1 / best["temperature"],
+            "matching_weight": best["matching_weight"],
+            "doubt": doubt,
+        }
         fitted["label_sets"] = fit_label_sets(label_probabilities(similarity, match, **options), target)
         for said in advice_on_sets(len(target), (before.get("label_sets") or {}).get("n_cells", 0)):
             logger.warning(said)

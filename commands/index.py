@@ -129,7 +129,7 @@ def _embedded(path: Path) -> Iterator[tuple[h5py.Dataset, pd.DataFrame, dict[str
         if f"obsm/{KEY}" not in file or "uns/scmmgpt/embed" not in file:
             raise ValueError(f"{path} has no embeddings of `scmmgpt embed` in obsm[{KEY!r}]. Embed the cells first.")
         done, vectors = anndata.io.read_elem(file["uns/scmmgpt"]), file[f"obsm/{KEY}"]
-        about = {"checkpoint": str(done.get("checkpoint", "")), "of": str(done["embed"]["of"])}
+        about: dict[str, Any] = {"checkpoint": str(done.get("checkpoint", "")), "of": str(done["embed"]["of"])}
         about["dimensions"] = int(vectors.shape[1])
         yield vectors, anndata.io.read_elem(file["obs"]), about
 
