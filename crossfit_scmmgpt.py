@@ -237,14 +237,18 @@ def _variable_genes(cells: Cells) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _principal_axes(values: np.ndarray) -> np.ndarray:
-    """The first right singular vectors of `values` `(n_cells, n_genes)`, float32 `(n_genes, n_axes)`."""
+    """The first right singular vectors of `values` `(n_cells, n_genes)`, float32 `(n_genes, n_axes)`.
+
+    In float64: the last bits of products differ by the number of threads, and subspace iteration enlarges them.
+    """
+    values = values.astype(np.float64)
     n_axes = max(min(N_AXES, *(size - 1 for size in values.shape)), 1)
     start = np.random.default_rng(0).standard_normal((values.shape[1], min(n_axes + SPARE_AXES, values.shape[1])))
-    found = np.linalg.qr(start)[0].astype(np.float32)
+    found = np.linalg.qr(start)[0]
     for _ in range(SUBSPACE_STEPS):
         found = np.linalg.qr(values.T @ (values @ found))[0]
     inner = np.linalg.svd(values @ found, full_matrices=False)[2]
-    return (found @ inner.T)[:, :n_axes]
+    return (found @ inner.T)[:, :n_axes].astype(np.float32)
 
 
 def _fit(places: np.ndarray, numbers: np.ndarray, n_labels: int) -> tuple[np.ndarray, np.ndarray]:

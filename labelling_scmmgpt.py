@@ -213,7 +213,8 @@ class LabellingSteps(CellPasses):
             labelling = replace(labelling, neighbours=neighbours)
         if not refines:
             return labelling
-        return self._with_prior(self.with_file(labelling, FileMeans.of(readout.panel, cells)), cells)
+        labelling = self.with_file(labelling, FileMeans.of(readout.panel, cells))
+        return labelling if total < MIN_BATCH else self._with_prior(labelling, cells)
 
     def _with_prior(self, labelling: "Labelling", cells: Cells) -> "Labelling":
         """The same with the tissues that the cells of a file are like, where all labels of the checkpoint compete.

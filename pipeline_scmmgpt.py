@@ -202,7 +202,8 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
                 them. With True, the place of each label that was never trained is corrected by the cells that are most
                 like it. By default, where the checkpoint is one of `release`, the cells of a file of `MIN_FILE` or
                 more refine the labels (`refinement_scmmgpt`), and from `MIN_BATCH` cells on novelty is judged with
-                those of the most similar scores. With False each cell is alone.
+                those of the most similar scores, and labels are weighed by the tissues that the cells are like
+                (`tissues_scmmgpt`). With False each cell is alone.
             key_added: Prefix of the added names.
             batch_size: Cells per batch, 64 by default.
             read_kwargs: For [`read_cells`]: `layer`, `assume`, `gene_column`, `organism`, `force`.

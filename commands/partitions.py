@@ -248,7 +248,7 @@ class PartitionedRun:
         if self.job.verb == "embed":
             return pipeline.add_embedding(target, choice, joined.blocks("embedding"), options["of"])
         if self.job.verb == "search":
-            given = [options.get(name) for name in ("text", "top_k", "by", "key_added", "like")]
+            given: list[Any] = [options.get(name) for name in ("text", "top_k", "by", "key_added", "like")]
             values = np.stack([columns[f"search{i}"] for i in range(len(columns))], axis=1)
             (hits,) = pipeline.add_search(target, choice, values, *given)
             rows = joined.rows()

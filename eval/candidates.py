@@ -67,7 +67,7 @@ def cases_of(case: LeftOutSet, types: Sequence[tuple[str, str]]) -> Iterator[Can
     classes, truth = np.array([label for label, _ in types]), case.test.labels
     for label in sorted(set(classes)):
         own = np.flatnonzero(classes == label)
-        for place in own if len(own) > 1 else ():
+        for place in own.tolist() if len(own) > 1 else ():
             mine = (truth == label) & (case.test.types != types[place][1]) & (case.test.types != "")
             if mine.sum() >= LEAST_CELLS:
                 places = np.flatnonzero((classes != label) | (np.arange(len(types)) == place))
