@@ -3,6 +3,7 @@
 A checkpoint keeps its tissues in `config.annotation["tissues"]`: those of its labelled cells and reference profiles.
 """
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -98,6 +99,8 @@ def labels_of_tissue(tissue: str, stored: Mapping[str, Any]) -> dict[str, str]:
         )
     found = term_of(tissue, tissues)
     if found is None:
-        known = ", ".join(str(term["name"]) for term in tissues)
-        raise ValueError(f"The checkpoint knows no tissue {tissue!r}; it knows {known}.")
+        known = [str(term["name"]) for term in tissues]
+        near = difflib.get_close_matches(tissue.lower(), known, n=1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"The checkpoint knows no tissue {tissue!r}; it knows {', '.join(known)}.{meant}")
     return {label: text for label, text in stored["labels"].items() if label in found["labels"]}

@@ -182,7 +182,8 @@ def test_labels_of_other_tissues_than_those_of_the_cells_are_unlikely_beside_the
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tissue": "kidney"}, "knows no tissue 'kidney'; it knows blood, lung"),
+        ({"tissue": "kidney"}, "knows no tissue 'kidney'; it knows blood, lung\\.$"),
+        ({"tissue": "Lumg"}, "it knows blood, lung. Did you mean 'lung'"),
         ({"tissue": "lung", "labels": ["B cell"]}, "pass one of the two"),
     ],
 )
