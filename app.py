@@ -63,7 +63,7 @@ MIN_CELLS = 5  # of a UMAP
 MAX_CELLS = 50_000  # of a file, on the page
 MAX_SIZE = "1gb"  # of a file
 KEPT = 3600  # seconds that the cells and files of a browser are kept
-STORE = "scmmgpt"  # key of a browser's secret in its sessionStorage, which a tab keeps over reloads, and a copy of the tab too
+STORE = "scmmgpt"  # key of a browser's secret in sessionStorage, which a tab keeps over reloads, as its copies do
 GONE = (
     "The cells of this tab are gone: the page keeps cells for an hour, and not over its own restart. Open them again."
 )
