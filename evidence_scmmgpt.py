@@ -154,6 +154,7 @@ class Explainer:
         weights, centroids: float32 `(n_genes, n_sets)`: mean weights and mean profiles of the members, in the units
             of the panel's profiles.
         markers: int32 `(n_sets, N_MARKERS)`: positions in `panel.gene_ids`, see [`find_markers`].
+        competing: bool `(n_labels,)`: the labels that may be a runner-up.
     """
 
     panel: PanelReadout
@@ -161,6 +162,7 @@ class Explainer:
     weights: np.ndarray
     centroids: np.ndarray
     markers: np.ndarray
+    competing: np.ndarray
 
     def __post_init__(self) -> None:
         self.first_label = len(self.members) - self.members.shape[1]
@@ -170,11 +172,17 @@ class Explainer:
 
     @classmethod
     def of(
-        cls, readout: ScMMGPTLabelReadout, measured: np.ndarray, members: np.ndarray, profiles: Sequence[int] = ()
+        cls,
+        readout: ScMMGPTLabelReadout,
+        measured: np.ndarray,
+        members: np.ndarray,
+        profiles: Sequence[int] = (),
+        competing: np.ndarray | None = None,
     ) -> "Explainer":
         """For the given sets, bool `(n_given, n_labels)`, and a file that measures the genes `measured` (ids).
 
         `profiles` are the numbers of types that have a profile and no cells: further labels, after the trained ones.
+        `competing`, bool `(n_labels,)`, are by default all labels.
         """
         panel = readout.for_genes(measured, profiles)
         here = np.isin(readout.gene_ids.cpu().numpy(), panel.gene_ids)
@@ -186,12 +194,18 @@ class Explainer:
             if mine.any() and not mine.all():  # the others are a set of their own
                 pair = np.stack([mine / mine.sum(), ~mine / (~mine).sum()])
                 markers[number] = find_markers(panel.weights @ pair.T, pair @ centroids)[0]
-        return cls(panel, members, panel.weights @ shares.T, centroids.T @ shares.T, markers)
+        competing = np.ones(members.shape[1], bool) if competing is None else competing
+        return cls(panel, members, panel.weights @ shares.T, centroids.T @ shares.T, markers, competing)
 
     def find_rivals(self, scores: np.ndarray, own: np.ndarray) -> np.ndarray:
-        """The set of the best label outside each row's own set, by scores, int64; `NONE` without one."""
+        """The set of the best label outside each row's own set, by scores, int64; `NONE` without one.
+
+        It is one that competes, if any outside the own set does.
+        """
         mine = self.members[own]
-        rivals = np.where(mine, -np.inf, scores).argmax(axis=1) + self.first_label
+        out = mine | ~self.competing
+        out = np.where(out.all(axis=1, keepdims=True), mine, out)
+        rivals = np.where(out, -np.inf, scores).argmax(axis=1) + self.first_label
         return np.where(mine.all(axis=1) | ~mine.any(axis=1), NONE, rivals)
 
     def __call__(

@@ -87,12 +87,13 @@ class EvidenceSteps(LabellingSteps):
         sets: np.ndarray,
         clusters: np.ndarray | None = None,
         batch_size: int | None = None,
+        candidates: Sequence[str] | None = None,
     ) -> Evidence:
         """Evidence for the labels of cells: of all the data that `choice` was made for, or of a part of them.
 
-        `sets` are all labels of the data, sorted.
+        `sets` are all labels of the data, sorted, and `candidates` as for [`evidence_of`].
         """
-        evidence = self.evidence_of(choice, labels, sets, clusters)
+        evidence = self.evidence_of(choice, labels, sets, clusters, candidates=candidates)
         chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 512)
         for rows, cells in self._batches(chunks, batch_size, "Explaining", len(labels)):
             evidence.add(rows, cells)
@@ -105,15 +106,23 @@ class EvidenceSteps(LabellingSteps):
         sets: np.ndarray,
         clusters: np.ndarray | None = None,
         called: np.ndarray | None = None,
+        candidates: Sequence[str] | None = None,
     ) -> Evidence:
-        """The evidence of [`explain_cells`], to which no cell is added yet; `called` as for [`meanings`]."""
+        """The evidence of [`explain_cells`], to which no cell is added yet; `called` as for [`meanings`].
+
+        Runners-up are labels that `candidates` mean, in any words; by default all that the checkpoint and `sets` know.
+        """
         if not self.can_explain:
             raise ValueError(
                 "This checkpoint has no label readout, whose terms are the evidence for a label. Train one with "
                 "`python -m scmmgpt.train finetune` or `align`."
             )
-        members, known, _, profiles = self.meanings(sets.tolist(), None if called is None else called.tolist())
-        explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, members, profiles)
+        members, known, terms, profiles = self.meanings(sets.tolist(), None if called is None else called.tolist())
+        competing = None
+        if candidates is not None:
+            competing = label_members(list(candidates), known, terms, self.model.config.annotation or {}).any(axis=0)
+        of_file = choice.match.measured, members, profiles, competing
+        explainer = Explainer.of(self._bridge().label_readout, *of_file)
         numbers = np.searchsorted(sets, labels)
         return Evidence(explainer, sets.tolist(), numbers, list(known), clusters, self.processor.gene_symbols)
 

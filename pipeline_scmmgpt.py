@@ -45,7 +45,7 @@ from .modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditional
 from .passes_scmmgpt import uncounted
 from .processing_scmmgpt import ScMMGPTProcessor
 from .receipt_scmmgpt import with_receipt
-from .records_scmmgpt import add_column, clusters_of, finish_report, words_of
+from .records_scmmgpt import add_column, clusters_of, finish_report, recorded, words_of
 from .scoring_scmmgpt import encode_texts
 from .searching_scmmgpt import SearchSteps
 
@@ -238,6 +238,8 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
     ) -> Evidence:
         """Find the genes that speak for the label of each cell, against the runner-up.
 
+        The runner-up of a label of [`annotate`] is one of its candidates; else any label that the checkpoint knows.
+
         Terms are those of the label readout, exact and gene by gene (`evidence_scmmgpt`). Similarities and matching,
         where a checkpoint uses them too, are not part of them.
 
@@ -258,7 +260,9 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         clusters = None if cluster_key is None else clusters_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
         labels = words_of(adata.obs, label_key)
-        evidence = self.explain_cells(adata, choice, labels, np.unique(labels), clusters, batch_size)
+        done = recorded(adata, key_added, "annotate") if label_key == f"{key_added}_cell_type" else {}
+        candidates = None if "labels" not in done else [str(name) for name in done["labels"]]
+        evidence = self.explain_cells(adata, choice, labels, np.unique(labels), clusters, batch_size, candidates)
         return self.add_evidence(adata, choice, evidence, evidence.columns(), label_key, key_added)
 
     @with_receipt

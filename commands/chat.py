@@ -108,7 +108,10 @@ class Chat:
         settings = pipeline.model.config.annotation or {"labels": {}}
         terms = [term for term in settings.get("terms", []) if len(term["labels"]) < len(settings["labels"])]
         sets = np.unique([*self.labels, *settings["labels"], *(term["name"] for term in terms)])
-        evidence = pipeline.evidence_of(choice, self.labels, sets, called=np.unique(self.labels))
+        candidates = recorded(adata, "scmmgpt", "annotate").get("labels")
+        evidence = pipeline.evidence_of(
+            choice, self.labels, sets, called=np.unique(self.labels), candidates=candidates
+        )
         self.explainer, self.set_names, self.panel_genes = evidence.explainer, evidence.names, evidence.genes
         types = {simple(word): term["name"] for term in terms for word in term["names"] if len(word) > 1}
         types |= {simple(name): name for name in sets.tolist()}

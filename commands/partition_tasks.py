@@ -171,9 +171,17 @@ def compute_partition(task: Partition) -> int:
 
 
 def decide(
-    pipeline: "ScMMGPTPipeline", cells: Any, choice: "InputChoice", job: Job, labels: np.ndarray | None = None
+    pipeline: "ScMMGPTPipeline",
+    cells: Any,
+    choice: "InputChoice",
+    job: Job,
+    labels: np.ndarray | None = None,
+    annotated: Job | None = None,
 ) -> Arrays:
-    """Decisions that need all cells of a source, or all their labels, before the first partition is computed."""
+    """Decisions that need all cells of a source, or all their labels, before the first partition is computed.
+
+    `labels` are those that `explain` explains, and `annotated` is the job that gave them.
+    """
     if job.verb == "audit":
         given = words_of(cells.obs, job.options["label_key"])
         sets = np.unique(given)
@@ -185,8 +193,11 @@ def decide(
     if job.verb == "search" and (like := job.options.get("like")) is not None:
         with one_thread():
             return {"like": pipeline.places_named(cells, choice, like)}
-    if job.verb == "explain" and labels is not None:
-        return {"sets": np.unique(labels)}
+    if job.verb == "explain" and labels is not None and annotated is not None:
+        return {
+            "sets": np.unique(labels),
+            "candidates": np.array(list(settings_of(pipeline, annotated.options)["labels"])),
+        }
     if job.verb == "annotate":
         read_batch = job.options.get("read_batch")
         with one_thread():
@@ -235,18 +246,24 @@ def compute_part(
     if job.verb == "explain" and labels is not None:
         key = options.get("cluster_key")
         clusters = None if key is None else words_of(part.obs, key)
-        evidence = pipeline.explain_cells(part, choice, labels, decided["sets"], clusters)
+        candidates = decided["candidates"].tolist()
+        evidence = pipeline.explain_cells(part, choice, labels, decided["sets"], clusters, candidates=candidates)
         return Computed(evidence.columns(), evidence.of_cells.as_arrays(), evidence.sums())
     columns, probabilities = pipeline.label_cells(part, known_labelling(pipeline, choice, options, decided))
     return Computed(columns, {"probabilities": probabilities})
+
+
+def settings_of(pipeline: "ScMMGPTPipeline", options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `annotate` with some options."""
+    names = ("labels", "cl_ids", "matching_weight", "tissue")
+    return pipeline.annotation_settings(**{name: options.get(name) for name in names})
 
 
 def labelling_of(
     pipeline: "ScMMGPTPipeline", choice: "InputChoice", options: Mapping[str, Any], decided: Arrays
 ) -> "Labelling":
     """Decisions of `annotate` or `audit` for all partitions, with what the cells of the whole source told."""
-    names = ("labels", "cl_ids", "matching_weight", "tissue")
-    settings = pipeline.annotation_settings(**{name: options.get(name) for name in names})
+    settings = settings_of(pipeline, options)
     decisions = options.get("min_score"), None, options.get("error_rate")
     labelling = pipeline.labelling(choice, settings, options.get("labels") is None, *decisions)
     if "predicted" in decided and labelling.readout is not None:

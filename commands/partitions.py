@@ -150,7 +150,8 @@ class PartitionedRun:
             if (key := self.job.options.get("cluster_key")) is not None:
                 clusters_of(cells.obs, key)
             labels = None if self.annotated is None else self.annotated.labels(source, cells.shape[0])
-            decided = tasks.decide(self.pipeline, cells, choice, self.job, labels)
+            annotated = None if self.annotated is None else self.annotated.job
+            decided = tasks.decide(self.pipeline, cells, choice, self.job, labels, annotated)
         except Exception as error:  # whatever a damaged file makes of the libraries
             if len(self.outputs) == 1:
                 raise
@@ -258,7 +259,8 @@ class PartitionedRun:
             return pipeline.add_audit(target, choice, key, words_of(target.obs, key), columns, clusters)
         if self.job.verb == "explain":
             labels = words_of(target.obs, options["label_key"])
-            evidence = pipeline.evidence_of(choice, labels, decided["sets"], clusters)
+            candidates = decided["candidates"].tolist()
+            evidence = pipeline.evidence_of(choice, labels, decided["sets"], clusters, candidates=candidates)
             for path in joined.paths.values():
                 evidence.add_sums(tasks.read_sums(path))
             evidence.parts = joined.evidence

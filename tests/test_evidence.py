@@ -120,6 +120,22 @@ def test_evidence_does_not_depend_on_batches_other_cells_or_the_order_of_genes(p
     assert other.obs["scmmgpt_evidence"].tolist() == adata.obs["scmmgpt_evidence"][5:25].tolist()
 
 
+def test_the_runner_up_is_a_candidate_where_there_are_some(pipeline):
+    adata = synthetic_adata()
+    known = list(pipeline.model.config.annotation["labels"])
+    of = {}
+    for number in range(2, len(known) + 1):
+        pipeline.annotate(adata, known[:number])
+        rows = pipeline.explain(adata).group_rows()
+        assert {row["rival"] for row in rows} <= set(known[:number])
+        of[number] = adata.obs["scmmgpt_rival"].astype(str).to_numpy()
+        assert set(of[number]) <= {*known[:number], ""}
+    assert (of[2] != of[len(known)]).any(), "a label that is no candidate was the best other one"
+    pipeline.annotate(adata, known[:1])
+    pipeline.explain(adata)  # no other candidate: any label
+    assert set(adata.obs["scmmgpt_rival"].astype(str)) & set(known[1:])
+
+
 def test_any_labels_can_be_explained_broader_ones_and_unknown_ones_too(pipeline):
     adata = synthetic_adata()
     adata.obs["mine"] = adata.obs["cell_type"].astype(str).replace({"B cell": "Lymphocytes", "monocyte": "martian"})
