@@ -118,11 +118,12 @@ class EvidenceSteps(LabellingSteps):
                 "`python -m scmmgpt.train finetune` or `align`."
             )
         members, known, terms, profiles = self.meanings(sets.tolist(), None if called is None else called.tolist())
-        competing = None
+        competing = np.ones(members.shape[1], dtype=bool)
         if candidates is not None:
-            competing = label_members(list(candidates), known, terms, self.model.config.annotation or {}).any(axis=0)
-        of_file = choice.match.measured, members, profiles, competing
-        explainer = Explainer.of(self._bridge().label_readout, *of_file)
+            meant = label_members(list(candidates), known, terms, self.model.config.annotation or {})
+            competing = meant.any(axis=0, out=competing)
+        readout = self._bridge().label_readout
+        explainer = Explainer.of(readout, choice.match.measured, members, profiles, competing)
         numbers = np.searchsorted(sets, labels)
         return Evidence(explainer, sets.tolist(), numbers, list(known), clusters, self.processor.gene_symbols)
 
