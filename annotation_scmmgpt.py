@@ -47,12 +47,13 @@ def annotate_scores(
     weights = {"matching_weight": labelling.settings["matching_weight"], "doubt": stored.get("doubt", 0.0)}
     parts = candidates.doubt_parts()
 
-    def pooled(similarity: np.ndarray) -> np.ndarray:
-        return candidates.pool(label_probabilities(similarity, match, logit_scale=scale, parts=parts, **weights))
+    def pooled(prior: np.ndarray | None = None) -> np.ndarray:
+        options = {"logit_scale": scale, "parts": parts, "prior": prior, **weights}
+        return candidates.pool(label_probabilities(similarity, match, **options))
 
-    probabilities = of_sets = pooled(similarity)
+    probabilities = of_sets = pooled()
     if labelling.prior is not None:
-        probabilities = pooled(similarity + np.log(labelling.prior) / scale)
+        probabilities = pooled(labelling.prior)
     if stored.get("novelty") and novelty is None:
         novelty = np.full(len(similarity), np.nan, dtype=np.float32)
     broader, named = None, None
@@ -90,6 +91,7 @@ def label_probabilities(
     matching_weight: float = 0.0,
     doubt: float = 0.0,
     parts: int | np.ndarray | None = None,
+    prior: np.ndarray | None = None,
 ) -> np.ndarray:
     """Probability of each label for each cell: a softmax over similarities, mixed with matching.
 
@@ -105,6 +107,7 @@ def label_probabilities(
         doubt: Share of cells whose scores say nothing, so that no probability is quite 1.
         parts: Parts into which the doubt is divided, of which a label gets one, int `(n_labels,)`; by default the
             number of labels.
+        prior: How common each label is, over the mean of all, float `(n_labels,)`; by default all are alike.
 
     Returns:
         float32 `(n_cells, n_labels)`; each row sums to 1.
@@ -114,6 +117,8 @@ def label_probabilities(
     array([[0.75, 0.25, 0.  ]], dtype=float32)
     """
     logits = np.asarray(similarity, dtype=np.float64) * logit_scale
+    if prior is not None:
+        logits += np.log(prior)
     exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = exponents / exponents.sum(axis=1, keepdims=True)
     if match is not None and matching_weight:

@@ -127,11 +127,8 @@ def annotate(
     ids = {str(ontology.term_name(sources.types[label])): sources.types[label] for label in labels}
     probabilities = of_sets = left_out.probabilities_of(cells, settings["temperature"], settings["doubt"])
     if tissues and not alone:
-        prior = np.ones(len(sources.types))
-        prior[labels] = tissue_prior(probabilities[:, labels], list(ids), tissues)
-        scores = np.where(cells.scores > ABSENT, cells.scores + settings["temperature"] * np.log(prior), ABSENT)
-        shifted = replace(cells, scores=scores.astype(np.float32))
-        probabilities = left_out.probabilities_of(shifted, settings["temperature"], settings["doubt"])
+        prior = tissue_prior(probabilities[:, labels], list(ids), tissues)
+        probabilities = left_out.probabilities_of(cells, settings["temperature"], settings["doubt"], prior)
     novelty = (cells.novelty / np.float32(unit)).clip(min=0)
     least = least_scores(settings["min_score"], novelty)
     broader = first_term(cells.of_terms, unit)

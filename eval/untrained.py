@@ -109,7 +109,7 @@ def annotate_file(
     probabilities = label_probabilities(scores, logit_scale=scale, doubt=doubt)
     if fitted.tissues and not alone:
         prior = tissue_prior(probabilities, names, fitted.tissues)
-        probabilities = label_probabilities(scores + np.log(prior) / scale, logit_scale=scale, doubt=doubt)
+        probabilities = label_probabilities(scores, logit_scale=scale, doubt=doubt, prior=prior)
     novelty, broader, *named = (None, None) if judge is None else judge(cells).T
     least = least_scores(fitted.settings["min_score"], novelty)
     columns = choose_labels(probabilities, names, ids, least, novelty, terms, broader=broader)

@@ -167,11 +167,17 @@ def leave_each_out(
     return LeftOut(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(LeftOut)))
 
 
-def probabilities_of(cells: LeftOut, temperature: float, doubt: float = 0.0) -> np.ndarray:
-    """Probabilities of the labels, float32 `(n_cells, n_labels)`; 0 for a label that no cell has a score of."""
+def probabilities_of(
+    cells: LeftOut, temperature: float, doubt: float = 0.0, prior: np.ndarray | None = None
+) -> np.ndarray:
+    """Probabilities of the labels, float32 `(n_cells, n_labels)`; 0 for a label that no cell has a score of.
+
+    `prior` is that of the labels with scores, as for `label_probabilities`.
+    """
     scored = (cells.scores > ABSENT).any(axis=0)
     found = np.zeros(cells.scores.shape, dtype=np.float32)
-    found[:, scored] = label_probabilities(cells.scores[:, scored], logit_scale=1 / temperature, doubt=doubt)
+    options: dict[str, Any] = {"logit_scale": 1 / temperature, "doubt": doubt, "prior": prior}
+    found[:, scored] = label_probabilities(cells.scores[:, scored], **options)
     return found
 
 
