@@ -135,7 +135,8 @@ def novelty_warnings(obs: pd.DataFrame) -> list[str]:
     if unknown:
         found.append(f"Like nothing that the checkpoint knows: {unknown:,} of {len(obs):,} cells, called {UNKNOWN}.")
     if named := len(novel) - unknown:
-        found.append(f"Unlike the cells of every label, and named all the same: {named:,}, most by a broader type.")
+        how = "named by a broader type or a reference profile"
+        found.append(f"Unlike the cells of every label: {named:,} of {len(obs):,} cells, {how}.")
     return found
 
 

@@ -157,7 +157,7 @@ def test_warnings_come_from_the_results(pipeline, cells):
     for part in (
         "Nearly all cells have one label",
         "that the checkpoint knows: 6 of 60 cells, called Unknown",
-        "named all the same: 2, most by a broader type",
+        "every label: 2 of 60 cells, named by a broader type or a reference profile",
         "'B cell'",
         "With a score below 0.5: 60 of 60 cells",
     ):
