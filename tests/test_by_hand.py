@@ -105,6 +105,22 @@ def test_a_target_is_what_the_prompt_generates(tiny_model, tiny_processor, rows)
     assert outputs.language_loss > 0
 
 
+def test_a_batch_that_only_generates_has_no_language_loss(tiny_model, tiny_processor, rows):
+    prompt = [{"role": "user", "content": "Generate a"}]
+    generated = [{"cells": [], "messages": prompt, "target": rows[i]["cells"]} for i in range(2)]
+    outputs = tiny_model(**tiny_processor.data_collator()(generated))
+    assert outputs.language_loss == 0
+    assert outputs.loss == tiny_model.config.expression_weight * outputs.expression_loss > 0
+    outputs.loss.backward()
+    assert all(p.grad.isfinite().all() for p in tiny_model.parameters() if p.grad is not None)
+
+
+def test_columns_that_a_trainer_drops_are_asked_for(tiny_processor, rows):
+    dropped = [{"gene_ids": rows[0]["cells"].gene_ids}]
+    with pytest.raises(ValueError, match="no 'cell_id'.*remove_unused_columns=False"):
+        tiny_processor.data_collator()(dropped)
+
+
 def test_preferences_come_chosen_first_with_their_cells_twice(tiny_processor, rows):
     pairs = [
         {"cells": row["cells"], "prompt": row["messages"][:1], "chosen": row["messages"][1:], "rejected": other}

@@ -337,6 +337,26 @@ def test_features_are_tensors_or_outputs(tiny_model, inputs):
         assert output.last_hidden_state.shape[-1] == width
 
 
+def test_the_mean_of_the_language_loss_is_that_of_the_labels(tiny_model, inputs):
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    outputs = tiny_model(**prompts_of(inputs), labels=labels)
+    expected = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert outputs.loss == outputs.language_loss == expected
+    n_labels = (labels[:, 1:] != -100).sum()
+    shares = tiny_model(**prompts_of(inputs), labels=labels, num_items_in_batch=2 * n_labels)
+    torch.testing.assert_close(shares.loss, expected / 2)
+    shifted = tiny_model(**prompts_of(inputs), labels=labels, shift_labels=labels.roll(-1, dims=1))
+    rolled = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.roll(-1, dims=1).flatten())
+    torch.testing.assert_close(shifted.loss, rolled)
+
+
+def test_genes_to_generate_are_taken_as_the_processor_names_them(tiny_model, tiny_processor):
+    prompt, genes = tiny_processor(["a B cell"]), tiny_processor.gene_ids_of(["CD19", "CD3E"])
+    expected = tiny_model.generate_cells(**prompt, target_gene_ids=torch.as_tensor(genes)).expression
+    for form in (genes, genes.tolist()):
+        assert torch.equal(tiny_model.generate_cells(**prompt, target_gene_ids=form).expression, expected)
+
+
 def test_flash_attention_of_the_whole_is_that_of_the_language_model(tiny_config, tmp_path, monkeypatch):
     def check(self, name, *args, **kwargs):  # as if flash-attn were installed
         assert self._supports_flash_attn or name != "flash_attention_2", type(self)
