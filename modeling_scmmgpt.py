@@ -1186,6 +1186,16 @@ class ScMMGPTModel(ScMMGPTCellEncoder):
         return {name: value[decoded] for name, value in parameters.items()}, target_attention_mask[target_rows]
 
 
+def of_part(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of [`ScMMGPTModel`] as one of the model that holds it as `model`, with its signature and docstring."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.model, method.__name__)(*args, **kwargs)
+
+    return call
+
+
 def _refuse_merged_adapters(model: "ScMMGPTForConditionalGeneration", *_: Any) -> None:
     """Refuse an adapter of the base whose adapter is merged into the weights: it would count twice."""
     for adapter in getattr(model, "peft_config", {}).values():
@@ -1210,6 +1220,12 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
     """
 
     lora_target_modules = rf".*language_model\..*\.({'|'.join(LORA_LAYERS)})"
+    get_cell_features = of_part(ScMMGPTModel.get_cell_features)
+    get_cell_tokens = of_part(ScMMGPTModel.get_cell_tokens)
+    get_profile_embeddings = of_part(ScMMGPTModel.get_profile_embeddings)
+    get_text_features = of_part(ScMMGPTModel.get_text_features)
+    match = of_part(ScMMGPTModel.match)
+    resize_gene_embeddings = of_part(ScMMGPTModel.resize_gene_embeddings)
 
     def __init__(self, config: ScMMGPTConfig, language_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -1309,22 +1325,6 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             )
         model.forbid_placeholders()
         return model
-
-    def get_cell_features(self, *args: Any, **kwargs: Any) -> Any:
-        """See [`ScMMGPTBridgeModel`], also for the next four."""
-        return self.model.get_cell_features(*args, **kwargs)
-
-    def get_profile_embeddings(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.model.get_profile_embeddings(*args, **kwargs)
-
-    def get_text_features(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model.get_text_features(*args, **kwargs)
-
-    def match(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.model.match(*args, **kwargs)
-
-    def resize_gene_embeddings(self, vocab_size: int) -> None:
-        self.model.resize_gene_embeddings(vocab_size)
 
     @can_return_tuple
     def forward(

@@ -129,6 +129,11 @@ def test_preferences_come_chosen_first_with_their_cells_twice(tiny_processor, ro
     batch = tiny_processor.data_collator()(pairs)
     assert batch["completion_mask"].sum(1).tolist() == [2, 2, 2, 3, 3, 3]
     assert torch.equal(batch["gene_ids"][:3], batch["gene_ids"][3:])
+    assert not {"ref_chosen_logps", "ref_rejected_logps"} & set(batch)
+    known = [{**pair, "ref_chosen_logps": -1.5, "ref_rejected_logps": -float(i)} for i, pair in enumerate(pairs)]
+    batch = tiny_processor.data_collator()(known)
+    assert batch["ref_chosen_logps"].tolist() == [-1.5, -1.5, -1.5]
+    assert batch["ref_rejected_logps"].tolist() == [0, -1, -2]
 
 
 def test_labels_are_numbers_of_classes(tiny_processor, rows):

@@ -1,6 +1,7 @@
 """What users of transformers expect of the models: auto classes, a plain `Trainer`, and the conventions."""
 
 import copy
+import inspect
 import re
 import shutil
 from pathlib import Path
@@ -33,6 +34,7 @@ from scmmgpt.modeling_scmmgpt import (
     ScMMGPTCellEncoder,
     ScMMGPTForCellTextAlignment,
     ScMMGPTForConditionalGeneration,
+    ScMMGPTModel,
     quantize_language_model_only,
 )
 from scmmgpt.processing_scmmgpt import ScGPTProcessor
@@ -402,6 +404,13 @@ def test_a_loaded_model_and_its_processor_make_a_pipeline(tiny_pipeline, adata):
     made = tiny_pipeline.processor.pipeline(tiny_pipeline.model, task="cell-embedding")
     expected = tiny_pipeline.embed(adata.copy()).obsm["X_scmmgpt"]
     np.testing.assert_array_equal(made(adata.copy()).obsm["X_scmmgpt"], expected)
+
+
+@pytest.mark.parametrize("name", ["get_cell_features", "get_cell_tokens", "get_profile_embeddings", "match"])
+def test_methods_of_the_parts_show_what_they_take(name):
+    whole, part = (getattr(kind, name) for kind in (ScMMGPTForConditionalGeneration, ScMMGPTModel))
+    assert inspect.signature(whole) == inspect.signature(part)
+    assert whole.__doc__ == part.__doc__
 
 
 def test_genes_to_generate_are_taken_as_the_processor_names_them(tiny_model, tiny_processor):
