@@ -314,6 +314,8 @@ class ScMMGPTProcessor(ScGPTProcessor):
             data.update(self._qformer_inputs(qformer_text))
         if text is not None:
             text = _list_texts(text)
+            if not text:
+                raise ValueError("text is an empty list; pass at least one text, or leave it out.")
             options = {name: kwargs[name] for name in TEXT_KWARGS if kwargs.get(name) is not None}
             data.update(self._text_inputs(text, answers, 0 if cells is None else len(cells), **options))
         if target_cells is not None:

@@ -269,6 +269,11 @@ def test_a_placeholder_is_not_taken_for_an_attack(processor):
         processor.apply_chat_template([{"role": "user", "content": "<cell>"}], sanitize_control_tokens=True)
 
 
+def test_no_texts_are_refused(processor):
+    with pytest.raises(ValueError, match="text is an empty list"):
+        processor([])
+
+
 @pytest.mark.parametrize("name", ["text", "qformer_text"])
 def test_cells_in_the_place_of_texts_are_named(processor, adata, cells, name):
     for value in (adata[:2], cells, [adata[:2]]):
