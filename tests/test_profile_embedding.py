@@ -99,9 +99,12 @@ def test_the_model_embeds_what_the_processor_makes(pipeline):
     cells, _ = pipeline.processor.read_cells(synthetic.synthetic_adata(12, seed=7))
     pipeline.processor.feature_extractor.return_profile = True
     inputs = pipeline.processor(cells=cells)
-    embedded = pipeline.model.get_profile_embeddings(inputs["profile_gene_ids"], inputs["profile"])
     expected = pipeline.model.model.label_readout.embedding_for()(cells)
-    np.testing.assert_allclose(embedded.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(pipeline.model.get_profile_embeddings(**inputs).numpy(), expected, atol=1e-5)
+    alone = {name: inputs[name] for name in ("profile_gene_ids", "profile")}
+    assert torch.equal(pipeline.model.get_profile_embeddings(**alone), pipeline.model.get_profile_embeddings(**inputs))
+    with pytest.raises(ValueError, match="has no label readout.*use `get_cell_features`"):
+        synthetic.tiny_pipeline().model.get_profile_embeddings(**inputs)
 
 
 def test_a_change_of_the_groups_changes_the_embedding(readout):

@@ -198,7 +198,7 @@ def load_cell_model(corpus: TrainingCells, model_args: AlignModelArguments) -> t
     if model_args.cell_model is None:
         fields: dict[str, Any] = {"pad_token_id": vocabulary["<pad>"], "cls_token_id": vocabulary["<cls>"]}
         return None, ScGPTConfig(vocab_size=len(vocabulary), **fields | model_args.cell_config)
-    cell_model = ScGPTModel.from_pretrained(model_args.cell_model)
+    cell_model = ScGPTModel.from_pretrained(model_args.cell_model, dtype=torch.float32)
     n_tokens = cell_model.config.vocab_size
     if n_tokens != len(vocabulary):
         raise ValueError(

@@ -93,7 +93,8 @@ def build_model(corpus: Corpus, arguments: PretrainArguments) -> tuple[ScGPTForP
         model = ScGPTForPreTraining(config, objectives=objectives)
     else:
         check_vocabulary(checkpoint, corpus)
-        model = ScGPTForPreTraining.from_pretrained(checkpoint, objectives=objectives, **arguments.cell_config)
+        fields = {"objectives": objectives, "dtype": torch.float32, **arguments.cell_config}
+        model = ScGPTForPreTraining.from_pretrained(checkpoint, **fields)
         extractor = ScMMGPTFeatureExtractor.from_pretrained(checkpoint)
     if arguments.max_genes is not None:
         extractor.max_genes = arguments.max_genes

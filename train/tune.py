@@ -135,7 +135,7 @@ def build_model(
     )[0]
     if architecture != "ScMMGPTForCellTextAlignment":
         raise ValueError(f"{model_args.aligned} holds a {architecture}; name a checkpoint of `align`.")
-    alignment = ScMMGPTForCellTextAlignment.from_pretrained(model_args.aligned)
+    alignment = ScMMGPTForCellTextAlignment.from_pretrained(model_args.aligned, dtype=torch.float32)
     processor = join_processor(model_args.aligned, tokenizer, corpus)
     model = join(alignment, language_model, processor, model_args)
     processor.num_cell_tokens = model.config.num_cell_tokens
