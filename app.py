@@ -40,7 +40,7 @@ from scmmgpt.commands.writing import make_writable
 from scmmgpt.labels_scmmgpt import trained_labels_of
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import is_table, read_file
-from scmmgpt.records_scmmgpt import recorded
+from scmmgpt.records_scmmgpt import in_few_lines, recorded
 
 
 # Before the import: gradio looks up addresses on the internet at start. Nothing leaves the machine.
@@ -204,7 +204,7 @@ def task(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, .
                 is_foreseen = isinstance(error, CHECKED)
                 said = shown(explain(error, extra="app"))
                 raise gr.Error(said, duration=None, print_exception=not is_foreseen) from error
-        return *results, "\n".join(f"- ⚠ {shown(message)}" for message in dict.fromkeys(raised.messages))
+        return *results, "\n".join(f"- ⚠ {shown(message)}" for message in in_few_lines(raised.messages))
 
     parameters = inspect.signature(function).parameters.values()  # their names are those of the page's API
     vars(run)["__signature__"] = inspect.Signature([*parameters, progress])

@@ -13,7 +13,7 @@ from scmmgpt.audit_scmmgpt import CONTRADICTED
 from scmmgpt.commands.verify import COMMANDS, receipts
 from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.receipt_scmmgpt import superseded
-from scmmgpt.records_scmmgpt import need_columns, recorded
+from scmmgpt.records_scmmgpt import in_few_lines, need_columns, recorded
 
 
 SHOWN = 10  # rows of a table of cells
@@ -113,8 +113,8 @@ def warnings_of(adata: Any) -> list[str]:
         found += novelty_warnings(adata.obs)
     if f"{KEY}_audit" in adata.obs:
         found += audit_warnings(adata.obs, str(recorded(adata, KEY, "audit").get("label_key", "")))
-    for label in np.atleast_1d(done.get("weak_labels", [])):
-        found.append(f"The file lacks genes that tell {str(label)!r} from another label.")
+    weak = [str(label) for label in np.atleast_1d(done.get("weak_labels", []))]
+    found += [f"The file lacks genes that tell {label!r} from another label." for label in weak]
     low = int((adata.obs[f"{KEY}_score"] < LOW_SCORE).sum())
     if low:
         found.append(f"With a score below {LOW_SCORE}: {low:,} of {adata.n_obs:,} cells.")
@@ -125,7 +125,7 @@ def warnings_of(adata: Any) -> list[str]:
         found.append(f"{what} of other labels than those of this page: run scmmgpt {COMMANDS[verb]} again.")
     if not recorded(adata, KEY, "explain"):
         found.append("There is no evidence for the labels: run scmmgpt annotate with --evidence.")
-    return found
+    return in_few_lines(found)
 
 
 def novelty_warnings(obs: pd.DataFrame) -> list[str]:

@@ -164,6 +164,15 @@ def test_warnings_come_from_the_results(pipeline, cells):
         assert part in text
 
 
+def test_warnings_of_one_kind_are_one_line_with_the_first_names(pipeline, cells):
+    pipeline.annotate(cells)
+    pipeline.explain(cells)
+    cells.uns["scmmgpt"]["annotate"]["weak_labels"] = np.array([f"type {i}" for i in range(23)], dtype=object)
+    assert warnings_of(cells) == [
+        "The file lacks genes that tell 'type 0', 'type 1', 'type 2' and 20 more from another label."
+    ]
+
+
 def test_the_command_writes_the_page_of_results_and_of_plain_cells(pipeline, cells, tmp_path):
     pipeline.save_pretrained(tmp_path / "checkpoint")
     model = ["--model", str(tmp_path / "checkpoint"), "--quiet"]
