@@ -476,7 +476,9 @@ class TextScores:
         for label in reversed(pairs.values()):
             other, evidence, absent = weak[label]
             genes = ", ".join(gene_symbols(absent))
-            told.append(f"{genes} ({names[label]!r} from {names[other]!r}: {max(evidence, 0):.0%} of the evidence left)")
+            told.append(
+                f"{genes} ({names[label]!r} from {names[other]!r}: {max(evidence, 0):.0%} of the evidence left)"
+            )
         lacking = some_of(told, WEAK_LABELS) + (" pairs of labels" if len(told) > WEAK_LABELS else "")
         said = f"The file lacks genes that tell labels apart, and the scores are lower for it: {lacking}."
         return [names[label] for label in weak], [said] if told else []
