@@ -19,9 +19,9 @@ import pandas as pd
 from scmmgpt.commands.conditions import rows_where
 from scmmgpt.commands.questions import EXAMPLES, Group, Question, QuestionReader, simple
 from scmmgpt.evidence_scmmgpt import NONE
+from scmmgpt.expression_scmmgpt import join
 from scmmgpt.programmes_scmmgpt import PROGRAMMES
-from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, TYPE_FOLD, TYPE_SHARE, Expression, join
-from scmmgpt.receipt_scmmgpt import superseded
+from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, TYPE_FOLD, TYPE_SHARE, Proof
 from scmmgpt.records_scmmgpt import recorded, words_of
 
 
@@ -71,36 +71,30 @@ def rows_of(obs: pd.DataFrame, select: Any) -> np.ndarray:
     return mask
 
 
-def has_proof(adata: Any) -> bool:
-    """Whether cells have descriptions with proof, of the labels that they have now."""
-    described = recorded(adata, "scmmgpt", "describe")
-    return "clauses" in described and "describe" not in superseded(adata, "scmmgpt")
-
-
 class Chat:
     """Questions about cells of one file, turn by turn.
 
-    Labels and descriptions with proof are added to `adata` where they are missing.
+    Labels are added to `adata` where they are missing.
 
     Args:
         pipeline: With a label readout.
         adata: All cells: those that are not selected are what the selection is compared with.
         select: See [`rows_of`].
+        proof: Of the labels of all cells, by `pipeline.prove`; by default it is computed.
         read_kwargs: How to read the cells, as for `ScMMGPTPipeline.annotate`.
     """
 
-    def __init__(self, pipeline: Any, adata: Any, select: Any = None, **read_kwargs: Any) -> None:
+    def __init__(
+        self, pipeline: Any, adata: Any, select: Any = None, proof: Proof | None = None, **read_kwargs: Any
+    ) -> None:
         if not pipeline.can_explain:
             raise ValueError("This checkpoint has no label readout, whose markers and evidence the answers are about.")
         self.selected = rows_of(adata.obs, select)
         if not {"scmmgpt_cell_type", "scmmgpt_score"} <= set(adata.obs):
             pipeline.annotate(adata, **read_kwargs)
-        if not has_proof(adata):
-            pipeline.describe(adata, proof=True, **read_kwargs)
         choice = pipeline.processor.choose_input(adata, **read_kwargs)
-        self.cells, self.obs, gene_index = choice.convert(adata), adata.obs, pipeline.processor.gene_index
-        genes = np.unique(choice.match.measured)
-        self.expression = Expression(self.cells, genes, pipeline.processor.gene_symbols(genes.tolist()))
+        proof = pipeline.prove(adata, choice) if proof is None else proof
+        self.cells, self.expression, self.obs = proof.proposals.cells, proof.expression, adata.obs
         self.expressed = self.expression.counts > 0  # a CSR matrix whose entries are all above 0
         self.labels = pipeline.called_types(adata, choice)["cell_type"].astype(str)
         # Scores are missing with their labels where files were joined.
@@ -115,15 +109,17 @@ class Chat:
         self.explainer, self.set_names, self.panel_genes = evidence.explainer, evidence.names, evidence.genes
         types = {simple(word): term["name"] for term in terms for word in term["names"] if len(word) > 1}
         types |= {simple(name): name for name in sets.tolist()}
-        clauses = pd.DataFrame(adata.uns["scmmgpt"]["describe"]["clauses"], columns=["cell", "text"])
-        shows = {p.phrase: clauses["cell"][clauses["text"].str.startswith(p.phrase)] for p in PROGRAMMES}
-        self.programmes = {name: np.isin(adata.obs_names, cells) for name, cells in shows.items()}
+        self.programmes = {p.phrase: has for p, has in zip(PROGRAMMES, proof.programmes, strict=True)}
         own = [name for name in self.obs if not name.startswith("scmmgpt_") and not name.endswith("ontology_term_id")]
         self.columns = {c: words_of(self.obs, c) for c in own if self.obs[c].nunique() <= MAX_KINDS}
         known = {str(term["name"]): term for term in settings.get("profiles", [])}
         self.never_called = [name for name in known if name not in sets]
         types |= {simple(word): name for name in self.never_called for word in [name, *known[name]["names"]]}
-        self.read = QuestionReader(types, {name: set(values) for name, values in self.columns.items()}, gene_index)
+        values, gene_index = (
+            {name: set(values) for name, values in self.columns.items()},
+            pipeline.processor.gene_index,
+        )
+        self.read = QuestionReader(types, values, gene_index)
         self.asked = Question("")
 
     def ask(self, text: str) -> Answer:
