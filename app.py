@@ -56,9 +56,9 @@ ANY_TISSUE = "any tissue"
 INTRODUCTION = """# scMMGPT
 Open a file of single cells (.h5ad, .h5 of 10x, .h5mu, .loom, .csv, .tsv), then annotate the cells, search them by a
 sentence, or ask about some of them. Files stay on the machine that runs this page."""
-DESCRIBED = 20  # selected cells that are described; each takes a second
-MIN_CELLS = 5  # of a UMAP
 DESCRIBED = 20  # selected cells that are described
+MIN_CELLS = 5  # of a UMAP
+MAX_CELLS = 50_000  # of a file, on the page
 MAX_SIZE = "1gb"  # of a file
 KEPT = 3600  # seconds that the cells and files of a browser are kept
 STORE = "scmmgpt"  # key of a browser's secret in sessionStorage, which a tab keeps over reloads, as its copies do
