@@ -78,8 +78,10 @@ STYLE = """
 .tab-container.visually-hidden button { width: 0; padding: 0; overflow: hidden }
 .tab-container[role=tablist] { flex-wrap: wrap; height: auto; overflow: visible }
 .tab-container[role=tablist] button { padding: 4px 5px; margin: 0 }
+table td, table td * { word-break: normal; overflow-wrap: anywhere; hyphens: auto }
 """
-FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # gradio's own come from Google
+# Gradio's own fonts come from Google. Its tables are in `font_mono`, in which names of types fill a narrow column.
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["system-ui", "sans-serif"]}
 
 
 def check_size(n_cells: int, name: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from scmmgpt.audit_scmmgpt import CONTRADICTED
+from scmmgpt.commands.chat import share
 from scmmgpt.commands.verify import COMMANDS, receipts
 from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.receipt_scmmgpt import superseded
@@ -58,6 +59,7 @@ def report_page(adata: Any, title: str, label_key: str | None = None, seed: int 
     return render_page(
         "cells.html",
         title=title,
+        percent=lambda value: "–" if value is None else share(value),
         n_cells=adata.n_obs,
         pictures=pictures(adata, label_key, seed),
         warnings=warnings_of(adata),
@@ -185,7 +187,11 @@ def evidence_rows(explained: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     are_others = table.name.nunique() > 1  # a share of no cells is no 0 %
     for name, mine in table.groupby("name", sort=False):
-        genes = mine[mine.term > 0].sort_values("term", ascending=False, kind="stable").head(SHOWN)
+        genes = (
+            mine[(mine.term > 0) & (mine.expressing > 0)]
+            .sort_values("term", ascending=False, kind="stable")
+            .head(SHOWN)
+        )
         markers = mine[mine.marker.astype(bool)]
         rows.append(
             {

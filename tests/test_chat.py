@@ -205,8 +205,14 @@ def test_the_command_lists_questions_and_answers(pipeline, adata, tmp_path, caps
     assert capsys.readouterr().out == f"> What are they?\n{text}\n\n"
 
 
-def test_shares_say_of_whose_cells_they_are(pipeline, adata):
-    chat = Chat(pipeline, adata)
+@pytest.fixture(scope="module")
+def whole(pipeline, adata):
+    """A chat about all cells."""
+    return Chat(pipeline, adata.copy())
+
+
+def test_shares_say_of_whose_cells_they_are(whole, adata):
+    chat = whole
     text = chat.ask("Why not monocytes?").text
     label, n = re.search(r"The commonest label of the 120 cells is ([\w ]+), of (\d+)\.", text).groups()
     assert f"(shares of the {n} cells called {label} and of the 30 cells called monocyte)" in text
@@ -253,12 +259,12 @@ def test_cells_like_a_type_are_ordered_by_its_probability_and_are_not_the_cells_
         ("Are there any doublets?", 'The counts do not answer that ("doublets": no gene, label, column or subject of'),
     ],
 )
-def test_questions_of_a_stranger_have_their_own_answers(pipeline, adata, question, words):
-    assert Chat(pipeline, adata).ask(question).text.startswith(words)
+def test_questions_of_a_stranger_have_their_own_answers(whole, question, words):
+    assert whole.ask(question).text.startswith(words)
 
 
-def test_types_are_ordered_by_genes_where_a_question_asks_for_genes(pipeline, adata):
-    chat = Chat(pipeline, adata)
+def test_types_are_ordered_by_genes_where_a_question_asks_for_genes(whole):
+    chat = whole
     for question, unit in (
         ("Which type has the fewest genes?", "genes"),
         ("Which type has the fewest counts?", "counts"),

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from scmmgpt.__main__ import main
-from scmmgpt.commands.report import audit_warnings, describe_some, label_rows, report_page, warnings_of
+from scmmgpt.commands.report import audit_warnings, describe_some, evidence_rows, label_rows, report_page, warnings_of
 from scmmgpt.synthetic import synthetic_adata
 
 
@@ -203,3 +203,19 @@ def test_the_page_begins_with_the_given_labels_that_an_audit_contradicts():
     ]
     assert audit_warnings(obs, "gone") == ["The audit contradicts 4 of 8 given labels."]
     assert audit_warnings(obs[3:7], "given") == []
+
+
+def test_small_shares_are_not_called_none_and_a_gene_that_no_cell_expresses_speaks_for_no_label(pipeline, cells):
+    many = cells[np.arange(600) % 60].copy()
+    many.obs_names_make_unique()
+    pipeline.annotate(many)
+    names = many.obs["scmmgpt_cell_type"].astype(str).to_numpy()
+    names[:3] = "Unknown"
+    many.obs["scmmgpt_cell_type"] = names
+    shown, _ = words_of(report_page(many, "cells"))
+    assert "Unknown – 3 0.5 %" in shown
+    explained = {"name": ["B cell"] * 2, "cells": [3] * 2, "rival": ["T cell"] * 2, "gene": ["CD19", "AQP1"]}
+    explained |= {"term": [2.0, 1.0], "expressing": [0.5, 0.0], "elsewhere": [0.0, 0.1], "marker": [True, True]}
+    (row,) = evidence_rows(explained)
+    assert [gene["gene"] for gene in row["genes"]] == ["CD19"]
+    assert row["missing"] == ["AQP1"]
