@@ -62,8 +62,8 @@ def test_a_rare_label_has_no_share_of_nothing(cells):
     cells.obs["scmmgpt_cell_type"], cells.obs["scmmgpt_score"] = ["mast cell", *["B cell"] * (cells.n_obs - 1)], 0.9
     page = report_page(cells, "many")
     words, _ = words_of(page)
-    assert "labels: B cell (100 %), mast cell (<1 %)." in words
-    assert "B cell (100\N{NO-BREAK SPACE}%)" in page
+    assert "labels: B cell (99.7 %), mast cell (0.3 %)." in words
+    assert "B cell (99.7\N{NO-BREAK SPACE}%)" in page
     assert not re.search(r"\d %", page)  # a line would end between the two
 
 
