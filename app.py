@@ -33,7 +33,7 @@ from scmmgpt.commands.chat import Chat
 from scmmgpt.commands.checkpoints import check_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import CHECKED, OneLineParser, explain, number, run_command
 from scmmgpt.commands.page_session import DESCRIPTION, NO_SELECTION, SEARCHED, Session
-from scmmgpt.commands.page_words import FIELDS, Warnings, named_labels, on_page
+from scmmgpt.commands.page_words import FIELDS, Warnings, named_labels, on_page, unbroken
 from scmmgpt.commands.questions import EXAMPLES
 from scmmgpt.commands.writing import make_writable
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
@@ -426,8 +426,11 @@ class Tasks:
             if "scmmgpt_cell_type" not in session.adata.obs:
                 self.label(session)
             session.chat, session.turns = Chat(self.pipeline, session.adata, rows, session.proved(self.pipeline)), []
-        answer = session.chat.ask(question.strip())
-        session.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}]
+        answer = unbroken(session.chat.ask(question.strip()).text)
+        session.turns += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
         return session, session.turns, ""
 
     def forget(self, session: Session | None) -> tuple[Session]:
@@ -443,7 +446,7 @@ class Tasks:
             texts = session.describe(self.pipeline, DESCRIBED)
         else:
             texts = self.pipeline.describe(session.chosen(DESCRIBED)).obs[DESCRIPTION]
-        return session, texts.rename("description").rename_axis("cell").reset_index()
+        return session, texts.map(unbroken).rename("description").rename_axis("cell").reset_index()
 
     def generate(self, session: Session | None, prompt: str, n_cells: int) -> tuple[Any, ...]:
         """Generate cells, and show where they fall among the cells of the map, if there are any."""

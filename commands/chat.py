@@ -36,7 +36,7 @@ STATES = (  # words that ask for each of PROGRAMMES
 )
 COLUMNS = ("tissue", "donor_id", "donor", "sample", "batch", "condition", "disease", "assay", "leiden", "louvain")
 RAREST = re.compile(r"\b(rare\w*|least|fewest|smallest|scarcest)\b", re.IGNORECASE)
-LOWEST = re.compile(r"\b(lowest|least|weakest)\b", re.IGNORECASE)
+LOWEST = re.compile(r"\b(lowest|least|weakest|fewest|smallest)\b", re.IGNORECASE)
 LIKENESS = "`scmmgpt search`, or Search on the page, orders cells by likeness to cells or to words."
 POINTERS = {  # what others answer
     r"\b(doublet|multiplet)": "`scanpy.pp.scrublet` looks for doublets.",

@@ -10,6 +10,7 @@ from scmmgpt.commands.errors import DEBUG, as_options
 from scmmgpt.labels_scmmgpt import trained_labels_of
 
 
+SPLIT_PERCENT = re.compile(r"(?<=\d) (?=%)")  # "10 %", which a line may break
 FIELDS = {"labels": "Cell types", "tissue": "Tissue", "min_score": "Minimum score"}  # of the page, by argument
 
 
@@ -32,6 +33,15 @@ class Warnings(logging.Handler):
 
     def __exit__(self, *_: object) -> None:
         logging.getLogger("scmmgpt").removeHandler(self)
+
+
+def unbroken(text: str) -> str:
+    r"""A text in which no line ends between a number and its percent sign.
+
+    >>> unbroken("11 % of 20 cells")
+    '11\xa0% of 20 cells'
+    """
+    return SPLIT_PERCENT.sub("\N{NO-BREAK SPACE}", text)
 
 
 def on_page(text: str) -> str:

@@ -19,6 +19,7 @@ from matplotlib.colors import to_rgb
 from scmmgpt import app, synthetic
 from scmmgpt.app import ANY_TISSUE, build, opened
 from scmmgpt.commands import cell_map, page_session
+from scmmgpt.commands.page_words import unbroken
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_selected_cells_are_described_as_by_the_command_and_all_cells_are_judged
     tasks["annotate"](session, "", ANY_TISSUE, 0)
     for rows in ([3, 8, 60], [8, 200]):
         tasks["select"](session, SimpleNamespace(rows=rows))
-        assert tasks["describe"](session)[1]["description"].tolist() == whole[rows].tolist()
+        assert tasks["describe"](session)[1]["description"].tolist() == [*map(unbroken, whole[rows])]
     tasks["ask"](session, "Are they dividing?")
     assert len(judged) == 1
     described = session.adata.obs["scmmgpt_description"]
