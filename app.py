@@ -26,6 +26,7 @@ from weakref import WeakValueDictionary
 import anndata
 import numpy as np
 import pandas as pd
+from transformers.utils import logging as progress_logging
 
 from scmmgpt import pl
 from scmmgpt.commands.cell_map import CSS, HTML, SCRIPT, checked_rows, colors_of, nearest_rows
@@ -101,7 +102,9 @@ def opened(adata: anndata.AnnData, name: str) -> Session:
     if adata.n_obs < MIN_CELLS:
         places, what = np.c_[np.arange(adata.n_obs), np.zeros(adata.n_obs)], "They are too few for a UMAP: a row"
     else:
-        places, _, what = pl.coordinates(adata)
+        with progress_logging.tqdm(desc=f"Placing {adata.n_obs:,} cells on a map", total=1, delay=3) as progress:
+            places, _, what = pl.coordinates(adata)
+            progress.update()
     columns = colors_of(adata.obs)
     known = [name for name in ("scmmgpt_cell_type", "cell_type", "louvain", "leiden") if name in columns]
     return Session(adata, name, np.asarray(places, dtype=float), what, known[0] if known else None)
