@@ -28,7 +28,7 @@ from .genes_scmmgpt import (
     match_genes,
 )
 from .matrices_scmmgpt import ROUNDED, MatrixVerdict, inspect_rows
-from .records_scmmgpt import finish_report
+from .records_scmmgpt import finish_report, in_few_lines
 from .rows_scmmgpt import LARGEST_VALUE, CountRows, matrix_of, modality_of, row_major, sample_rows, totals_of
 
 
@@ -137,6 +137,7 @@ def choose_input(
             f"{n_repeated} of {n_cells} barcodes are repeated (such as {counted.most_common(1)[0][0]!r}): cells of "
             "one barcode get equal random draws. Make them unique with `adata.obs_names_make_unique()`."
         )
+    messages = in_few_lines(messages)
     for message in messages:
         logger.warning(message)
     candidates = {m.name.replace("/", "_"): m.verdict.to_dict() for m in found}

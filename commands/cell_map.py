@@ -15,7 +15,7 @@ CSS = """
 canvas { width: 100%; aspect-ratio: 1; max-height: min(60vh, 520px); touch-action: none; cursor: crosshair;
          background: #fff; border: 1px solid #8884; border-radius: 6px }
 p { margin: 0 0 4px; overflow-wrap: anywhere }
-ul { display: flex; flex-wrap: wrap; gap: 2px 6px; list-style: none; margin: 6px 0; padding: 0; max-height: 12em;
+ul { display: flex; flex-wrap: wrap; gap: 2px 6px; list-style: none; margin: 6px 0; padding: 0; max-height: 19.3em;
      overflow: auto }
 li, button { font-size: 13px }
 button { padding: 1px 4px; border: 0; border-radius: 4px; background: none; color: inherit; font-weight: 400;

@@ -6,13 +6,13 @@ A question with a word that neither is a name nor belongs to the topic has no an
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from scmmgpt.genes_scmmgpt import GeneIndex
-from scmmgpt.labels_scmmgpt import normalize_label
+from scmmgpt.labels_scmmgpt import UNKNOWN, normalize_label
 from scmmgpt.unseen_scmmgpt import ANTIGENS, GENE_WORD
 
 
@@ -50,7 +50,9 @@ TOPICS = {
             assay (come|are.they).from""",
         "types": r"""\btypes?\b \bkinds?\b compos population lineage subset mixture (homo|hetero)gen \bdivers
             \bwhat.(are|is|have|did).(they|these|those|this|here|in|i)\b \bwho('s|.is|.are)\b consist identit made.of
-            \bpure\b break.*down labels \blabel.is \bname\b frequent.labels? smallest biggest largest commonest""",
+            \bpure\b break.*down labels \blabel.is \bname\b frequent.labels? smallest biggest largest commonest
+            \b(what|which).cells.(are|do).(these|they|those|here|there|we|i)\b""",
+        "like": r"""\b(most|more|rather|looks?).(\w+.)?like\b \b(closest|nearest|similar)\b \bresembl""",
     }.items()
 }
 # What no count of a file answers, however many types it names: the literature, medicine and work for other programs.
@@ -116,17 +118,22 @@ ALSO = {
             types? labels?
             clusters? populations? content deep sequenced have most least contain\w* (?:how.)?much
             rna detected good bad poor fine""",
-        "sure": r"""classified label\w* annotat\w* prediction\w* call\w* model mean low\w* high\w* few too name""",
+        "sure": r"""classified label\w* annotat\w* prediction\w* call\w* model mean low\w* high\w* few too name
+            most least""",
         "why": r"""think label\w* annotat\w* call\w* model gene\w* markers? decision name\w*""",
         "whynot": r"""label\w* annotat\w* call\w* model exclu\w+ argu\w+ just""",
         "alternatives": r"""label\w* annotat\w* likely possib\w+ next guess choice types? label""",
         "column": r"""come many per distribut\w+ overlap contribut\w+ represent\w+ lie spread""",
         "describe": r"""unusual paper slides? cluster\w* groups? short figure""",
         "state": r"""dissociation sign\w* activ\w+ response respond\w* (?:any.)?express\w* programme phase
-            genes fraction""",
+            genes fraction stimulat\w+ most least high\w* low\w* strong\w* weak\w* levels?""",
+        "like": r"""closest nearest similar resembl\w+ looks? expression transcriptom\w+ (?:the.)?(?:most|next) types?
+            labels? populations?""",
     }.items()
 }
-TARGETS = ("types", "whynot", "why", "markers", "column")  # topics that are asked about a type or value itself
+WHY_NOT = re.compile(r"\bwhy\b.*(\bnot\b|n't)", re.IGNORECASE)
+RANKED = re.compile(r"\b(most|least|(high|low|strong|weak)est)\b", re.IGNORECASE)
+TARGETS = ("types", "whynot", "why", "markers", "column", "like")  # topics that are asked about a type or value itself
 FOLLOWS = re.compile(r"\s*(and|or|also|then|what about|how about|same)\b", re.IGNORECASE)
 REFERENCE = re.compile(
     r"\b(against|from|than|versus|vs\.?|with|(compared|relative|opposed|contrast) to|"
@@ -244,8 +251,9 @@ class QuestionReader:
         if asked.genes and (each := EACH.search(text)):
             asked.each = self.column_called(each.group(2))
         asked.topic = self.find_topic(asked, last.topic if follows else "")
-        if asked.topic in ("quality", "sure") and (each := EACH.search(text)) and not groups:
-            asked.each = self.column_called(each.group(2)) * (each.group(2).lower() != "cells")
+        if asked.topic in ("quality", "sure", "state") and (each := EACH.search(text)) and not groups:
+            is_ranked = asked.topic != "quality" and RANKED.search(text)
+            asked.each = self.column_called(each.group(2)) * bool(each.group(2).lower() != "cells" or is_ranked)
         self.assign_roles(asked, groups, follows)
         if follows:
             if not asked.genes and re.search(r"\bwithout (it|them)\b", text, re.IGNORECASE):
@@ -256,7 +264,8 @@ class QuestionReader:
         if target is not None and asked.topic != "types" and (target[0] == "type") == (asked.topic == "column"):
             del asked.roles["target"]  # of another topic
         if asked.topic == "whynot" and "target" not in asked.roles:  # "and why not in B cells?"
-            if asked.roles.get("subject", ("",))[0] == "type":
+            subject = asked.roles.get("subject", ("", ""))
+            if subject[0] == "type" or (subject in groups and not SUBJECT.search(groups[subject])):
                 asked.roles["target"] = asked.roles.pop("subject")
             else:
                 asked.topic = "why"
@@ -266,7 +275,7 @@ class QuestionReader:
     def find_topic(self, asked: Question, before: str) -> str:
         """The topic of a question whose names are found; without words of its own, that `before` it."""
         text, kinds = asked.text, {column for column, _ in asked.groups}
-        topics = [topic for topic, words in TOPICS.items() if words.search(text)]
+        topics = topics_of(text, kinds)
         has_type, counted = "type" in kinds, COUNTED.search(text) and not MANY_GENES.search(text)
         if REFUSED.search(text) and (set(topics) <= {"types", "column"} or not {"describe", "genes"} & set(topics)):
             return ""
@@ -274,6 +283,10 @@ class QuestionReader:
             return "gene"
         if topics[:1] == ["types"] and re.search("who.(are|is).you", text, re.IGNORECASE):
             return ""
+        if "like" in topics:
+            return "like"
+        if ("type", UNKNOWN) in asked.groups and (counted or re.search(r"\bwhy\b", text, re.IGNORECASE)):
+            return "why" if re.search(r"\bwhy\b", text, re.IGNORECASE) else "types"
         if has_type and counted and not kinds - {"type"} and topics[:1] == ["genes"] and ONLY_GENES.search(text):
             return "genes"
         if has_type and counted and not ABOUT_COUNTS.search(text) and not {"state", "sure"} & set(topics):
@@ -282,8 +295,6 @@ class QuestionReader:
             return "quality"  # "which type has the most counts?"
         if "sure" in topics and "quality" in topics and ABOUT_COUNTS.search(text):  # "how good is the quality?"
             return "quality"
-        if not has_type and "whynot" in topics:  # "could they be something else" names no type
-            topics.remove("whynot")
         if has_type and topics == ["quality"] and not ABOUT_COUNTS.search(text):
             return "types"
         if asked.columns and topics[:1] == ["state"] and "column" in topics:  # "which replicates are they from?"
@@ -357,6 +368,7 @@ class QuestionReader:
                 re.sub("-(negative|positive)$", "", word, flags=re.IGNORECASE)
             )
             columns = [c for c in self.columns if simple(word) in simple(c).split() and word not in NO_COLUMN]
+            columns = [c for c in columns if c == word] or columns  # "tissue", beside "Tissue" and "tissue of origin"
             if simple(word) == "cluster" and not (word == "cluster" and SELECTION.search(before)):
                 columns += [name for name in self.columns if name in CLUSTERS]
             if WITHOUT.search(before) or OFF.match(after) or word.lower().endswith("-negative"):
@@ -375,6 +387,20 @@ class QuestionReader:
         found = [self.symbols[number] for number in ids if number in self.symbols][:1]
         is_like_one = GENE_WORD.fullmatch(word) and word.upper() not in CAPITALS
         return found or ([word] if is_like_one else [])
+
+
+def topics_of(text: str, named: Collection[str]) -> list[str]:
+    """The topics that words of a question ask for, in the order of `TOPICS`.
+
+    Args:
+        text: The question.
+        named: What it names values of: "type" or columns.
+    """
+    topics = [topic for topic, words in TOPICS.items() if words.search(text)]
+    if {"whynot", "alternatives"} <= set(topics) and re.search(r"\b(else|other)\b", text, re.IGNORECASE):
+        topics.remove("whynot")  # "what else could the monocytes be?"
+    usable = {"like": "type" in named, "whynot": "type" in named or bool(named and WHY_NOT.search(text))}
+    return [topic for topic in topics if usable.get(topic, True)]  # "what do they look like?" names no type
 
 
 def _tells(value: str) -> bool:

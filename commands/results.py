@@ -29,6 +29,7 @@ from scmmgpt.commands.writing import make_writable, size_in_memory, writable_fra
 from scmmgpt.readers.cell_files import CellFile
 from scmmgpt.readers.mtx_folders import is_zarr
 from scmmgpt.readers.soma import is_soma
+from scmmgpt.records_scmmgpt import in_few_lines
 
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def rehearse(cells: Cells, source: Path, output: Path) -> None:
     if isinstance(cells, CellFile):
         changes: list[str] = []
         cells.obs = writable_frame(cells.obs, "obs", changes)
-        for change in changes:
+        for change in in_few_lines(changes):
             logger.warning(change)
         files = [path for path in source.rglob("*") if path.is_file()] if source.is_dir() else [source]
         check_file(output, sum(file.stat().st_size for file in files))

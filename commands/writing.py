@@ -18,6 +18,8 @@ import h5py
 import numpy as np
 import pandas as pd
 
+from scmmgpt.records_scmmgpt import in_few_lines
+
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def make_writable(adata: anndata.AnnData) -> list[str]:
                 del elements[name]
                 changes.append(f"{part}[{name!r}] is left out: .h5ad cannot hold it ({type(value).__name__}).")
     adata.uns = writable_mapping(adata.uns, "uns", changes)
-    for change in changes:
+    for change in in_few_lines(changes):
         logger.warning(change)
     return changes
 

@@ -185,3 +185,11 @@ def test_json_that_is_none_or_of_another_kind_is_one_line(tmp_path, content):
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match="file.json (is|holds)"):
         read_json(path, dict)
+
+
+def test_parts_that_are_left_out_for_one_reason_are_one_warning(caplog):
+    adata = anndata.AnnData(np.ones((2, 3), dtype=np.float32))
+    adata.uns = {f"part{i}": object() for i in range(9)}
+    make_writable(adata)
+    (said,) = caplog.messages
+    assert said.startswith("uns['part0', 'part1', 'part2' and 6 more] is left out")
