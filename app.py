@@ -36,7 +36,7 @@ from scmmgpt.commands.checkpoints import check_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import CHECKED, DEBUG, OneLineParser, as_options, explain, number, run_command
 from scmmgpt.commands.page_session import NO_SELECTION, SEARCHED, Session
 from scmmgpt.commands.questions import EXAMPLES
-from scmmgpt.commands.writing import make_writable
+from scmmgpt.commands.writing import make_writable, nullable_strings
 from scmmgpt.labels_scmmgpt import trained_labels_of
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import is_table, read_file
@@ -370,7 +370,7 @@ class Tasks:
     def written(self, adata: anndata.AnnData, name: str) -> str:
         """A file to download, which the page deletes after `KEPT` seconds."""
         make_writable(adata)
-        with tempfile.TemporaryDirectory(prefix="scmmgpt-") as folder:
+        with tempfile.TemporaryDirectory(prefix="scmmgpt-") as folder, nullable_strings():
             adata.write_h5ad(Path(folder, name))
             return str(self.saved.move_resource_to_block_cache(Path(folder, name)))
 
