@@ -253,8 +253,8 @@ def _describe_unusable(candidate: Candidate, adata: Any) -> str:
     if "share_equal_variance" in e:
         return (
             f"{name} has a standard deviation of about 1 in {e['share_equal_variance']:.0%} of the genes: each gene "
-            "was scaled (`sc.pp.scale(zero_center=False)`), and high ones are no higher than low ones. Keep the counts "
-            "before in `adata.layers['counts']` or `adata.raw`; if they have another name, pass `layer=`."
+            "was scaled (`sc.pp.scale(zero_center=False)`), so that all are equally high. Keep the counts before "
+            "in `adata.layers['counts']` or `adata.raw`; if they have another name, pass `layer=`."
         )
     row, column = e["first_at"]
     gene = next(iter(candidate.columns.values()))[column]
