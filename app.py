@@ -36,7 +36,7 @@ from scmmgpt.commands.errors import CHECKED, OneLineParser, explain, number, run
 from scmmgpt.commands.page_session import DESCRIPTION, NO_SELECTION, SEARCHED, Session
 from scmmgpt.commands.page_words import FIELDS, Warnings, named_labels, on_page, unbroken
 from scmmgpt.commands.questions import EXAMPLES
-from scmmgpt.commands.writing import make_writable
+from scmmgpt.commands.writing import make_writable, nullable_strings
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import is_table, read_file
 from scmmgpt.records_scmmgpt import in_few_lines, recorded
@@ -311,7 +311,7 @@ class Tasks:
     def written(self, adata: anndata.AnnData, name: str) -> str:
         """A file to download, which the page deletes after `KEPT` seconds."""
         make_writable(adata)
-        with tempfile.TemporaryDirectory(prefix="scmmgpt-") as folder:
+        with tempfile.TemporaryDirectory(prefix="scmmgpt-") as folder, nullable_strings():
             adata.write_h5ad(Path(folder, name))
             return str(self.saved.move_resource_to_block_cache(Path(folder, name)))
 

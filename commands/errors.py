@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import json
 import logging
 import math
 import re
@@ -54,6 +55,7 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, *args: Any, rare: Iterable[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rare = set(rare)
+        self.words: list[str] = []  # of the command line
         text = "show every option and the whole description"
         self.add_argument("--help-all", action=HelpAll, nargs=0, default=argparse.SUPPRESS, help=text)
 
@@ -66,9 +68,17 @@ class OneLineParser(argparse.ArgumentParser):
             )
         super()._check_value(action, value)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; an error then knows whether `--json` was given."""
+        self.words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Exit with the message and the way to the help, without the usage."""
-        self.exit(FAILED, f"{self.prog}: {' '.join(message.split())} (`{self.prog} --help` lists the options)\n")
+        text = f"{' '.join(message.split())} (`{self.prog} --help` lists the options)"
+        if "--json" in self.words:
+            write_error(text)
+        self.exit(FAILED, f"{self.prog}: {text}\n")
 
     def format_help(self, everything: bool = False) -> str:
         """The usage in short, the description's first paragraphs, and the options that are not rare."""
@@ -171,6 +181,7 @@ def run_command(
     work: Callable[[], int | None],
     *,
     debug: bool = False,
+    as_json: bool = False,
     inputs: Iterable[Any] = (),
     outputs: Iterable[Any] = (),
     extra: str = "train",
@@ -179,6 +190,7 @@ def run_command(
 
     Args:
         debug: Raise errors, for their traceback.
+        as_json: Write errors to stdout too, as [`write_error`] does.
         inputs: Files that the command was given; named by errors that no check foresaw.
         outputs: Files and folders that it writes, to recognise a full disk by.
         extra: Extra of this package that installs a missing module.
@@ -199,10 +211,17 @@ def run_command(
             raise
         said = as_options(explain(error, inputs, outputs, extra), can_force=not name.startswith("scmmgpt.train"))
         sys.stderr.write(reworded(f"{name}: {said}\n"))
+        if as_json:
+            write_error(said)
         return FAILED
     finally:
         for handler in handlers:
             handler.removeFilter(OPTION_WORDS)
+
+
+def write_error(text: str, **found: Any) -> None:
+    """Write an error to stdout as the JSON that a program reads there in place of a result."""
+    sys.stdout.write(json.dumps({**found, "error": reworded(text)}) + "\n")
 
 
 def as_options(text: str, *, can_force: bool = True) -> str:

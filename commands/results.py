@@ -25,7 +25,7 @@ import pandas as pd
 
 from scmmgpt.commands.files import check_file, table_suffix, whole_file
 from scmmgpt.commands.progress import log_if_slow
-from scmmgpt.commands.writing import make_writable, size_in_memory, writable_frame
+from scmmgpt.commands.writing import make_writable, nullable_strings, size_in_memory, writable_frame
 from scmmgpt.readers.cell_files import CellFile
 from scmmgpt.readers.mtx_folders import is_zarr
 from scmmgpt.readers.soma import is_soma
@@ -208,6 +208,7 @@ def write_table(path: Path, rows: Any, index_label: str | None = None) -> None:
             n += max(len(part), 1)
 
 
+@nullable_strings()
 def write_result(cells: Cells, source: Path, target: Path, copy: Path | None = None) -> None:
     """Write cells with their results to the `.h5ad` file `target`; a [`CellFile`] is a view of `source`.
 

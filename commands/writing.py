@@ -10,7 +10,8 @@ import logging
 import numbers
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import anndata
@@ -40,7 +41,7 @@ def make_writable(adata: anndata.AnnData) -> list[str]:
     if adata.raw is not None:
         var = writable_frame(adata.raw.var, "raw.var", changes)
         if var is not adata.raw.var:
-            adata.raw = anndata.AnnData(adata.raw.X, obs=adata.obs[[]], var=var)
+            adata.raw = anndata.AnnData(adata.raw.X, obs=adata.obs[[]], var=var, varm=dict(adata.raw.varm))
     for part in ("layers", "obsm", "varm", "obsp", "varp"):
         elements = getattr(adata, part)
         for name in list(elements):
@@ -69,9 +70,17 @@ def size_in_memory(adata: anndata.AnnData) -> int:
     return int(total)
 
 
+@contextmanager
+def nullable_strings() -> Iterator[None]:
+    """Let anndata write strings of which some are missing in the form that their file has: it refuses by default."""
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        yield
+
+
 def fits(value: Any) -> bool:
     """Whether `.h5ad` can hold a value; the value is written to a file in memory to find out."""
-    with h5py.File("rehearsal", "w", driver="core", backing_store=False) as file, warnings.catch_warnings():
+    in_memory = h5py.File("rehearsal", "w", driver="core", backing_store=False)
+    with in_memory as file, warnings.catch_warnings(), nullable_strings():
         warnings.simplefilter("ignore")
         try:
             anndata.io.write_elem(file, "value", value)

@@ -403,6 +403,8 @@ def test_a_checkpoint_is_exported_in_two_parts(checkpoint, tmp_path, capsys):
             ["embed", "cells.h5ad", "--split", "test"],
             "--split test names a split of a corpus of `prepare`; cells.h5ad",
         ),
+        (["annotate", "cells.h5ad", "--columns", "batch"], "--columns are those of --table, which is not named"),
+        (["annotate", "cells.h5ad", "--labels", "B", "CL:9999999"], "no type of the id 'CL:9999999'"),
         (["annotate", "cells.h5ad", "--labels", "B", "unknown"], "'unknown' is the answer for cells of no label"),
     ],
 )
@@ -415,6 +417,26 @@ def test_what_would_be_misread_or_ignored_is_refused(words, says, checkpoint, ce
     assert main([*words, "--model", checkpoint, "-o", "out.h5ad"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert says in line
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["annotate", "missing.h5ad"], "There is no file missing.h5ad"),
+        (["annotate", "cells.h5ad", "--batch-size", "0"], "'0' is not a whole number of at least 1"),
+        (["search", "cells.h5ad", "--text", " "], "The text to search for is empty"),
+    ],
+)
+def test_an_error_is_json_too_for_a_program(words, says, checkpoint, cells, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main([*words, "--model", checkpoint, "-o", "out.h5ad", "--json"])
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr()
+    assert status == 2
+    assert says in json.loads(said.out)["error"]
+    assert says in said.err
 
 
 def test_an_entry_of_another_kind_under_our_name_does_not_stop_the_result(checkpoint, adata, tmp_path, caplog):
