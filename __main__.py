@@ -1,4 +1,4 @@
-"""The `scmmgpt` command: arguments in, one pipeline call, a file out.
+"""The `scmmgpt` command: it parses arguments, calls the pipeline once, and writes a file.
 
     scmmgpt annotate cells.h5ad --model CHECKPOINT --output annotated.h5ad
     scmmgpt generate "a B cell from blood" --model CHECKPOINT --output generated.h5ad
@@ -133,13 +133,15 @@ def make_parser() -> argparse.ArgumentParser:
     add_description(command(describe))
     sub = command(calibrate)
     add_input(sub, split="validation", writes_model=True)
-    sub.add_argument("--label-key", default="cell_type", metavar="COLUMN", help="true labels (default: cell_type)")
+    sub.add_argument(
+        "--label-key", default="cell_type", metavar="COLUMN", help="column with true labels (default: cell_type)"
+    )
 
     sub = command(embed)
     add_input(sub, count="+")
     add_output(sub, table=False)
     add_partitions(sub)
-    spaces = "place among types, space shared with text, or of the cell model (default: as the checkpoint has it)"
+    spaces = "embedding: place among types, space shared with text, or cell model (default: of the checkpoint)"
     sub.add_argument("--of", choices=("profile", "cell-text", "cell"), help=spaces)
 
     add_index(command(index))
@@ -168,7 +170,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def annotate(args: Args) -> int:
-    """Annotate every cell with the label whose text fits it best."""
+    """Name the type of each cell, or choose among your own labels."""
     from scmmgpt.commands.results import evidence_rows, table_of, write_table
 
     labels, cl_ids = read_labels(args.labels)
@@ -192,7 +194,7 @@ def annotate(args: Args) -> int:
 
 
 def labels_found(adata: Any) -> dict[str, Any]:
-    """The summary of an annotation, the commonest label first."""
+    """The summary of an annotation, with the most frequent label first."""
     done = adata.uns["scmmgpt"]["annotate"]
     found = sorted(zip(done["found"], done["found_cells"], strict=True), key=lambda pair: -pair[1])
     summary: dict[str, Any] = {"labels": {str(name): int(n) for name, n in found}}
@@ -203,7 +205,7 @@ def labels_found(adata: Any) -> dict[str, Any]:
 
 
 def audit(args: Args) -> int:
-    """Rank labels, clusters and cells whose given label contradicts the other cells, model and markers."""
+    """Rank given labels that the other cells of the file, the model and markers contradict."""
     from scmmgpt.commands.results import audit_rows, audit_summary
 
     options = {"label_key": args.label_key, "cluster_key": args.cluster_key}
@@ -217,7 +219,7 @@ def audit(args: Args) -> int:
 
 
 def chat(args: Args) -> None:
-    """Answer questions about a selection of cells by numbers that are counted for them."""
+    """Answer questions about a selection of cells by counting."""
     from scmmgpt.commands.chat import Chat, answers
 
     pipeline, adata = load(args)
@@ -227,7 +229,7 @@ def chat(args: Args) -> None:
 
 
 def describe(args: Args) -> None:
-    """Describe every cell in words."""
+    """Describe each cell in words."""
     sampler = None
     if args.templates != "default" and not args.reference:
         raise ValueError("--templates are those of the captions of --reference; pass both, or neither.")
@@ -256,7 +258,7 @@ def describe(args: Args) -> None:
 
 
 def calibrate(args: Args) -> None:
-    """Fit matching weight and temperature on validation cells; store them and the labels in the checkpoint."""
+    """Fit probabilities to labelled cells; store labels and settings in the checkpoint."""
     from scmmgpt.commands.calibration import calibrate_checkpoint, check_config
 
     check_config(args.model)
@@ -265,7 +267,7 @@ def calibrate(args: Args) -> None:
 
 
 def embed(args: Args) -> int:
-    """Embed every cell, for neighbours, maps and clusters, or for an index."""
+    """Embed each cell, for neighbours, maps, clusters or an index."""
 
     def found(adata: Any) -> dict[str, Any]:
         return {"dimensions": int(adata.obsm["X_scmmgpt"].shape[1])}
@@ -279,7 +281,7 @@ def embed(args: Args) -> int:
 
 
 def index(args: Args) -> None:
-    """Add embedded cells to an index, in which `search --index` finds them without a pass over all."""
+    """Add embedded cells to an index for `search --index`."""
     from scmmgpt.commands.index import add_files
 
     started()  # without a checkpoint
@@ -289,7 +291,7 @@ def index(args: Args) -> None:
 
 
 def search(args: Args) -> int:
-    """Find the cells that a text describes best, or that are most like some cells."""
+    """Find the cells that a text describes best, or the cells that are most like given cells."""
     if args.like is not None and args.file is None:
         raise ValueError("Name the FILE that has the cells of --like; with --index, cells of the index are found.")
     if args.like is not None and args.by != "similarity":
@@ -323,7 +325,7 @@ def search(args: Args) -> int:
 
 
 def search_in_index(args: Args) -> None:
-    """`search` where the cells are in an index."""
+    """Search the cells of an index."""
     from scmmgpt.commands.index import find_like, find_text, read_manifest, render_hits
 
     if args.output is not None:
@@ -339,7 +341,7 @@ def search_in_index(args: Args) -> None:
 
 
 def generate(args: Args) -> None:
-    """Generate expression profiles of cells from descriptions in words."""
+    """Generate counts of new cells from descriptions in words."""
     check_outputs(args)
     prompts: Any = list(args.prompts)
     if args.prompts_file is not None:
@@ -363,7 +365,7 @@ def generate(args: Args) -> None:
 
 
 def inspect(args: Args) -> int:
-    """Report what a file holds, whether it can be used and how it is read; exit status 0 if it can be used."""
+    """Report what a file holds, whether the file can be used, and how it is read; exit status 0 if usable."""
     from scmmgpt.commands.inspect_input import inspect_file, render
 
     package = logging.getLogger("scmmgpt")
@@ -390,7 +392,7 @@ def inspect(args: Args) -> int:
 
 
 def verify(args: Args) -> int:
-    """Compute the results of a file again and name what changed; exit status 0 if all are the same."""
+    """Compute the results of a file again and name what changed; exit status 0 if nothing changed."""
     from scmmgpt.commands.verify import checkpoint_of, render, verify_file
 
     if args.model is None:
@@ -430,7 +432,7 @@ def report(args: Args) -> None:
 
 
 def plan(args: Args) -> None:
-    """Measure what a cell costs here, and compute time, memory and storage for many cells and workers."""
+    """Measure the cost of a cell on this machine, and predict time, memory and storage for many cells."""
     import time
 
     from scmmgpt.commands.checkpoints import find_checkpoint
@@ -450,7 +452,7 @@ def plan(args: Args) -> None:
 
 
 def export(args: Args) -> None:
-    """Write the language model and the encoder of cells apart, for engines that serve language models."""
+    """Write the language model and the cell encoder as two folders, for engines that serve language models."""
     from scmmgpt.commands.checkpoints import check_checkpoint
     from scmmgpt.commands.serving import export_checkpoint
 
@@ -468,7 +470,7 @@ def doctor(args: Args) -> None:
 
 
 def mcp(args: Args) -> None:
-    """Serve the commands to an agent: a Model Context Protocol server over the files of one folder."""
+    """Serve the commands to an agent by the Model Context Protocol, for the files of one folder."""
     from scmmgpt.commands.mcp_server import serve
 
     started()  # without a checkpoint

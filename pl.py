@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 20_000  # cells that UMAP places; the others are left out of the picture
 N_COMPONENTS = 30  # principal components, where nothing was embedded
-N_GENES = 8  # of a label
-COLUMNS = 3  # panels side by side
 
 
 def coordinates(adata: Any, seed: int = 0) -> tuple[np.ndarray, np.ndarray, str]:

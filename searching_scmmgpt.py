@@ -108,9 +108,9 @@ class SearchSteps(CellPasses):
             columns[0] += cell_text_similarity(torch.from_numpy(places()), place_texts.float().cpu()).numpy()
         return np.concatenate(columns, axis=1)
 
-    def place_cells(self, adata: Any, choice: InputChoice, batch_size: int | None = None) -> np.ndarray:
+    def place_cells(self, adata: Any, choice: InputChoice) -> np.ndarray:
         """Features of all cells in the shared space, float32 `(n_cells, num_query_tokens, projection_dim)`."""
-        features_of, batch_size = self.features_of(choice), self._batch_size(batch_size, 64)
+        features_of, batch_size = self.features_of(choice), self._batch_size(None, 64)
         chunks = self._chunks(adata, choice)
         return self._map_cells(lambda cells: (features_of(cells),), chunks, batch_size, "Searching", adata.shape[0])[0]
 

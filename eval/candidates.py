@@ -38,6 +38,7 @@ from scmmgpt.refinement_scmmgpt import refine_by_cells
 logger = logging.getLogger(__name__)
 
 DOUBT = 0.05  # as fitted for the checkpoint of the root (`train.left_out.fit_probabilities`)
+MAX_CELLS = 100  # of a label of a dataset
 LEAST_CELLS = 5  # of a case
 N_GENES, INVERSE_PENALTY = 4000, 0.03  # of logistic regression; C is the middle one of `crossdata.INVERSE_PENALTIES`
 READOUT = "readout"
@@ -106,18 +107,14 @@ def named_by_baselines(
     return {REGRESSION: regression, CENTROIDS: np.array([name.split("\t")[0] for name in centroids])}
 
 
-def leave_candidates_out(folder: str | Path, max_cells: int = 100) -> dict[str, Any]:
-    """See the top of this file.
-
-    Args:
-        folder: Of the files, as for `eval.crossdata`.
-        max_cells: Cells of a label of a dataset.
+def leave_candidates_out(folder: str | Path) -> dict[str, Any]:
+    """See the top of this file; `folder` is as for `eval.crossdata`.
 
     Returns:
         JSON-able dict: `n_cases`, `n_cells` of no candidate, `systems` (means), `by_set` (means of the cases of a
         dataset) and `cases`.
     """
-    sets, n_genes = crossdata.read_sets(folder, "coarse", max_cells)
+    sets, n_genes = crossdata.read_sets(folder, "coarse", MAX_CELLS)
     found = []
     for part in sets:
         case = crossdata.leave_out(sets, part.name, "all", n_genes, folder)

@@ -14,7 +14,6 @@ scored.
 
 * `pooled readout`: `train.pooled` on the training datasets, solved for the left-out one's genes and refined by its
   cells, without their labels, as `annotate` does;
-* `pooled readout, absent genes at their mean`: weights of all genes, not solved again;
 * `pooled readout, by types`: fitted to the Cell Ontology terms within the classes, whose probabilities are summed;
 * `pooled readout, by types, each cell alone`: the same, and no cell tells of another;
 * `pooled readout, by types, with reference profiles`: as the released checkpoint, with mean profiles of the types and
@@ -23,10 +22,9 @@ scored.
   ones, balanced, C by leaving out thirds of the training datasets;
 * `CellTypist`: `celltypist.train` with its defaults on log1p(CP10k) of the same genes.
 
-The penalty of the pooled readout is chosen by leaving out each training dataset in turn (`--choose-penalty`), else it
-is `pooled.PENALTY`. DIR gets `results.json` and `table.md`: macro-F1 of each dataset and the mean with its 95 %
-interval over resampled cells, and of `--level fine` also F1 over the terms and all above them. `eval_results.yaml`
-has the means of ours in the form of `.eval_results` on the Hub.
+DIR gets `results.json` and `table.md`: macro-F1 of each dataset and the mean with its 95 % interval over resampled
+cells, and of `--level fine` also F1 over the terms and all above them. `eval_results.yaml` has the means of ours in
+the form of `.eval_results` on the Hub.
 """
 
 import argparse
@@ -61,13 +59,12 @@ from scmmgpt.train import release
 from scmmgpt.train.data import ontology
 from scmmgpt.train.data.gene_tables import reference_gene_index
 from scmmgpt.train.data.prepare import read_label_table
-from scmmgpt.train.pooled import PENALTY, Dataset, fit_pooled_readout
+from scmmgpt.train.pooled import Dataset, fit_pooled_readout
 from scmmgpt.train.references import reference_table
 
 
 logger = logging.getLogger(__name__)
 
-PENALTIES = (0.1, 0.3, 1.0)
 INVERSE_PENALTIES = (0.003, 0.03, 0.3)  # C of logistic regression
 N_FOLDS = 3  # of training datasets, by which C is chosen
 N_RESAMPLES = 500
@@ -201,19 +198,11 @@ def resampled_f1(truth: np.ndarray, predicted: np.ndarray, draws: np.ndarray) ->
     return (scores * (support > 0)).sum(axis=1) / (support > 0).sum(axis=1)
 
 
-def pooled(case: LeftOutSet, *, refit: bool = True, choose: bool = False) -> np.ndarray:
+def pooled(case: LeftOutSet) -> np.ndarray:
     """Our readout."""
-    penalty = choose_penalty(case) if choose else PENALTY
-    readout = fit_pooled_readout(case.datasets(), len(case.classes), penalty=penalty)
+    readout = fit_pooled_readout(case.datasets(), len(case.classes))
     panel = readout.for_genes(case.test.measured)
-    if refit:
-        return refine_by_cells(readout, panel, case.test.cells)(case.test.cells)
-    fixed = readout.for_genes()
-    here = np.isin(fixed.gene_ids, panel.gene_ids)
-    absent = readout.group_mean.numpy()[~here]
-    return replace(panel, weights=fixed.weights[here], bias=fixed.bias + absent @ fixed.weights[~here])(
-        case.test.cells
-    )
+    return refine_by_cells(readout, panel, case.test.cells)(case.test.cells)
 
 
 def pooled_by_types(case: LeftOutSet, *, alone: bool = False, profiles: bool = False) -> np.ndarray:
@@ -254,22 +243,6 @@ def fit_by_types(case: LeftOutSet, profiles: bool) -> tuple[ScMMGPTLabelReadout,
         if (reference := release.read_profiles(case.folder, names, table, index, case.n_genes)) is not None:
             datasets, shares = reference.join(datasets, shares, np.arange(len(types)))
     return fit_pooled_readout(datasets, len(types), meanings=shares), types
-
-
-def choose_penalty(case: LeftOutSet) -> float:
-    """The penalty with the best mean macro-F1 when each training dataset is left out in turn."""
-    scores = dict.fromkeys(PENALTIES, 0.0)
-    for part in case.train:
-        inner = leave_out(case.train, part.name, "all", case.n_genes)
-        if len(inner.test.cells) == 0 or len(inner.classes) < 2:
-            continue
-        for penalty in PENALTIES:
-            readout = fit_pooled_readout(inner.datasets(), len(inner.classes), penalty=penalty)
-            best = readout.for_genes(inner.test.measured)(inner.test.cells).argmax(axis=1)
-            scores[penalty] += macro_f1(inner.test.labels, np.asarray(inner.classes)[best])
-    chosen = max(scores, key=lambda penalty: scores[penalty])
-    logger.info("%s: penalty %g of %s", case.test.name, chosen, scores)
-    return chosen
 
 
 def shared_expression(case: LeftOutSet, n_genes: int) -> tuple[sparse.csr_matrix, np.ndarray, sparse.csr_matrix]:
@@ -327,7 +300,6 @@ def celltypist(case: LeftOutSet, *, n_genes: int) -> np.ndarray:
 # Each gives scores of the classes, (n_cells, n_classes).
 SYSTEMS: dict[str, Callable[[LeftOutSet], np.ndarray]] = {
     MODEL: pooled,
-    f"{MODEL}, absent genes at their mean": lambda case: pooled(case, refit=False),
     f"{MODEL}, by types": pooled_by_types,
     f"{MODEL}, by types, each cell alone": lambda case: pooled_by_types(case, alone=True),
     WITH_PROFILES: lambda case: pooled_by_types(case, profiles=True),
@@ -430,7 +402,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--sets", nargs="*", help="datasets to leave out; by default each")
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, help="by default all that the data allow")
-    parser.add_argument("--choose-penalty", action="store_true", help="choose ours by an inner leave-one-out")
+
     return parser
 
 
@@ -454,8 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         raise ValueError(f"--sets names {unknown}, but the datasets are {[part.name for part in sets]}.")
     about: dict[str, Any] = {"task": "crossdata", "level": args.level, "candidates": args.candidates}
-    about |= {"max_cells": args.max_cells, "choose_penalty": args.choose_penalty}
-    about |= {} if args.train_share == 1 else {"train_share": args.train_share}
+    about |= {"max_cells": args.max_cells} | ({} if args.train_share == 1 else {"train_share": args.train_share})
     about["cells"] = {part.name: len(part.labels) for part in sets}
     path = Path(args.output, "results.json")
     records = read_runs(path, about)
@@ -474,8 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for system in systems:
             if (system, part.name) in done:
                 continue
-            options = {"choose": True} if args.choose_penalty and system == MODEL else {}
-            scores, names = SYSTEMS[system](case, **options), np.asarray(case.classes)
+            scores, names = SYSTEMS[system](case), np.asarray(case.classes)
             predicted, of_tissue = (
                 names[np.where(kept, scores, -np.inf).argmax(axis=1)] for kept in (True, case.of_tissue)
             )

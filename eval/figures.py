@@ -22,6 +22,7 @@ from scmmgpt.train.curves import figure_style
 REAL, GENERATED = "#9aa5b1", "#c2410c"
 MAX_VECTOR_POINTS = 3000  # more points are drawn as pixels inside the SVG, which would otherwise take megabytes
 LEGEND_ROW = 0.2  # inches
+MAX_GENES = 8  # of a label in a figure of evidence
 # Of numbers, the highest darkest: the yellow of viridis, its highest, is hardly seen on white.
 SEEN_ON_WHITE = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.2, 1, 256)))
 
@@ -145,13 +146,12 @@ def scatter_figure(points: np.ndarray, columns: Mapping[str, np.ndarray]) -> Fig
     return figure
 
 
-def evidence_figure(table: Mapping[str, np.ndarray], names: Sequence[str], n_genes: int = 8) -> Figure:
+def evidence_figure(table: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
     """The evidence for labels: a panel of genes for each label.
 
     Args:
         table: Columns of `Evidence.group_rows`, of labels: `name`, `rival`, `gene`, `term`, `expressing`.
         names: The labels to draw.
-        n_genes: Genes of a label.
     """
     columns = min(len(names), 3)
     rows = -(-len(names) // max(columns, 1))
@@ -161,7 +161,7 @@ def evidence_figure(table: Mapping[str, np.ndarray], names: Sequence[str], n_gen
         shades = matplotlib.colormaps["Blues"]
         for axes, name in zip(panels, names, strict=False):
             mine = np.flatnonzero((table["name"] == name) & (table["term"] > 0))
-            mine = mine[np.argsort(-table["term"][mine], kind="stable")][:n_genes]
+            mine = mine[np.argsort(-table["term"][mine], kind="stable")][:MAX_GENES]
             colors = [shades(0.25 + 0.75 * float(share)) for share in table["expressing"][mine]]
             axes.barh(range(len(mine)), table["term"][mine], color=colors)
             axes.set_yticks(range(len(mine)), table["gene"][mine], fontsize=7)

@@ -29,7 +29,6 @@ def evaluate_retrieval(
     cell_types: ArrayLike,
     text_types: ArrayLike,
     *,
-    n_resamples: int = results.N_RESAMPLES,
     seed: int = 0,
 ) -> dict:
     """Score similarities `(n_cells, n_texts)` of each system, ours first under `results.MODEL_NAME`.
@@ -38,7 +37,7 @@ def evaluate_retrieval(
         similarities: System -> the score of each text for each cell, higher where nearer.
         cell_types: Type of each cell.
         text_types: Type that each text is about.
-        n_resamples, seed: Of the bootstrap over queries.
+        seed: Of the bootstrap over queries.
 
     Returns:
         JSON-able dict: `measures`, `rows`, `comparisons` (see `results.tabulate`), `n_cells` and `n_texts`.
@@ -48,8 +47,8 @@ def evaluate_retrieval(
     first = next(iter(similarities.values()))
     systems = {**similarities, "random order": rng.random(first.shape)}
     draws = {
-        "cell_to_text": results.bootstrap_draws(right.shape[0], n_resamples=n_resamples, seed=seed),
-        "text_to_cell": results.bootstrap_draws(right.shape[1], n_resamples=n_resamples, seed=seed),
+        "cell_to_text": results.bootstrap_draws(right.shape[0], seed=seed),
+        "text_to_cell": results.bootstrap_draws(right.shape[1], seed=seed),
     }
     estimates: dict[str, dict[str, results.Estimate]] = {}
     for system, scores in systems.items():
@@ -63,7 +62,8 @@ def evaluate_retrieval(
     roles = dict.fromkeys(systems, results.BASELINE) | {results.MODEL_NAME: results.MODEL}
     roles["random order"] = results.CONTROL
     result = {"task": "retrieval"} | results.tabulate(MEASURES, roles, estimates)
-    return result | {"n_cells": right.shape[0], "n_texts": right.shape[1], "n_resamples": n_resamples, "seed": seed}
+    sizes = dict(zip(("n_cells", "n_texts"), right.shape, strict=True))
+    return result | sizes | {"n_resamples": results.N_RESAMPLES, "seed": seed}
 
 
 def score_queries(scores: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:

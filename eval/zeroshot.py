@@ -18,9 +18,8 @@ predicts one of *all* labels for every test cell. The measures are means over la
 
 Systems:
 
-* `finetune` and `align` as users run them (`align` also with the published contrast, by its network alone and by the
-  places of its readout's labels alone); `finetune` also with `annotate(read_batch=True)`, where the test cells
-  together correct the place of the left-out label;
+* `finetune` and `align` as users run them (`align` also with the published contrast); `finetune` also with
+  `annotate(read_batch=True)`, where the test cells together correct the place of the left-out label;
 * `text centroids`: nearest centroid; ridge regression from text embeddings to the centroids of seen labels predicts
   the centroid of the left-out label;
 * `nearest text`: the seen label whose text is most similar to the left-out text, the best `steps` of texts alone.
@@ -48,7 +47,6 @@ from sklearn.metrics import roc_auc_score
 
 from scmmgpt.commands.errors import number
 from scmmgpt.commands.files import write_json
-from scmmgpt.eval.ablation import silent, without_places
 from scmmgpt.eval.annotators import expression, quieten, run_finetune
 from scmmgpt.eval.cells import read_labelled
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import embed_texts
@@ -145,13 +143,7 @@ def aligned(case: LeftOutLabel, *, name: str = "align", options: Sequence[str] =
         words = ["--corpus", str(corpus), "--output_dir", output, "--cell_config", CELL_CONFIG]
         words += ["--seed", str(case.seed), "--disable_tqdm", "True", *ALIGN_OPTIONS, *options]
         align.main(*align.make_parser().parse_args_and_config(words))
-        pipeline = ScMMGPTPipeline.from_pretrained(output)
-        bridge, scores = pipeline._bridge(), {name: scores_of_pipeline(pipeline, case)}
-        with without_places(bridge):
-            scores[f"{name}, network alone"] = scores_of_pipeline(pipeline, case)
-        with silent(bridge.cell_projection):
-            scores[f"{name}, readout alone"] = scores_of_pipeline(pipeline, case)
-        return scores
+        return {name: scores_of_pipeline(ScMMGPTPipeline.from_pretrained(output), case)}
 
 
 def text_centroids(case: LeftOutLabel) -> dict[str, np.ndarray]:
