@@ -231,9 +231,9 @@ def test_rows_bring_messages_and_cells_in_every_form(tmp_path, adata):
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
-        ({"rollout_func": print}, {}, "rollout_func makes prompts of its own"),
-        ({"tools": [print]}, {}, "tools makes prompts of its own"),
-        ({}, {"use_transformers_continuous_batching": True}, "take texts alone"),
+        ({"rollout_func": print}, {}, "rollout_func makes prompts without cells"),
+        ({"tools": [print]}, {}, "tools makes prompts without cells"),
+        ({}, {"use_transformers_continuous_batching": True}, "take texts only"),
     ],
 )
 def test_what_generates_without_cells_is_refused(tmp_path, adata, given, options, message):
