@@ -287,7 +287,7 @@ def test_the_command_trains_lora_on_the_language_model_and_saves_all(corpus, tun
     assert changed
     assert all(re.search(r"language_model\..*_proj", name) for name in changed)
     card = ModelCard.load(tmp_path / "README.md")
-    assert "rewarded for what can be verified" in card.text
+    assert "with descriptions rewarded for truth" in card.text
     assert "reward" in card.text.split("## Measured")[1]
     # The adapter on the checkpoint is the new checkpoint; on the new checkpoint it would count twice.
     base = ScMMGPTForConditionalGeneration.from_pretrained(tuned)
