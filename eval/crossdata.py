@@ -1,4 +1,4 @@
-"""Cell types across datasets: each dataset is left out in turn, and annotated by systems that learn from the others.
+"""Annotate across datasets: leave out each dataset in turn, and annotate it by systems that learn from the others.
 
 ```
 python -m scmmgpt.eval crossdata --data ../shared/data --output DIR
@@ -6,27 +6,27 @@ python -m scmmgpt.eval crossdata --data ../shared/data --output DIR
 
 The folder `--data` holds `.h5ad` files and `tables/label_classes.json`: file -> column of labels, and label -> coarse
 class and Cell Ontology id (`fine`). Labels without a class are left out. All systems learn from the same cells, at
-most `--max-cells` of a label of a dataset, and choose among all classes of the training datasets, or with
-`--candidates present` among those that the left-out dataset has. A second table has the same systems with the scores
-of a cell restricted to the classes of its tissue: by the rule of `annotate --tissue`, those that cells of this tissue
-or of blood have in any dataset, the left-out one too. No text is used. Classes that no other dataset has are not
-scored.
+most `--max-cells` of a label of a dataset. The candidates are all classes of the training datasets; with `--candidates
+present`, the classes of the left-out dataset. No text is used. Classes that no other dataset has are not scored.
 
-* `pooled readout`: `train.pooled` on the training datasets, solved for the left-out one's genes and refined by its
-  cells, without their labels, as `annotate` does;
-* `pooled readout, absent genes at their mean`: weights of all genes, not solved again;
-* `pooled readout, by types`: fitted to the Cell Ontology terms within the classes, whose probabilities are summed;
-* `pooled readout, by types, each cell alone`: the same, and no cell tells of another;
-* `pooled readout, by types, with reference profiles`: as the released checkpoint, with mean profiles of the types and
-  of other cells beside the cells (`train.references`), which no other system has;
-* `logistic regression`: log1p(CP10k) of the genes that the left-out dataset measures, the 4,000 (2,000) most variable
-  ones, balanced, C by leaving out thirds of the training datasets;
+A second table restricts the candidates of a cell to the classes of its tissue, by the rule of `annotate --tissue`:
+classes of cells of this tissue or of blood in any dataset, the left-out dataset included.
+
+* `pooled readout`: `train.pooled` on the training datasets, solved for the genes of the left-out dataset and refined
+  by its cells without their labels, as in `annotate`;
+* `pooled readout, absent genes at their mean`: the weights for all genes, not solved again;
+* `pooled readout, by types`: fitted to the Cell Ontology terms within the classes; probabilities of terms are summed;
+* `pooled readout, by types, each cell alone`: the same without the refinement by other cells;
+* `pooled readout, by types, with reference profiles`: as in the released checkpoint, with mean profiles of the types
+  and of other cells as additional training data (`train.references`); no other system has these data;
+* `logistic regression`: balanced, on log1p(CP10k) of the 4,000 (2,000) most variable genes that the left-out dataset
+  measures; C is chosen by leaving out thirds of the training datasets;
 * `CellTypist`: `celltypist.train` with its defaults on log1p(CP10k) of the same genes.
 
-The penalty of the pooled readout is chosen by leaving out each training dataset in turn (`--choose-penalty`), else it
-is `pooled.PENALTY`. DIR gets `results.json` and `table.md`: macro-F1 of each dataset and the mean with its 95 %
-interval over resampled cells, and of `--level fine` also F1 over the terms and all above them. `eval_results.yaml`
-has the means of ours in the form of `.eval_results` on the Hub.
+The penalty of the pooled readout is `pooled.PENALTY`; with `--choose-penalty`, it is chosen by leaving out each
+training dataset in turn. The outputs in DIR are `results.json` and `table.md`: macro-F1 of each dataset, and the mean
+with its 95 % interval over resampled cells; for `--level fine` also hierarchical F1. `eval_results.yaml` has the means
+of our systems in the format of `.eval_results` on the Hub.
 """
 
 import argparse
@@ -69,7 +69,7 @@ logger = logging.getLogger(__name__)
 
 PENALTIES = (0.1, 0.3, 1.0)
 INVERSE_PENALTIES = (0.003, 0.03, 0.3)  # C of logistic regression
-N_FOLDS = 3  # of training datasets, by which C is chosen
+N_FOLDS = 3  # folds of training datasets for the choice of C
 N_RESAMPLES = 500
 MODEL = "pooled readout"
 WITH_PROFILES = f"{MODEL}, by types, with reference profiles"
@@ -85,27 +85,27 @@ class LabelledSet:
     measured: np.ndarray  # int64: ids of the genes that the file measures
     labels: np.ndarray  # (n_cells,) of str
     types: np.ndarray  # (n_cells,) of str: types within a label, such as terms of the Cell Ontology; "" if unknown
-    tissues: np.ndarray  # (n_cells,) of str, in words; "" if unknown
+    tissues: np.ndarray  # (n_cells,) of str: names of tissues; "" if unknown
 
     def take(self, rows: np.ndarray) -> "LabelledSet":
-        """Some of the cells."""
+        """Select cells by row."""
         kept = {name: getattr(self, name)[rows] for name in ("cells", "labels", "types", "tissues")}
         return replace(self, **kept)
 
 
 @dataclass(frozen=True)
 class LeftOutSet:
-    """Training datasets, with targets in `classes`, and the cells to annotate."""
+    """A left-out dataset to annotate, and the training datasets."""
 
     train: list[LabelledSet]
     test: LabelledSet
     classes: list[str]  # candidates, sorted; every class of `test` is among them
     n_genes: int  # size of the vocabulary
-    of_tissue: np.ndarray  # bool (n_cells, n_classes): the classes that the tissue of each cell has
-    folder: str | Path = ""  # of the data, with the reference profiles
+    of_tissue: np.ndarray  # bool (n_cells, n_classes): classes of the tissue of each cell
+    folder: str | Path = ""  # folder of the data, with the reference profiles
 
     def datasets(self) -> list[Dataset]:
-        """The training cells of the candidates' classes, by dataset."""
+        """Training cells of the candidate classes, by dataset, with targets in `classes`."""
         parts = []
         for part in self.train:
             rows = np.flatnonzero(np.isin(part.labels, self.classes))
@@ -116,12 +116,15 @@ class LeftOutSet:
 
 
 def read_sets(folder: str | Path, level: str, max_cells: int) -> tuple[list[LabelledSet], int]:
-    """The datasets of `label_classes.json`, and the size of the gene vocabulary.
+    """Read the datasets of `label_classes.json`; return them and the size of the gene vocabulary.
 
     Args:
-        folder: See the top of this file.
+        folder: See the module's docstring.
         level: `coarse` or `fine`.
-        max_cells: Cells of a label of a file, drawn at random.
+        max_cells: Most cells of a label of a file, drawn at random.
+
+    Raises:
+        FileNotFoundError: If the folder has no table of classes.
     """
     from scmmgpt.readers.cell_files import read_file
     from scmmgpt.reading_scmmgpt import choose_input
@@ -129,7 +132,7 @@ def read_sets(folder: str | Path, level: str, max_cells: int) -> tuple[list[Labe
 
     path = Path(folder, "tables", "label_classes.json")
     if not path.is_file():
-        raise FileNotFoundError(f"There is no {path}; --data needs the table of the labels' classes.")
+        raise FileNotFoundError(f"There is no {path}; the folder of --data needs this table of classes.")
     index, reviewed = reference_gene_index(), read_label_table("human")["sets"]
     sets = []
     for name, table in json.loads(path.read_text(encoding="utf-8")).items():
@@ -155,7 +158,7 @@ def read_sets(folder: str | Path, level: str, max_cells: int) -> tuple[list[Labe
 def leave_out(
     sets: Sequence[LabelledSet], name: str, candidates: str, n_genes: int, folder: str | Path = ""
 ) -> LeftOutSet:
-    """The case of one dataset; its cells of classes that no other has are left out."""
+    """Leave out one dataset; drop its cells of classes that no other dataset has."""
     train = [part for part in sets if part.name != name]
     (test,) = (part for part in sets if part.name == name)
     known = sorted({label for part in train for label in part.labels})
@@ -165,7 +168,7 @@ def leave_out(
 
 
 def tissue_candidates(sets: Sequence[LabelledSet], tissues: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """The classes of each cell's tissue, bool `(n_cells, n_classes)`; all for a tissue of which there are no cells."""
+    """Classes of each cell's tissue, bool `(n_cells, n_classes)`; all classes for a tissue without labelled cells."""
     terms = ontology.tissue_terms(pair for part in sets for pair in zip(part.tissues, part.labels, strict=True))
     rows = {}
     for name in set(tissues):
@@ -175,7 +178,7 @@ def tissue_candidates(sets: Sequence[LabelledSet], tissues: np.ndarray, classes:
 
 
 def thin(part: LabelledSet, share: float, seed: int = 0) -> LabelledSet:
-    """A random share of the cells of each label, at least one."""
+    """Draw a share of the cells of each label, at least one cell."""
     rng = np.random.default_rng(seed)
     of_labels = [rng.permutation(np.flatnonzero(part.labels == label)) for label in np.unique(part.labels)]
     rows = np.sort(np.concatenate([rows[: max(round(share * len(rows)), 1)] for rows in of_labels]))
@@ -183,12 +186,12 @@ def thin(part: LabelledSet, share: float, seed: int = 0) -> LabelledSet:
 
 
 def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Unweighted mean F1 of the classes that are in `truth`."""
+    """Unweighted mean F1 of the classes in `truth`."""
     return float(f1_score(truth, predicted, average="macro", labels=np.unique(truth), zero_division=0))
 
 
 def resampled_f1(truth: np.ndarray, predicted: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """[`macro_f1`] of each draw of cells, `(n_draws,)`; `draws` are row numbers `(n_draws, n_cells)`."""
+    """[`macro_f1`] of bootstrap draws, `(n_draws,)`; `draws` has row numbers, `(n_draws, n_cells)`."""
     labels, codes = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
     true, named = codes[: len(truth)], codes[len(truth) :]
 
@@ -202,7 +205,13 @@ def resampled_f1(truth: np.ndarray, predicted: np.ndarray, draws: np.ndarray) ->
 
 
 def pooled(case: LeftOutSet, *, refit: bool = True, choose: bool = False) -> np.ndarray:
-    """Our readout."""
+    """Scores of the pooled readout, `(n_cells, n_classes)`.
+
+    Args:
+        refit: Whether to solve the regression for the measured genes, and to refine it by the cells. Otherwise absent
+            genes are at their mean.
+        choose: Whether to choose the penalty; see [`choose_penalty`].
+    """
     penalty = choose_penalty(case) if choose else PENALTY
     readout = fit_pooled_readout(case.datasets(), len(case.classes), penalty=penalty)
     panel = readout.for_genes(case.test.measured)
@@ -217,9 +226,11 @@ def pooled(case: LeftOutSet, *, refit: bool = True, choose: bool = False) -> np.
 
 
 def pooled_by_types(case: LeftOutSet, *, alone: bool = False, profiles: bool = False) -> np.ndarray:
-    """Our readout of the types within the classes, whose probabilities are summed; with `alone`, each cell by itself.
+    """Class probabilities of the pooled readout of types, `(n_cells, n_classes)`; types of a class are summed.
 
-    `profiles` are as for [`fit_by_types`].
+    Args:
+        alone: Skip the refinement by the other cells.
+        profiles: See [`fit_by_types`].
     """
     readout, types = fit_by_types(case, profiles)
     panel = readout.for_genes(case.test.measured)
@@ -230,10 +241,13 @@ def pooled_by_types(case: LeftOutSet, *, alone: bool = False, profiles: bool = F
 
 
 def fit_by_types(case: LeftOutSet, profiles: bool) -> tuple[ScMMGPTLabelReadout, list[tuple[str, str]]]:
-    """The readout of the types within the classes, and its labels: (class, type).
+    """Fit the pooled readout to the types within the classes; return it and its labels, pairs (class, type).
 
-    With `profiles`, reference profiles of the types and of other cells join the datasets, as in the released
-    checkpoint. A cell of unknown type counts for each type of its class a part.
+    A cell of unknown type is divided evenly among the types of its class.
+
+    Args:
+        profiles: Whether reference profiles of the types and of other cells join the datasets, as in the released
+            checkpoint.
     """
     kinds = sorted({pair for part in case.train for pair in zip(part.labels, part.types, strict=True)})
     kinds = [pair for pair in kinds if pair[0] in case.classes]
@@ -257,7 +271,7 @@ def fit_by_types(case: LeftOutSet, profiles: bool) -> tuple[ScMMGPTLabelReadout,
 
 
 def choose_penalty(case: LeftOutSet) -> float:
-    """The penalty with the best mean macro-F1 when each training dataset is left out in turn."""
+    """Choose the penalty with the best macro-F1, summed over training datasets that are left out in turn."""
     scores = dict.fromkeys(PENALTIES, 0.0)
     for part in case.train:
         inner = leave_out(case.train, part.name, "all", case.n_genes)
@@ -273,7 +287,10 @@ def choose_penalty(case: LeftOutSet) -> float:
 
 
 def shared_expression(case: LeftOutSet, n_genes: int) -> tuple[sparse.csr_matrix, np.ndarray, sparse.csr_matrix]:
-    """log1p(CP10k) over variable genes of the left-out dataset: training cells, their labels, test cells."""
+    """log1p(CP10k) of the `n_genes` most variable measured genes: training cells, training labels, test cells.
+
+    The genes are among those that the left-out dataset measures; their variance is that of the training cells.
+    """
     parts = case.datasets()
     genes = case.test.measured
 
@@ -289,7 +306,7 @@ def shared_expression(case: LeftOutSet, n_genes: int) -> tuple[sparse.csr_matrix
 
 
 def logistic_regression(case: LeftOutSet, *, n_genes: int) -> np.ndarray:
-    """Balanced logistic regression."""
+    """Log probabilities of balanced logistic regression, `(n_cells, n_classes)`."""
     train, labels, test = shared_expression(case, n_genes)
     parts = case.datasets()
     groups = np.repeat(np.arange(len(parts)), [len(part.targets) for part in parts])
@@ -306,25 +323,25 @@ def logistic_regression(case: LeftOutSet, *, n_genes: int) -> np.ndarray:
 
 
 def new_regression() -> LogisticRegression:
-    """Balanced, and starting from the coefficients of its last fit, at a tolerance for choices."""
+    """Make a balanced regression that starts from the coefficients of its last fit, with a loose tolerance."""
     return LogisticRegression(class_weight="balanced", warm_start=True, tol=1e-3, max_iter=baselines.MAX_ITERATIONS)
 
 
 def known_f1(model: Any, rows: sparse.csr_matrix, truth: np.ndarray) -> float:
-    """[`macro_f1`] of the rows whose class the model knows; 1 if there are none."""
+    """[`macro_f1`] of the rows whose class is among the model's classes; 1 if there are none."""
     known = np.isin(truth, model.classes_)
     return macro_f1(truth[known], model.predict(rows[known])) if known.any() else 1.0
 
 
 def celltypist(case: LeftOutSet, *, n_genes: int) -> np.ndarray:
-    """CellTypist with its default training."""
+    """Scores of CellTypist with its default training, `(n_cells, n_classes)`."""
     train, labels, test = shared_expression(case, n_genes)
-    both = [AnnData(sparse.csr_matrix(matrix.expm1())) for matrix in (train, test)]  # it is given counts, as elsewhere
+    both = [AnnData(sparse.csr_matrix(matrix.expm1())) for matrix in (train, test)]  # `celltypist_scores` takes counts
     budget = annotators.LabelBudget(both[0], labels, np.arange(len(labels)), both[1], 0)
     return annotators.celltypist_scores(budget)[case.classes].to_numpy()
 
 
-# Each gives scores of the classes, (n_cells, n_classes).
+# System -> function that returns scores of the classes, (n_cells, n_classes).
 SYSTEMS: dict[str, Callable[[LeftOutSet], np.ndarray]] = {
     MODEL: pooled,
     f"{MODEL}, absent genes at their mean": lambda case: pooled(case, refit=False),
@@ -338,11 +355,19 @@ SYSTEMS: dict[str, Callable[[LeftOutSet], np.ndarray]] = {
 
 
 def summarise(records: Sequence[dict], truths: dict[str, np.ndarray], key: str = "predicted") -> list[dict]:
-    """For each system: macro-F1 by dataset, the mean, its interval, and the lead of ours over the system.
+    """Summarise each system: macro-F1 by dataset, mean, interval, and the lead of our system over it.
 
-    Ours is the row with reference profiles, as the released checkpoint has them, else the model. `lead_by_set` has the
-    lead in each dataset and its interval; resampled cells are the same for both systems. `key` of the
-    records has the predictions. Where the classes are terms, `hierarchical` is the mean F1 over terms.
+    Our system is the one with reference profiles, as in the released checkpoint, or else `MODEL`. Resampled cells are
+    the same for both systems of a lead.
+
+    Args:
+        records: Predictions by system and dataset.
+        truths: Dataset -> true classes.
+        key: Field of the predictions in a record.
+
+    Returns:
+        Rows with `system`, `mean`, `by_set`, `interval`, `lead`, `lead_interval` and `lead_by_set` (lead and interval
+        in each dataset); for classes that are Cell Ontology ids also `hierarchical` (F1 by dataset).
     """
     of_system: dict[str, dict[str, np.ndarray]] = {}
     for record in records:
@@ -376,12 +401,12 @@ def summarise(records: Sequence[dict], truths: dict[str, np.ndarray], key: str =
 
 
 def hierarchical(truth: np.ndarray, predicted: np.ndarray, ids: Mapping[str, str]) -> float:
-    """F1 over the terms of the cells' classes and all terms above them."""
+    """See [`hierarchical_f1`]."""
     return hierarchical_f1(predicted, truth, ids, np.ones((1, len(truth)))).value
 
 
 def markdown_table(rows: Sequence[dict]) -> str:
-    """Systems by datasets, macro-F1 x 100."""
+    """Format a Markdown table of systems x datasets, macro-F1 x 100."""
     names = list(rows[0]["by_set"])
     lines = [f"| | mean | lead of ours | {' | '.join(names)} |", "| --- |" + " --- |" * (len(names) + 2)]
     for row in rows:
@@ -402,7 +427,7 @@ def markdown_table(rows: Sequence[dict]) -> str:
 
 
 def eval_results(rows: Sequence[dict], notes: str) -> list[dict[str, Any]]:
-    """Mean macro-F1 of ours as entries of the Hub's `.eval_results`, of systems that have annotated all sets."""
+    """Convert the mean macro-F1 of our systems that annotated all datasets to the Hub's `.eval_results` format."""
     n_sets = max(len(row["by_set"]) for row in rows)
     entries = [
         EvalResultEntry(DATASET, "macro_f1", round(row["mean"], 4), notes=f"{row['system']}; {notes}")
@@ -418,7 +443,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, help="folder of .h5ad files with tables/label_classes.json")
     parser.add_argument("--output", required=True, help="folder for results.json and table.md")
     parser.add_argument("--level", choices=("coarse", "fine"), default="coarse", help="labels to score (%(default)s)")
-    parser.add_argument("--candidates", choices=("all", "present"), default="all", help="labels to choose from")
+    parser.add_argument("--candidates", choices=("all", "present"), default="all", help="candidate classes")
     parser.add_argument(
         "--max-cells", type=number(int, 1), default=100, help="cells of each label of a dataset (%(default)s)"
     )
@@ -428,14 +453,16 @@ def make_parser() -> argparse.ArgumentParser:
         default=1.0,
         help="share of the training cells of each label of a dataset, for a learning curve (%(default)s)",
     )
-    parser.add_argument("--sets", nargs="*", help="datasets to leave out; by default each")
-    parser.add_argument("--systems", nargs="*", choices=SYSTEMS, help="by default all that the data allow")
-    parser.add_argument("--choose-penalty", action="store_true", help="choose ours by an inner leave-one-out")
+    parser.add_argument("--sets", nargs="*", help="datasets to leave out; default: each in turn")
+    parser.add_argument("--systems", nargs="*", choices=SYSTEMS, help="systems; default: all that the data allow")
+    parser.add_argument(
+        "--choose-penalty", action="store_true", help="choose the penalty of the readout by an inner leave-one-out"
+    )
     return parser
 
 
 def chosen_systems(names: Sequence[str] | None, folder: str | Path) -> list[str]:
-    """The named systems, by default all; that of reference profiles needs their file."""
+    """Check the named systems (default: all). The system with reference profiles needs their file."""
     path = Path(folder, reference_table()["file"])
     if names is None:
         return [system for system in SYSTEMS if system != WITH_PROFILES or path.is_file()]
@@ -445,7 +472,7 @@ def chosen_systems(names: Sequence[str] | None, folder: str | Path) -> list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Runs in `results.json` of the output folder are not repeated."""
+    """Run the command line. Runs in `results.json` of the output folder are reused."""
     args = make_parser().parse_args(argv)
     annotators.quieten()
     systems = chosen_systems(args.systems, args.data)
