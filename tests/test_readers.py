@@ -273,5 +273,5 @@ def test_a_link_to_a_file_that_is_gone_is_named(tmp_path):
 
 def test_a_table_in_parquet_is_refused_with_the_way_out(tmp_path):
     pd.DataFrame({"CD3E": [1, 2]}).to_parquet(tmp_path / "cells.parquet")
-    with pytest.raises(FileError, match="is a table in a format that is not read. Save it as .csv"):
+    with pytest.raises(FileError, match="is a table in an unsupported format. Save it as .csv"):
         read_file(tmp_path / "cells.parquet")
