@@ -165,7 +165,7 @@ def short_matrix(cells, folder):
         (without_barcodes, FileNotFoundError, r"no barcodes\.tsv"),
         (of_other_files, ValueError, r"7 features and 2 barcodes.*do not belong together"),
         (bare_hdf5, ValueError, r"neither AnnData.*pictures"),
-        (lambda cells, folder: folder, ValueError, r"neither a \.zarr nor.*nothing"),
+        (lambda cells, folder: folder, ValueError, r"not a \.zarr and has no.*nothing"),
     ],
 )
 def test_a_file_that_cannot_be_read_gets_one_clear_error(write, error, words, cells, tmp_path):
