@@ -429,5 +429,5 @@ def test_calibration_tells_which_labels_of_the_checkpoint_it_replaces(checkpoint
     adata.obs["cell_type"] = (["B", "monocyte"] * adata.n_obs)[: adata.n_obs]
     adata.write_h5ad(tmp_path / "cells.h5ad")
     assert main(["calibrate", str(tmp_path / "cells.h5ad"), "--model", checkpoint, "--quiet"]) == 0
-    assert "1 of the 2 labels that the checkpoint had are none of" in caplog.text
+    assert "1 of the 2 labels of the checkpoint are not labels of" in caplog.text
     assert "('T')" in caplog.text
