@@ -105,7 +105,7 @@ def read_sources(folder: str | Path) -> Sources:
 
 
 def calibrated(sources: Sources, cells: LeftOut) -> dict[str, Any]:
-    """Apply `train.left_out.calibrate`, and raise a `ValueError` for too few cells."""
+    """As `train.left_out.calibrate`, which must have enough cells."""
     if not (settings := left_out.calibrate(cells, sources.reference is not None)):
         raise ValueError(f"{int(cells.known.sum())} cells of known types are too few to calibrate on.")
     return settings

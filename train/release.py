@@ -60,8 +60,8 @@ from scmmgpt.unseen_scmmgpt import Gate, named_genes
 logger = logging.getLogger(__name__)
 
 NAME, VERSION = "scmmgpt-human", "0.8.0"
-MIN_SOURCES = 3  # fewest sources that measure a gene of the vocabulary
-MAX_CELLS = 100  # most cells of a label of a dataset, for the readout
+MIN_SOURCES = 3  # that measure a gene of the vocabulary
+MAX_CELLS = 100  # of a label of a dataset, for the readout
 MAX_BYTES = 64_000_000
 COMMAND = "python -m scmmgpt.train release --data ../shared/data --output results/release"
 SUMMARIES = "tables/gene_summary_human.csv.gz"  # in the folder of the data
