@@ -169,13 +169,13 @@ class CheckpointTrainer(Trainer):
             self.write_card(self.args.output_dir, log_history=self.state.log_history, repo_id=repo_id)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Refuse a checkpoint with other weights: the weights that it lacks would silently start anew."""
+        """Refuse a checkpoint with other weights: the weights that it lacks would silently be initialised again."""
         own = set(load_result.missing_keys) - set(getattr(self.model, "all_tied_weights_keys", None) or ())
         if own or load_result.unexpected_keys:
             raise ValueError(
                 f"The checkpoint to resume lacks the weights {sorted(own)[:SHOWN]} of the model and has the weights "
                 f"{sorted(load_result.unexpected_keys)[:SHOWN]}, which the model lacks. Resume with the release and "
-                "the options that wrote the checkpoint, or start anew in another --output_dir."
+                "the options that wrote the checkpoint, or start again in another --output_dir."
             )
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -171,7 +171,7 @@ class CorpusBuilder:
             changed = sorted(key for key in self.request if earlier.get(key) != self.request[key])
             raise ValueError(
                 f"{self.output} holds a corpus of other sources or options ({', '.join(changed)} differ). Choose "
-                "another folder, or remove this one to build it anew."
+                "another folder, or remove this one to build it again."
             )
         missing = []
         for shard in manifest.shards if manifest else []:

@@ -72,7 +72,7 @@ ROW_GROUP_SIZE = 512  # cells read at once; some tens of row groups make one shu
 MAX_VOCABULARY_SIZE = 2**16  # gene ids are stored as uint16; scGPT's vocabulary has 60,697 entries
 SMALL_CORPUS_BYTES = 2**30  # up to this size, checksums take about a second
 
-_RESTORE = "Delete the shard and run `prepare` again with the same arguments, or copy the shard anew from its source."
+_RESTORE = "Delete the shard and run `prepare` again with the same arguments, or copy the shard from its source again."
 
 
 def hash_vocabulary(vocabulary: Mapping[str, int]) -> str:
@@ -169,7 +169,7 @@ class Manifest:
             fields["shards"] = [Shard(**shard).checked() for shard in fields["shards"]]
             return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields})
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}). Copy it anew from the source of the corpus.") from None
+            raise ValueError(f"{path} is damaged ({error}). Copy it again from the source of the corpus.") from None
 
 
 def shard_schema(counts_dtype: str, vocabulary_hash: str) -> pa.Schema:

@@ -46,7 +46,7 @@ class CorpusWriter:
         if not 0 <= min(vocabulary.values(), default=-1) <= largest < corpus.MAX_VOCABULARY_SIZE:
             raise ValueError(
                 f"The gene vocabulary has {len(vocabulary)} entries with ids up to {largest}; a corpus has ids 0 to "
-                f"{corpus.MAX_VOCABULARY_SIZE - 1}. Choose fewer genes, or number them anew."
+                f"{corpus.MAX_VOCABULARY_SIZE - 1}. Choose fewer genes, or renumber them."
             )
         self.path = Path(path)
         self.vocabulary = dict(vocabulary)

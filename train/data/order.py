@@ -60,7 +60,7 @@ class CellOrder:
         shuffle: Whether to permute blocks, pools and batches; otherwise cells come in stored order.
         label_codes: Label of every cell, `int32 (n_cells,)`, for balanced draws. An epoch draws about as many cells as
             the split has. Cells of rare labels occur up to `MAX_REPEATS` times. Cells of frequent labels are a random
-            subset, drawn anew in every epoch. `None` draws every cell once.
+            subset, drawn again in every epoch. `None` draws every cell once.
         temperature: A label of `n` cells is drawn in proportion to `n ** (1 / temperature)`: 1 keeps the frequencies,
             infinity makes them equal.
         seed: Seed of the order.
