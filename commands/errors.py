@@ -67,7 +67,7 @@ class OneLineParser(argparse.ArgumentParser):
         super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
-        """Exit with the message and a pointer to `--help`, without the usage."""
+        """Exit with the message and the way to the help, without the usage."""
         self.exit(FAILED, f"{self.prog}: {' '.join(message.split())} (`{self.prog} --help` lists the options)\n")
 
     def format_help(self, everything: bool = False) -> str:
@@ -178,11 +178,9 @@ def run_command(
     """Run a command and return its exit status; every error is one line on stderr that starts with `name`.
 
     Args:
-        name: Name of the command.
-        work: Function that does the work and returns the exit status, or None for success.
-        debug: Whether to re-raise errors, for their traceback.
-        inputs: Input files of the command, for messages of unforeseen errors.
-        outputs: Files and folders that the command writes, to recognise a full disk.
+        debug: Raise errors, for their traceback.
+        inputs: Files that the command was given; named by errors that no check foresaw.
+        outputs: Files and folders that it writes, to recognise a full disk by.
         extra: Extra of this package that installs a missing module.
     """
     OPTION_WORDS.said.clear()

@@ -127,7 +127,7 @@ ALSO = {
             genes fraction""",
     }.items()
 }
-TARGETS = ("types", "whynot", "why", "markers", "column")  # topics whose answer can be about a named type or value
+TARGETS = ("types", "whynot", "why", "markers", "column")  # topics that are asked about a type or value itself
 FOLLOWS = re.compile(r"\s*(and|or|also|then|what about|how about|same)\b", re.IGNORECASE)
 REFERENCE = re.compile(
     r"\b(against|from|than|versus|vs\.?|with|(compared|relative|opposed|contrast) to|"

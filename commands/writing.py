@@ -68,7 +68,7 @@ def size_in_memory(adata: anndata.AnnData) -> int:
 
 
 def fits(value: Any) -> bool:
-    """Whether `.h5ad` can store a value, by writing it to a file in memory."""
+    """Whether `.h5ad` can hold a value; the value is written to a file in memory to find out."""
     with h5py.File("rehearsal", "w", driver="core", backing_store=False) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
