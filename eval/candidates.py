@@ -39,8 +39,8 @@ from scmmgpt.refinement_scmmgpt import refine_by_cells
 
 logger = logging.getLogger(__name__)
 
-DOUBT = 0.05  # value that `train.left_out.fit_probabilities` fitted for the released checkpoint
-LEAST_CELLS = 5  # fewest cells of a case
+DOUBT = 0.05  # as fitted for the checkpoint of the root (`train.left_out.fit_probabilities`)
+LEAST_CELLS = 5  # of a case
 N_GENES, INVERSE_PENALTY = 4000, 0.03  # of logistic regression; C is the middle one of `crossdata.INVERSE_PENALTIES`
 READOUT = "readout"
 WITHOUT = "readout, without the regression of the candidates"
@@ -116,11 +116,11 @@ def named_by_baselines(
 
 
 def leave_candidates_out(folder: str | Path, max_cells: int = 100) -> dict[str, Any]:
-    """Leave out candidate types; see the module's docstring.
+    """See the top of this file.
 
     Args:
-        folder: Folder of the files, as for `eval.crossdata`.
-        max_cells: Most cells of a label of a dataset.
+        folder: Of the files, as for `eval.crossdata`.
+        max_cells: Cells of a label of a dataset.
 
     Returns:
         JSON-able dict: `n_cases`, `n_cells` (without a candidate), `cells_of_no_candidate` and `cells_of_candidates`

@@ -6,27 +6,27 @@ python -m scmmgpt.eval crossdata --data ../shared/data --output DIR
 
 The folder `--data` holds `.h5ad` files and `tables/label_classes.json`: file -> column of labels, and label -> coarse
 class and Cell Ontology id (`fine`). Labels without a class are left out. All systems learn from the same cells, at
-most `--max-cells` of a label of a dataset. The candidates are all classes of the training datasets; with `--candidates
-present`, the classes of the left-out dataset. No text is used. Classes that no other dataset has are not scored.
+most `--max-cells` of a label of a dataset, and choose among all classes of the training datasets, or with
+`--candidates present` among those that the left-out dataset has. A second table has the same systems with the scores
+of a cell restricted to the classes of its tissue: by the rule of `annotate --tissue`, those that cells of this tissue
+or of blood have in any dataset, the left-out one too. No text is used. Classes that no other dataset has are not
+scored.
 
-A second table restricts the candidates of a cell to the classes of its tissue, by the rule of `annotate --tissue`:
-classes of cells of this tissue or of blood in any dataset, the left-out dataset included.
-
-* `pooled readout`: `train.pooled` on the training datasets, solved for the genes of the left-out dataset and refined
-  by its cells without their labels, as in `annotate`;
-* `pooled readout, absent genes at their mean`: the weights for all genes, not solved again;
-* `pooled readout, by types`: fitted to the Cell Ontology terms within the classes; probabilities of terms are summed;
-* `pooled readout, by types, each cell alone`: the same without the refinement by other cells;
-* `pooled readout, by types, with reference profiles`: as in the released checkpoint, with mean profiles of the types
-  and of other cells as additional training data (`train.references`); no other system has these data;
-* `logistic regression`: balanced, on log1p(CP10k) of the 4,000 (2,000) most variable genes that the left-out dataset
-  measures; C is chosen by leaving out thirds of the training datasets;
+* `pooled readout`: `train.pooled` on the training datasets, solved for the left-out one's genes and refined by its
+  cells, without their labels, as `annotate` does;
+* `pooled readout, absent genes at their mean`: weights of all genes, not solved again;
+* `pooled readout, by types`: fitted to the Cell Ontology terms within the classes, whose probabilities are summed;
+* `pooled readout, by types, each cell alone`: the same, and no cell tells of another;
+* `pooled readout, by types, with reference profiles`: as the released checkpoint, with mean profiles of the types and
+  of other cells beside the cells (`train.references`), which no other system has;
+* `logistic regression`: log1p(CP10k) of the genes that the left-out dataset measures, the 4,000 (2,000) most variable
+  ones, balanced, C by leaving out thirds of the training datasets;
 * `CellTypist`: `celltypist.train` with its defaults on log1p(CP10k) of the same genes.
 
-The penalty of the pooled readout is `pooled.PENALTY`; with `--choose-penalty`, it is chosen by leaving out each
-training dataset in turn. The outputs in DIR are `results.json` and `table.md`: macro-F1 of each dataset, and the mean
-with its 95 % interval over resampled cells; for `--level fine` also hierarchical F1. `eval_results.yaml` has the means
-of our systems in the format of `.eval_results` on the Hub.
+The penalty of the pooled readout is chosen by leaving out each training dataset in turn (`--choose-penalty`), else it
+is `pooled.PENALTY`. DIR gets `results.json` and `table.md`: macro-F1 of each dataset and the mean with its 95 %
+interval over resampled cells, and of `--level fine` also F1 over the terms and all above them. `eval_results.yaml`
+has the means of ours in the form of `.eval_results` on the Hub.
 """
 
 import argparse
@@ -205,13 +205,7 @@ def resampled_f1(truth: np.ndarray, predicted: np.ndarray, draws: np.ndarray) ->
 
 
 def pooled(case: LeftOutSet, *, refit: bool = True, choose: bool = False) -> np.ndarray:
-    """Scores of the pooled readout, `(n_cells, n_classes)`.
-
-    Args:
-        refit: Whether to solve the regression for the measured genes, and to refine it by the cells. Otherwise absent
-            genes are at their mean.
-        choose: Whether to choose the penalty; see [`choose_penalty`].
-    """
+    """Our readout."""
     penalty = choose_penalty(case) if choose else PENALTY
     readout = fit_pooled_readout(case.datasets(), len(case.classes), penalty=penalty)
     panel = readout.for_genes(case.test.measured)
@@ -271,7 +265,7 @@ def fit_by_types(case: LeftOutSet, profiles: bool) -> tuple[ScMMGPTLabelReadout,
 
 
 def choose_penalty(case: LeftOutSet) -> float:
-    """Choose the penalty with the best macro-F1, summed over training datasets that are left out in turn."""
+    """The penalty with the best mean macro-F1 when each training dataset is left out in turn."""
     scores = dict.fromkeys(PENALTIES, 0.0)
     for part in case.train:
         inner = leave_out(case.train, part.name, "all", case.n_genes)
@@ -453,11 +447,9 @@ def make_parser() -> argparse.ArgumentParser:
         default=1.0,
         help="share of the training cells of each label of a dataset, for a learning curve (%(default)s)",
     )
-    parser.add_argument("--sets", nargs="*", help="datasets to leave out; default: each in turn")
-    parser.add_argument("--systems", nargs="*", choices=SYSTEMS, help="systems; default: all that the data allow")
-    parser.add_argument(
-        "--choose-penalty", action="store_true", help="choose the penalty of the readout by an inner leave-one-out"
-    )
+    parser.add_argument("--sets", nargs="*", help="datasets to leave out; by default each")
+    parser.add_argument("--systems", nargs="*", choices=SYSTEMS, help="by default all that the data allow")
+    parser.add_argument("--choose-penalty", action="store_true", help="choose ours by an inner leave-one-out")
     return parser
 
 

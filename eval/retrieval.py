@@ -38,8 +38,7 @@ def evaluate_retrieval(
         similarities: System -> similarity of cells and texts, `(n_cells, n_texts)`; ours under `results.MODEL_NAME`.
         cell_types: Type of each cell.
         text_types: Type that each text is about.
-        n_resamples: Replicates of the bootstrap over queries.
-        seed: Seed of the bootstrap, and of the system "random order".
+        n_resamples, seed: Of the bootstrap over queries.
 
     Returns:
         JSON-able dict: `measures`, `rows`, `comparisons` (see `results.tabulate`), `n_cells` and `n_texts`.
