@@ -282,7 +282,7 @@ def test_an_output_that_could_not_be_written_is_refused_first(checkpoint, cells,
         (["-o", "out.h5ad", "--table", "labels.csv", "--labels", "labels.csv"], "would replace a file of the input"),
         (["-o", "out.h5ad", "--table", "folder.csv"], "is a folder"),
         (["-o", "folder.h5ad"], "is a folder"),
-        (["-o", "out.h5ad", "--labels", "labels.csv", "B"], "Name either one file, or labels"),
+        (["-o", "out.h5ad", "--labels", "labels.csv", "B"], "Give either one file or only labels"),
         (["-o", "out.h5ad", "--organism", "mice"], "choose one of human"),
         (["-o", "out.h5ad", "--layer", "counts"], "counts"),
         (["-o", "out.h5ad", "--device", "gpu"], "(it is not a device of PyTorch). Name cpu, cuda or mps"),
@@ -451,5 +451,5 @@ def test_calibration_tells_which_labels_of_the_checkpoint_it_replaces(checkpoint
     adata.obs["cell_type"] = (["B", "monocyte"] * adata.n_obs)[: adata.n_obs]
     adata.write_h5ad(tmp_path / "cells.h5ad")
     assert main(["calibrate", str(tmp_path / "cells.h5ad"), "--model", checkpoint, "--quiet"]) == 0
-    assert "1 of the 2 labels that the checkpoint had are none of" in caplog.text
+    assert "1 of the 2 labels of the checkpoint are not labels of" in caplog.text
     assert "('T')" in caplog.text

@@ -132,9 +132,9 @@ def test_partitions_have_the_same_bits_and_an_index_finds_like_cells(pipeline, t
     assert main(["verify", str(tmp_path / "parts.h5ad"), "--device", "cpu"]) == 0
     pytest.importorskip("faiss", reason="the extra `index` installs FAISS")
     add_files(tmp_path / "index", [tmp_path / "whole.h5ad"])
-    assert "no text is compared with: the index finds cells that are like a cell" in caplog.text
+    assert "cannot be compared with texts. The index finds similar cells" in caplog.text
     assert main(["search", "--index", str(tmp_path / "index"), "--text", "a B cell", *words[2:6]]) == 2
-    assert "embedded as 'profile', which texts are not compared with" in capsys.readouterr().err
+    assert "embedded as 'profile', which cannot be compared with texts" in capsys.readouterr().err
     like = ["--like", "cell-3", "--top-k", "5", "--json", *words[2:6]]
     assert main(["search", words[1], "--index", str(tmp_path / "index"), *like]) == 0
     of_index = json.loads(capsys.readouterr().out)
