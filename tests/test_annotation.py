@@ -136,10 +136,8 @@ def test_labels_of_other_tissues_bring_the_advice_to_name_the_tissue(with_tissue
     ]
     caplog.clear()
     with_tissues.annotate(adata.copy())
-    assert (
-        f"the tissue is 'lung'; {common.iloc[0]} of {len(adata)} cells have labels that the checkpoint" in caplog.text
-    )
-    assert f"({common.index[0]}). `tissue='lung'` chooses among the others." in caplog.text
+    assert f"the tissue 'lung', but {common.iloc[0]} of {len(adata)} cells have labels of other tissues" in caplog.text
+    assert f"({common.index[0]}). Pass `tissue='lung'` to choose" in caplog.text
     adata.obs["tissue"] = "kidney"  # which the checkpoint does not know
     caplog.clear()
     with_tissues.annotate(adata)
@@ -191,7 +189,7 @@ def test_a_tissue_that_says_nothing_is_refused(with_tissues, adata, options, mes
     with pytest.raises(ValueError, match=message):
         with_tissues.annotate(adata, **options)
     with_tissues.model.config.annotation.pop("tissues")
-    with pytest.raises(ValueError, match="which labels a tissue has|pass one of the two"):
+    with pytest.raises(ValueError, match="stores no tissues|pass one of the two"):
         with_tissues.annotate(adata, **options)
 
 
