@@ -188,14 +188,14 @@ def test_a_kind_of_a_trained_label_stands_for_it(built, caplog):
     pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
     cells = synthetic_adata(40, seed=5)
     asked = [pipeline.annotate(cells.copy(), ["B cell", name]).obs for name in ("monocyte", "Classical monocytes")]
-    assert "'Classical monocytes' is judged as 'monocyte', of which it is a kind" in caplog.text
+    assert "'Classical monocytes' is scored as the broader label 'monocyte'" in caplog.text
     is_monocyte = asked[0]["scmmgpt_cell_type"] == "monocyte"
     assert 0 < is_monocyte.sum() < len(cells)
     assert ((asked[1]["scmmgpt_cell_type"] == "Classical monocytes") == is_monocyte).all()
     assert set(asked[1]["scmmgpt_cl_id"][is_monocyte]) == {"CL:0000860"}
     caplog.clear()
     pipeline.annotate(cells.copy(), ["B cell", "classical monocyte", "non-classical monocyte"])  # texts tell two kinds
-    assert "is judged as" not in caplog.text
+    assert "is scored as" not in caplog.text
 
 
 def test_terms_below_labels_are_of_the_nearest_one_and_of_no_broad_label():
@@ -364,7 +364,7 @@ def test_a_checkpoint_with_some_of_its_labels_still_answers(built):
     pipeline.calibrate(cells, "cell_type", labels=["B cell", "monocyte"])
     annotated = pipeline.annotate(cells)
     assert (annotated.obs["scmmgpt_cell_type"].astype(str) == cells.obs["cell_type"].astype(str)).mean() > 0.8
-    with pytest.raises(ValueError, match="1 of 2 labels are none that the checkpoint was trained on, such as 'ghost'"):
+    with pytest.raises(ValueError, match="not trained on 1 of 2 labels, such as 'ghost'"):
         pipeline.calibrate(cells, "cell_type", labels=["B cell", "ghost"])
 
 
