@@ -81,7 +81,7 @@ def test_labels_that_differ_in_case_alone_are_one_in_the_spelling_of_the_checkpo
     assert labels_with_texts(["b cell", "B cell", "x", "X"], stored) == {"B cell": "A lymphocyte.", "x": "x"}
     assert labels_with_texts(["b cell"], stored) == {"b cell": "b cell"}  # words of the user alone
     assert labels_with_texts({"NK": "A killer.", "nk": "nk"}, {}) == {"NK": "A killer."}
-    with pytest.raises(ValueError, match="differ in case alone"):
+    with pytest.raises(ValueError, match="differ in case only"):
         labels_with_texts({"NK": "A killer.", "nk": "Another."}, {})
 
 

@@ -72,7 +72,7 @@ def test_what_breaks_the_promise_is_refused(pipeline, options, message):
 
 
 def test_a_checkpoint_without_held_out_cells_is_refused():
-    with pytest.raises(ValueError, match="no held-out cells"):
+    with pytest.raises(ValueError, match="no thresholds of label sets"):
         synthetic.fitted_pipeline().annotate(synthetic_adata(8), error_rate=0.1)
 
 

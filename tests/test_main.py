@@ -403,7 +403,7 @@ def test_a_checkpoint_is_exported_in_two_parts(checkpoint, tmp_path, capsys):
             ["embed", "cells.h5ad", "--split", "test"],
             "--split test names a split of a corpus of `prepare`; cells.h5ad",
         ),
-        (["annotate", "cells.h5ad", "--labels", "B", "unknown"], "'unknown' is the answer for cells of no label"),
+        (["annotate", "cells.h5ad", "--labels", "B", "unknown"], "'unknown' is reserved for cells without a label"),
     ],
 )
 def test_what_would_be_misread_or_ignored_is_refused(words, says, checkpoint, cells, tmp_path, capsys, monkeypatch):
