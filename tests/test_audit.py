@@ -211,7 +211,7 @@ def test_cells_without_a_label_are_not_judged_and_no_label_is_called_nan(pipelin
     swapped.obs["mine"] = swapped.obs["cell_type"].astype(object)
     swapped.obs.iloc[:6, swapped.obs.columns.get_loc("mine")] = np.nan
     audit = pipeline.audit(swapped, "mine")
-    assert "obs['mine'] has no label of 6 of 60 cells: not judged." in caplog.text
+    assert "6 of 60 cells have no label in obs['mine']: not judged." in caplog.text
     assert "mean no type" not in caplog.text
     assert set(audit.verdict[:6]) == {"not judged"}
     assert "nan" not in {row["name"] for row in audit.group_rows()}
