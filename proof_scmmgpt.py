@@ -1,23 +1,23 @@
-"""Descriptions whose every clause is counted: what a cell is, what is notable in it, what else it may be.
+"""Descriptions of cells in which counts support every clause: the type, notable genes, and alternatives.
 
     A B cell from blood, shown by MS4A1 (4 counts), CD79A (3) and CD19 (1). Interferon response: ISG15 (9), MX1 (2)
     and IFIT3 (1), more of these genes than 93 % of the 138 other cells of its kind. Unusually high for its kind:
     IGLC2 (9).
 
-Nothing is generated: the model proposes (label, runner-up, genes), and the counts of the file decide. A clause that
-they do not support is left out.
+No text is generated: the model proposes labels and genes, and the counts of the file decide. A clause without support
+in the counts is left out.
 
-| clause | genes | when it is written |
+| clause | genes | condition |
 | --- | --- | --- |
-| type | expressed markers and evidence of the label | higher in the cells of the label than in the others |
-| against | those of another lineage (`LINEAGES`) | at least two, too many to be from other cells |
-| programme | those of a published list (`PROGRAMMES`) | several, and far more than in the lower quarter of its kind |
-| unusual | any | several times the mean of its kind, above nearly all of it, and no trace of another type |
-| alternative | evidence for the runner-up | higher in the runner-up's cells than in those of the label |
-| undecided | evidence for both kinds of a broad type | likewise |
+| type | expressed markers and evidence of the label | higher in the cells of the label than in other cells |
+| against | genes of another lineage (`LINEAGES`) | at least two, and more than ambient RNA explains |
+| programme | genes of a published list (`PROGRAMMES`) | several, and far above the lower quartile of the kind |
+| unusual | any | several times the mean of the kind, above nearly all of its cells, no trace of another type |
+| alternative | evidence for the runner-up | higher in the runner-up's cells than in the label's cells |
+| undecided | evidence for both kinds of a broad type | higher in the cells of each kind than in the other's |
 
-The **kind** of a cell is the other cells of the file with the same type clause. A percentile is the share of cells
-that express less, in counts per 10,000.
+The **kind** of a cell consists of the cells of the file with the same type clause. A percentile is the share of cells
+with a lower expression, in CP10k.
 """
 
 import re
@@ -33,44 +33,46 @@ from .evidence_scmmgpt import N_MARKERS, NONE, Explainer
 from .programmes_scmmgpt import LINEAGES, PROGRAMMES, Lineage
 
 
-# Genes that show a lineage, and the fold of the file's mean that each and all need: less may be from the fluid.
+# An opposing lineage needs this number of expressed genes. Each gene, and their sum, needs this fold of the file's
+# mean: ambient RNA may explain less.
 MIN_LINEAGE_GENES, LINEAGE_FOLD = 2, 0.5
 
 NO_TYPE = "No type is shown by its counts; the model proposes {}."
-MIN_SCORE = 0.5  # a label of a lower probability gives way to a broader type
-MIN_KIND, MIN_RIVAL = 20, 10  # cells, to say what is usual of a type, and to know that it has more of a gene
-TYPE_FOLD, TYPE_SHARE = 2.0, 0.1  # of a gene of a type: fold of mean expression, and cells that express it
-APART, PSEUDORATE = 1.25, 0.05  # fold of the genes of a type together over any other; counts per 10,000
-N_TYPE_GENES, N_GENES = 4, 3  # named in a clause
+MIN_SCORE = 0.5  # a label of a lower probability is replaced by a broader type
+MIN_KIND, MIN_RIVAL = 20, 10  # cells that a kind needs to define what is usual, and to be compared with other kinds
+TYPE_FOLD, TYPE_SHARE = 2.0, 0.1  # a gene of a type: least fold over other cells, least share of expressing cells
+APART, PSEUDORATE = 1.25, 0.05  # least fold of a type's genes together over each other type; pseudocount in CP10k
+N_TYPE_GENES, N_GENES = 4, 3  # most genes of a clause
 MIN_PROGRAMME_GENES, PROGRAMME_FOLD, PROGRAMME_PERCENTILE = 3, 3.0, 50
 UNUSUAL_COUNT, UNUSUAL_FOLD, UNUSUAL_PERCENTILE = 3, 4.0, 95
-# Of another type's expression, from the fluid around a cell or from its neighbours on a slide; and genes of all types.
+# Shares of another type's mean that ambient RNA, or a neighbour on a slide, may leave; fold of a gene of one type.
 TRACE, TRACE_ON_SLIDE, OF_ANY_TYPE = 0.2, 1.0, 2.0
-GROUP_SHARE, GROUP_FOLD = 0.1, 2.0  # of cells: what is said of a group
-COUNTED = 0.95  # of the values are whole numbers, in counts
-RECURRENT = 0.01  # cells of the file with two counts of a gene that varies, else a high count is an accident
-MIN_ALTERNATIVE = 0.1  # probability
-SURPRISE = 15.0  # Poisson deviance of a count: one in 10,000
-FLOOR = 0.4  # counts that are expected at least
-OF_KIND = 0.25  # of the mean of its kind, for a gene to show the type of a cell
-# What these genes tell is how the cell was handled and how large it is, more than what it is.
+GROUP_SHARE, GROUP_FOLD = 0.1, 2.0  # least share of a group's cells, and fold over other cells, for a sentence
+COUNTED = 0.95  # a matrix with this share of whole numbers holds counts
+RECURRENT = 0.01  # a gene needs two counts in this share of the cells; otherwise a high count is an accident
+MIN_ALTERNATIVE = 0.1  # least probability of a runner-up
+SURPRISE = 15.0  # Poisson deviance of a count with a probability of about 1 in 10,000
+FLOOR = 0.4  # least expected count
+OF_KIND = 0.25  # a gene shows the type of a cell from this share of the kind's mean
+# Genes that depend on the handling and the size of a cell more than on its type.
 HANDLING = ("MT-", "RPL", "RPS", "MTRNR", "EEF1", "EEF2", "EIF1", "EIF4A", "PABPC", "HNRNP")
 HANDLED = frozenset(
     "B2M MALAT1 NEAT1 RPSA RACK1 TPT1 ACTB ACTG1 GAPDH TMSB4X TMSB10 FAU UBA52 UBB UBC NACA BTF3 NPM1 PTMA PFN1 CFL1 "
     "TUBA1B HSP90AB1 HSPA8 FTL FTH1 H3-3A H3-3B".split()
 )
-# Of the sex of the donor, and of red cells that broke (which are markers of their type): no news about a cell.
+# Genes of the donor's sex and of lysed red cells say nothing unusual about a cell (haemoglobins remain markers).
 DONOR = frozenset(
     "XIST TSIX RPS4Y1 DDX3Y UTY EIF1AY KDM5D USP9Y ZFY TMSB4Y NLGN4Y HBA1 HBA2 HBB HBD HBG1 HBG2 HBM".split()
 )
 
 
-IMMUNOGLOBULIN, B_LINEAGE = re.compile(r"IG[HKL][ACDEGMV]|JCHAIN|IGLL5"), "CL:0000945"  # of this lineage alone
+# Only B cells and plasma cells express immunoglobulins; in other cells they are ambient.
+IMMUNOGLOBULIN, B_LINEAGE = re.compile(r"IG[HKL][ACDEGMV]|JCHAIN|IGLL5"), "CL:0000945"
 
 
 @dataclass(frozen=True)
 class Clause:
-    """A sentence about a cell, and the genes that it rests on.
+    """A sentence about a cell, and the genes that support the sentence.
 
     Args:
         kind: "type", "against", "programme", "unusual", "alternative" or "undecided".
@@ -105,12 +107,12 @@ def article(noun: str, a: str = "A") -> str:
 
 
 class Expression:
-    """Counts of cells, their rates and percentiles.
+    """Counts of the cells of a file, with rates (CP10k) and percentiles.
 
     Args:
-        cells: All cells of a file.
-        gene_ids: int64 `(n_genes,)`: ids of the genes of the columns.
-        symbols: Their symbols.
+        cells: All cells of the file.
+        gene_ids: int64 `(n_genes,)`: vocabulary ids of the columns.
+        symbols: Gene symbols of the columns.
     """
 
     def __init__(self, cells: Cells, gene_ids: np.ndarray, symbols: Sequence[str]) -> None:
@@ -127,7 +129,7 @@ class Expression:
         states = {gene for programme in PROGRAMMES if not programme.within for gene in programme.genes}
         self.tells_types = self.usable & ~np.isin(self.symbols, list(states))  # a state is not a type
         self.are_counts = bool((self.counts.data == np.rint(self.counts.data)).mean() >= COUNTED)
-        # Values that are no counts are judged as if each cell had 10,000.
+        # Values that are no counts are scaled to 10,000 per cell.
         self.scales = np.ones(len(cells)) if self.are_counts else COUNTS_PER_10K / self.sizes
         judged = self.counts.data * np.repeat(self.scales, np.diff(self.counts.indptr))
         two = np.bincount(self.counts.indices[judged >= 2], minlength=len(symbols))
@@ -136,16 +138,16 @@ class Expression:
         self.sorted: dict[tuple[int, int], np.ndarray] = {}
 
     def totals(self, groups: np.ndarray, n_groups: int, values: np.ndarray | None = None) -> np.ndarray:
-        """Sums of `values` of the entries of groups of cells, by default their number, `(n_groups, n_genes)`.
+        """Sums of `values` by group and gene, `(n_groups, n_genes)`; by default numbers of entries.
 
-        Group -1 is none.
+        `groups` is `(n_cells,)`, -1 for a cell without a group; `values` is aligned with the entries of `counts`.
         """
         of_entry = np.repeat(groups, np.diff(self.counts.indptr))
-        kept = of_entry >= 0
-        keys = of_entry[kept] * len(self.symbols) + self.counts.indices[kept]
-        weights = None if values is None else values[kept]
+        grouped = of_entry >= 0
+        keys = of_entry[grouped] * len(self.symbols) + self.counts.indices[grouped]
+        weights = None if values is None else values[grouped]
         sums = np.bincount(keys, weights, minlength=n_groups * len(self.symbols)).reshape(n_groups, len(self.symbols))
-        return sums if weights is None else sums.astype(np.float64)  # of no entries: integers
+        return sums if weights is None else sums.astype(np.float64)  # NumPy returns integers for no entries
 
     def count(self, cell: int, gene: int) -> float:
         """The count of a gene in a cell."""
@@ -162,7 +164,7 @@ class Expression:
         return [self.count(cell, gene) for gene in genes]
 
     def row(self, cell: int) -> tuple[np.ndarray, np.ndarray]:
-        """Expressed genes of a cell, ascending, and their counts."""
+        """Columns of the expressed genes of a cell, ascending, and their counts."""
         entries = slice(self.counts.indptr[cell], self.counts.indptr[cell + 1])
         return self.counts.indices[entries], self.counts.data[entries]
 
@@ -175,7 +177,7 @@ class Expression:
         return join(words)
 
     def percentile(self, cell: int, gene: int, group: int, members: np.ndarray) -> float:
-        """Share of the other cells of a group that express a gene less than a cell of it does, 0 to 100."""
+        """Percentage of the other cells of a group in which a gene has a lower rate than in the given cell."""
         if (group, gene) not in self.sorted:
             entries = slice(self.columns.indptr[gene], self.columns.indptr[gene + 1])
             mine = np.zeros(self.counts.shape[0], dtype=np.float32)
@@ -190,16 +192,16 @@ class Proof:
 
     Args:
         expression: The counts.
-        kinds: str `(n_cells,)`: the type of each cell; "" for none.
-        candidates: Genes that speak for the type of each cell, int `(n_cells, n)`, `NONE` for none: the markers that
-            it expresses, then the evidence.
-        others: Two rows of [`Other`]: of the runner-up, and of a second one where the type is broad.
-        within: Type -> Cell Ontology ids of it and of the terms above it.
-        excluded: Type -> lineages that no cell of it is of.
-        tissues: str `(n_cells,)`: as the file says; "" for unknown.
-        called: str `(n_cells,)`: the type that a cell is called where its counts show none; by default its kind.
-        elsewhere: Type -> `(n_genes,)`: the highest mean rate of each gene in other types, of reference cells.
-        trace: Share of the mean of another type up to which a gene is no news.
+        kinds: str `(n_cells,)`: the proposed type of each cell; "" for none.
+        candidates: int `(n_cells, n)`: columns of genes that speak for the type, `NONE` for none. Expressed markers
+            come first, then the evidence.
+        others: Two [`Other`]: the runner-up, and a second alternative for cells of a broad type.
+        within: Type -> Cell Ontology ids of the type and of all terms above the type.
+        excluded: Type -> lineages that the type is no part of.
+        tissues: str `(n_cells,)`: tissues of the file; "" for unknown.
+        called: str `(n_cells,)`: the type that is named for a cell without a type clause; by default `kinds`.
+        elsewhere: Type -> `(n_genes,)`: the highest mean rate of each gene in other types, in reference cells.
+        trace: Share of the mean of another type up to which a gene may be ambient.
     """
 
     def __init__(
@@ -219,7 +221,7 @@ class Proof:
         self.expression, self.others, self.within, self.tissues = expression, others, within, tissues
         n_cells, proposed = len(kinds), (kinds if called is None else called).tolist()
         self.clauses: list[list[Clause]] = [[] for _ in range(n_cells)]
-        while True:  # cells that lose their type clause are of no kind, which changes what the others stand out from
+        while True:  # cells without a type clause leave their kind, which changes the means of the kinds
             self.group_by(kinds)
             rows = logging.tqdm(range(n_cells), desc="Proving types", unit="cell", delay=3)
             typed = [self.type_clause(cell, candidates[cell]) for cell in rows]
@@ -232,14 +234,14 @@ class Proof:
                 self.clauses[cell] = [Clause("type", NO_TYPE.format(word or "none"))]
                 continue
             self.clauses[cell] = [clause, *self.against_clauses(cell), *programmes[cell]]
-            said = {gene for part in self.clauses[cell] for gene in part.genes}
-            if genes := [gene for gene in unusual[cell] if gene not in said][:N_GENES]:
+            mentioned = {gene for part in self.clauses[cell] for gene in part.genes}
+            if genes := [gene for gene in unusual[cell] if gene not in mentioned][:N_GENES]:
                 words = f"Unusually high for its kind: {expression.named(genes, cell)}."
                 self.clauses[cell].append(Clause("unusual", words, tuple(genes)))
             self.clauses[cell] += self.alternative_clauses(cell)
 
     def group_by(self, kinds: np.ndarray) -> None:
-        """Make these the kinds of the cells."""
+        """Set the kinds of the cells, and compute sums, shares and rivals of each kind."""
         self.kinds = kinds
         self.names = sorted(set(kinds.tolist()) - {""})
         number = {name: i for i, name in enumerate(self.names)}
@@ -249,7 +251,7 @@ class Proof:
         self.sums = self.expression.totals(self.group, len(self.names), self.expression.rates.data)
         self.shares = self.expression.totals(self.group, len(self.names)) / self.n[:, None].clip(min=1)
         self.total = np.asarray(self.expression.rates.sum(axis=0), dtype=np.float64).ravel()
-        # A mean cell of the file is added to each kind, so that what few cells share weighs less.
+        # One mean cell of the file joins each kind: it shrinks the means of small kinds.
         counts = self.expression.totals(self.group, len(self.names), self.expression.counts.data)
         sizes = np.bincount(self.group[self.group >= 0], self.expression.sizes[self.group >= 0], len(self.names))
         means = (self.sums + self.total / len(kinds)) / (self.n[:, None] + 1)
@@ -263,14 +265,14 @@ class Proof:
         self.expression.sorted.clear()
 
     def excludes(self, one: int, other: int) -> bool:
-        """Whether a cell of one group is none of the other: neither is above the other."""
+        """Whether two groups exclude each other: neither type is above the other."""
         above, below = (self.within.get(self.names[group], frozenset({self.names[group]})) for group in (one, other))
         return not above <= below and not below <= above
 
     def sets_apart(self, group: int, genes: Sequence[int]) -> list[int]:
-        """The first of the genes that together are higher in a group than in any other; none if none are.
+        """The first `N_TYPE_GENES` genes, or else the best ones, if higher together in a group than in each rival.
 
-        They must be so by the mean of the cells and by their pooled counts, in which large cells weigh more.
+        Mean rates and pooled counts, in which large cells weigh more, must both be higher. Empty if they are not.
         """
         rivals = self.rivals[group]
         if not len(rivals):
@@ -284,15 +286,15 @@ class Proof:
         return []
 
     def mean(self, group: int) -> np.ndarray:
-        """Mean rates of a group, `(n_genes,)`."""
+        """Mean rates of a group, CP10k, `(n_genes,)`."""
         return self.sums[group] / max(self.n[group], 1)
 
     def type_clause(self, cell: int, candidates: np.ndarray) -> Clause | None:
-        """The type, if genes of the cell show it."""
+        """The clause of the type, if genes of the cell show the type."""
         group = self.group[cell]
         if group == NONE:
             return None
-        is_rare = self.n[group] < MIN_KIND  # what so few cells share may be an accident: known markers alone count
+        is_rare = self.n[group] < MIN_KIND  # genes that few cells share may be an accident: only known markers count
         if is_rare and self.against_clauses(cell):
             return None
         genes = list(dict.fromkeys(candidates[: N_MARKERS if is_rare else None].tolist()))
@@ -312,7 +314,7 @@ class Proof:
         return Clause("type", words, tuple(genes))
 
     def against_clauses(self, cell: int) -> list[Clause]:
-        """Lineages that the type of a cell excludes and its genes show."""
+        """Clauses of lineages that the type of a cell excludes, and that genes of the cell show."""
         clauses, expression = [], self.expression
         for lineage in self.excluded.get(self.names[self.group[cell]], ()):
             columns = [expression.column_of[gene] for gene in lineage.genes if gene in expression.column_of]
@@ -325,8 +327,8 @@ class Proof:
         return clauses
 
     def programme_clauses(self) -> list[list[Clause]]:
-        """Programmes that each cell expresses far more than the lower quarter of its kind."""
-        found: list[list[Clause]] = [[] for _ in self.kinds]
+        """Clauses of the programmes that each cell expresses far above the lower quartile of its kind."""
+        clauses: list[list[Clause]] = [[] for _ in self.kinds]
         expression = self.expression
         for programme in PROGRAMMES:
             columns = [expression.column_of[gene] for gene in programme.genes if gene in expression.column_of]
@@ -354,11 +356,11 @@ class Proof:
                         f"{programme.phrase}: {expression.named(genes, cell)}, more of these genes than "
                         f"{share} of the {len(members) - 1} other cells of its kind."
                     )
-                    found[cell].append(Clause("programme", words, tuple(genes)))
-        return found
+                    clauses[cell].append(Clause("programme", words, tuple(genes)))
+        return clauses
 
     def traces(self, group: int) -> np.ndarray:
-        """Rates of genes up to which the cells of a group may have them from cells of other types, `(n_genes,)`."""
+        """Rates up to which a gene in a cell of a group may come from cells of other types, CP10k, `(n_genes,)`."""
         rivals = self.rivals[group]
         rates = (self.sums[rivals] / self.n[rivals, None]).max(axis=0, initial=0.0)
         others = (self.total - self.sums[group]) / max(len(self.kinds) - self.n[group], 1)
@@ -368,8 +370,8 @@ class Proof:
         return np.where(is_other, np.inf, self.trace * traces)
 
     def unusual_genes(self) -> list[list[int]]:
-        """Genes that each cell expresses far more than its kind, the most surprising first."""
-        found: list[list[int]] = [[] for _ in self.kinds]
+        """Genes that each cell expresses far above its kind, the highest deviance first."""
+        unusual: list[list[int]] = [[] for _ in self.kinds]
         expression = self.expression
         for group, members in enumerate(self.members):
             if len(members) <= MIN_KIND:
@@ -389,19 +391,19 @@ class Proof:
                     if deviance[entry] >= SURPRISE and (
                         expression.percentile(cell, gene, group, members) >= UNUSUAL_PERCENTILE
                     ):
-                        found[cell].append(gene)
-        return found
+                        unusual[cell].append(gene)
+        return unusual
 
     def alternative_clauses(self, cell: int) -> list[Clause]:
-        """What else the cell may be, if genes of it speak for it."""
+        """The clause of an alternative type, if genes of the cell speak for the type."""
         named = []
         for other in self.others:
             name, against = other.names[cell], other.against[cell]
-            if name and (theirs := self.genes_for(name, against, other.genes[cell])):
-                named.append((name, theirs))
+            if name and (genes_of := self.genes_for(name, against, other.genes[cell])):
+                named.append((name, genes_of))
         words = [
-            f"{name}, for which {self.expression.named(theirs, cell)} speak{'s'[: len(theirs) == 1]}"
-            for name, theirs in named
+            f"{name}, for which {self.expression.named(genes_of, cell)} speak{'s'[: len(genes_of) == 1]}"
+            for name, genes_of in named
         ]
         genes = tuple(gene for _, part in named for gene in part)
         if not self.others[1].names[cell]:
@@ -411,7 +413,7 @@ class Proof:
         return [Clause("undecided", f"It is undecided between {words[0]}, and {words[1]}.", genes)]
 
     def genes_for(self, name: str, against: str, candidates: np.ndarray) -> list[int]:
-        """Candidates that are higher in the cells of a type than in those of another, none without a known marker."""
+        """Candidates that are higher in the cells of a type than in cells of another; empty without a known marker."""
         if name not in self.names or against not in self.names:
             return []
         pair = self.names.index(name), self.names.index(against)
@@ -427,7 +429,7 @@ class Proof:
         return np.array([" ".join(clause.words for clause in clauses) for clauses in self.clauses], dtype=object)
 
     def group_rows(self, level: str, groups: np.ndarray) -> Iterator[dict[str, Any]]:
-        """A row for each group of cells, str `(n_cells,)`: `level`, `name`, `cells` and `text`."""
+        """A row of `level`, `name`, `cells` and `text` for each group; `groups` is str `(n_cells,)`."""
         names, numbers = np.unique(groups.astype(str), return_inverse=True)
         n_cells = np.bincount(numbers)
         expressing = self.expression.totals(numbers, len(names))
@@ -443,10 +445,10 @@ class Proof:
                 for k in np.argsort(-counts, kind="stable")[:2]
                 if kinds[k] and counts[k] >= GROUP_SHARE * n
             ]
-            first = kinds[counts.argmax()] if 2 * counts.max() >= n else ""  # a mixture has no genes of its own
+            first = kinds[counts.argmax()] if 2 * counts.max() >= n else ""  # a mixture has no typical genes
             of_first = np.flatnonzero(mine & (self.kinds == first) & bool(first))
-            said = [g for cell in of_first for g in self.clauses[cell][0].genes]
-            genes, times = np.unique(np.array(said, dtype=int), return_counts=True)
+            mentioned = [g for cell in of_first for g in self.clauses[cell][0].genes]
+            genes, times = np.unique(np.array(mentioned, dtype=int), return_counts=True)
             best = genes[np.argsort(-times, kind="stable")]
             best = best[shares[i, best] >= elsewhere[best] + GROUP_SHARE]
             of_genes = [
@@ -472,15 +474,15 @@ class Proof:
             yield {"level": level, "name": str(name), "cells": n, "text": re.sub(r"(?<=\d)%", " %", text)}
 
     def phrases(self) -> list[set[str]]:
-        """The programmes of each cell."""
+        """Phrases of the programmes of each cell."""
         programmes = ([c.words for c in clauses if c.kind == "programme"] for clauses in self.clauses)
-        return [{words.partition(":")[0] for words in found} for found in programmes]
+        return [{words.partition(":")[0] for words in of_cell} for of_cell in programmes]
 
     def rows(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         """A row for each gene of each clause of each cell.
 
-        `cell`, `clause` (its number), `kind`, `text`, `gene`, `count`, `percentile` (among the cells of the file) and
-        `percentile_of_kind` (among those of its kind).
+        `cell`, `clause` (a number), `kind`, `text`, `gene`, `count`, `percentile` (among the cells of the file) and
+        `percentile_of_kind` (among the cells of the kind).
         """
         everything = np.arange(len(self.kinds))
         for cell, clauses in enumerate(self.clauses):
@@ -501,12 +503,12 @@ class Proof:
 
 @dataclass
 class Other:
-    """Another type that each cell may be.
+    """An alternative type for each cell.
 
     Args:
-        names: str `(n_cells,)`; "" for none.
-        against: str `(n_cells,)`: the type that its genes speak against.
-        genes: As `candidates` of [`Proof`].
+        names: str `(n_cells,)`: the alternative; "" for none.
+        against: str `(n_cells,)`: the type that the alternative is compared with.
+        genes: As `candidates` in [`Proof`], for the alternative.
     """
 
     names: np.ndarray
@@ -524,17 +526,17 @@ def propose(
     probabilities: np.ndarray,
     batch_size: int,
 ) -> tuple[np.ndarray, list[Other]]:
-    """What the model says of each cell, for the counts to judge.
+    """The model's proposals, which [`Proof`] checks against the counts: genes of the type, and alternatives.
 
     Args:
         cells: All cells.
-        explainer: One set of trained labels for each of `kinds`; a kind that means none or nearly all has no evidence.
-        gene_ids: int64 `(n_genes,)`, ascending: ids of the columns of the counts.
+        explainer: One set of trained labels for each of `kinds`; an empty set has no evidence.
+        gene_ids: int64 `(n_genes,)`, ascending: vocabulary ids of the columns of the counts.
         kinds: Types of the cells.
-        labels: Those of the readout, in its order.
-        kind_of_cell: int64 `(n_cells,)`.
+        labels: Labels of the readout, in order.
+        kind_of_cell: int64 `(n_cells,)`: positions in `kinds`.
         probabilities: `(n_cells, n_labels)`.
-        batch_size: Cells at a time.
+        batch_size: Cells per batch.
 
     Returns:
         `candidates` and `others` of [`Proof`].
@@ -546,7 +548,7 @@ def propose(
     first = np.where(outside.max(axis=1) >= MIN_ALTERNATIVE, outside.argmax(axis=1) + explainer.first_label, NONE)
     first = np.where(is_broad, inside[:, 0], np.where(mine.any(axis=1), first, NONE))
     second = np.where(is_broad, inside[:, 1], kind_of_cell)
-    found: list[list[np.ndarray]] = [[], [], []]
+    genes_of: list[list[np.ndarray]] = [[], [], []]
     for start in logging.tqdm(range(0, len(cells), batch_size), desc="Looking for genes", unit="batch", delay=3):
         part = slice(start, start + batch_size)
         batch, own, one, other = cells[part], kind_of_cell[part], first[part], second[part]
@@ -556,10 +558,10 @@ def propose(
                 name, rivals = np.maximum(name, 0), np.where(name == NONE, NONE, rivals)
             evidence, _ = explainer(batch, name, rivals)
             markers = np.where(evidence.markers, explainer.markers[name], NONE)
-            found[number].append(np.hstack([markers, evidence.genes]))
+            genes_of[number].append(np.hstack([markers, evidence.genes]))
     names = np.asarray([*kinds, *labels, ""], dtype=object)
     columns = np.append(np.searchsorted(gene_ids, explainer.panel.gene_ids), NONE)
-    candidates, *genes = (columns[np.concatenate(parts)] for parts in found)
+    candidates, *genes = (columns[np.concatenate(parts)] for parts in genes_of)
     second_name, nothing = np.where(is_broad, second, NONE), np.full(len(first), NONE)
     against = np.where(first == NONE, NONE, second)
     return candidates, [
@@ -569,7 +571,7 @@ def propose(
 
 
 def terms_above(members: np.ndarray, known: Mapping[str, int], terms: Sequence[Mapping[str, Any]]) -> frozenset[str]:
-    """Ids of the terms whose labels include all of a type's, bool `(n_labels,)`."""
+    """Ids of the terms whose labels include all labels of a type; `members` is bool `(n_labels,)`."""
     mine = {name for name, column in known.items() if members[column]}
     return frozenset(term["id"] for term in terms if mine and mine <= set(term["labels"]))
 
@@ -577,9 +579,9 @@ def terms_above(members: np.ndarray, known: Mapping[str, int], terms: Sequence[M
 def excluded_lineages(
     members: np.ndarray, known: Mapping[str, int], terms: Sequence[Mapping[str, Any]]
 ) -> tuple[Lineage, ...]:
-    """Lineages that the ontology's terms keep apart from a type with labels `members`, bool `(n_labels,)`.
+    """Lineages whose terms share no label with a type; `members`, bool `(n_labels,)`, are the labels of the type.
 
-    None for a type of which no term knows all labels.
+    Empty for a type that no term includes.
     """
     mine = {name for name, column in known.items() if members[column]}
     if not terms_above(members, known, terms):
@@ -589,7 +591,7 @@ def excluded_lineages(
 
 
 def tissues_of(obs: Any) -> np.ndarray:
-    """The tissue of each cell in words, where `obs` has one, str `(n_cells,)`."""
+    """The column `tissue` of `obs`, str `(n_cells,)`; "" for an unknown or missing tissue."""
     if "tissue" not in obs:
         return np.full(len(obs), "", dtype=object)
     words = [str(word) for word in obs["tissue"].astype(object).fillna("")]
