@@ -316,7 +316,7 @@ def test_labels_of_prompts_are_kept(tiny_pipeline):
     ("args", "kwargs", "message"),
     [
         (("a B cell",), {"genes": ["CD19", "NOTAGENE"]}, "'NOTAGENE'"),
-        (("a B cell",), {"genes": ["CD19", "CD19"]}, "asked for twice"),
+        (("a B cell",), {"genes": ["CD19", "CD19"]}, "are named twice"),
         (("a B cell",), {"genes": []}, "genes is empty"),
         (("a B cell", 0), {}, "n_cells is 0"),
         (([],), {}, "needs some text"),
@@ -376,7 +376,7 @@ def test_a_cell_that_is_not_there_is_named_with_those_that_may_be_meant(tiny_pip
         ValueError, match=r"No cell is called 'x' \(nor 1 others of the 3\). The names are those of obs"
     ):
         tiny_pipeline.search(adata, like=["x", "AAACCT001-1", "y"])
-    with pytest.raises(ValueError, match="like names no cell"):
+    with pytest.raises(ValueError, match="like is empty"):
         tiny_pipeline.search(adata, like=[])
     adata.obs_names = ["a", "a", *adata.obs_names[2:]]
     with pytest.raises(ValueError, match="2 cells are called 'a': `adata.obs_names_make_unique"):

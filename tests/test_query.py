@@ -88,7 +88,7 @@ def test_genes_that_the_file_does_not_measure_are_named():
 
 
 def test_a_text_of_denials_alone_is_refused():
-    with pytest.raises(ValueError, match="says what cells lack, and not which cells are wanted"):
+    with pytest.raises(ValueError, match="names only what cells lack: name the wanted cells"):
         read_query("without CD8")
 
 
