@@ -398,9 +398,9 @@ def test_more_hits_than_cells_are_all_cells(tiny_pipeline, adata):
         ("", {}, "empty"),
         ("B", {"top_k": 0}, "top_k"),
         (["B", "T"], {"key_added": "x"}, "one column"),
-        (None, {}, "either a text, or cells"),
-        ("B", {"like": "cell0"}, "either a text, or cells"),
-        (None, {"like": "cell0", "by": "genes"}, "by is 'genes', which is for texts"),
+        (None, {}, "either text or like"),
+        ("B", {"like": "cell0"}, "either text or like"),
+        (None, {"like": "cell0", "by": "genes"}, "by='genes' needs a text"),
     ],
 )
 def test_search_says_what_is_wrong(tiny_pipeline, adata, text, kwargs, message):
