@@ -560,8 +560,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
             Hits, best first; for several texts, a list of such lists. A hit has `rank`, `cell` (name), `index` (row),
             `score`, and `z` (standard deviations above the mean score of these cells). The score is a cosine, -1 to 1
             (0 does not mean "no match"), plus the probability of a profiled type that the text names. Scores by genes
-            are in standard deviations of training cells, and scores with denials or comparisons in those of these
-            cells.
+            are in standard deviations of training cells; with denials or comparisons, of these cells.
 
         Raises:
             ValueError: If not exactly one of `text` and `like` is given, or an option does not apply.
