@@ -398,7 +398,7 @@ def test_a_checkpoint_is_exported_in_two_parts(checkpoint, tmp_path, capsys):
         (["generate", "prompts.txt"], "'prompts.txt' is a file, not a description"),
         (["generate", "--prompts-file", "empty.txt"], "empty.txt has no prompts"),
         (["generate", "B", "--genes-of", "out.h5ad"], "the input --genes-of 'out.h5ad'"),
-        (["describe", "cells.h5ad", "--templates", "paper"], "of --reference; pass both"),
+        (["describe", "cells.h5ad", "--templates", "paper"], "--templates needs --reference"),
         (
             ["embed", "cells.h5ad", "--split", "test"],
             "--split test names a split of a corpus of `prepare`; cells.h5ad",
