@@ -119,9 +119,7 @@ class Audit:
         self.by_model: np.ndarray = by_model
         score = np.where(by_model, self.odds + np.nan_to_num(self.marker_odds), np.nan)
         self.score = np.where(by_file, self.both_odds, score).astype(np.float32)
-        refuted = (
-            by_model & (self.odds >= CERTAIN) & (self.marker_odds > 0)
-        )  # False for NaN: no markers, no refutation
+        refuted = by_model & (self.odds >= CERTAIN) & (self.marker_odds > 0)  # NaN (no markers) is False
         _, numbers = np.unique(self.given, return_inverse=True)
         n_judged, n_refuted = np.bincount(numbers, weights=by_model), np.bincount(numbers, weights=refuted)
         self.whole: np.ndarray = (n_refuted > WHOLE_SHARE * n_judged)[numbers] & refuted

@@ -21,9 +21,7 @@ from .regression_scmmgpt import sum_weights
 N_FOLDS = 5
 N_GENES = 4000  # genes of the largest variance
 N_AXES = 50  # principal components, the default of scanpy
-PENALTY = (
-    10.0  # ridge penalty on half the squared weights; all component values together have a standard deviation of 1
-)
+PENALTY = 10.0  # ridge penalty on half the squared weights; all component values have a joint standard deviation of 1
 LEAST_CELLS = 5  # the file does not judge labels with fewer cells, or with fewer than LEAST_TRAINED outside a fold
 LEAST_TRAINED = 3
 # The grid of weights for the log probabilities of the file and of the checkpoint.

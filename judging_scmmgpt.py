@@ -233,8 +233,8 @@ class EvidenceSteps(LabellingSteps):
             rival, both_odds, file_odds = (np.concatenate(part) for part in zip(*parts, strict=True))
             both_odds[(given == MISSING) | (given == UNKNOWN)] = np.nan
             rival = np.where(both_odds > 0, rival, -1)  # markers are compared for the label that the file prefers
-            theirs = np.where(members[rival] & ~members[set_of_cell], probabilities, -1.0)
-            best = np.where(rival < 0, best, np.where(theirs.max(axis=1) >= 0, theirs.argmax(axis=1), -1))
+            of_rival = np.where(members[rival] & ~members[set_of_cell], probabilities, -1.0)
+            best = np.where(rival < 0, best, np.where(of_rival.max(axis=1) >= 0, of_rival.argmax(axis=1), -1))
         genes, marker_odds = np.full(n_cells, "", dtype=object), np.full(n_cells, np.nan, dtype=np.float32)
         if self.can_explain:
             self._add_markers(adata, choice, names, sets, (best, set_of_cell), (odds, marker_odds, genes), batch_size)

@@ -126,7 +126,7 @@ def term_of(label: str, terms: Sequence[Mapping[str, Any]], cl_id: str | None = 
 
 
 def with_types(terms: Sequence[Mapping[str, Any]], types: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Terms, with the terms of profiled types, each of which also means the trained labels below the type.
+    """Terms of trained labels and of profiled types. A profiled type also means the trained labels below it.
 
     >>> known = {"id": "CL:0000165", "names": ["neuroendocrine cell"]}
     >>> terms = [{**known, "labels": ["D cell"]}]

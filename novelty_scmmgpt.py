@@ -286,10 +286,10 @@ class Novelty:
         return self._share(cells) if self.panel is None else self._missing_lead(cells, terms) + self._share(cells)
 
     def _missing_lead(
-        self, cells: Cells, terms: Sequence[Sequence[int]] = (), asked: np.ndarray | None = None
+        self, cells: Cells, terms: Sequence[Sequence[int]] = (), is_novel: np.ndarray | None = None
     ) -> np.ndarray:
         """`readout_scmmgpt.PanelReadout.novelty`, times `PANEL_WEIGHT` in a panel of `PANEL_GENES`."""
-        missing = self.panel.novelty(cells, terms, asked)
+        missing = self.panel.novelty(cells, terms, is_novel)
         return missing * np.float32(PANEL_WEIGHT if len(self.panel.gene_ids) in PANEL_GENES else 1)
 
     def _share(self, cells: Cells) -> np.ndarray:

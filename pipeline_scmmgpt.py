@@ -188,8 +188,8 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
             labels: Label -> description, or labels alone; by default the labels of the checkpoint. A label without a
                 description has the text of the checkpoint, else the label itself. Labels of profiled types are scored
                 by profile, and labels of other untrained types by text.
-            tissue: Use the labels of this tissue as candidates, of those of the checkpoint. Other labels compete, too,
-                so a cell of another tissue has a low score.
+            tissue: Candidates are the checkpoint's labels of this tissue. Other labels compete, too, so a cell of
+                another tissue has a low score.
             cl_ids: Label -> Cell Ontology id, in addition to the ids of the checkpoint.
             cluster_key: Column of `obs` with clusters. Adds the commonest label of each cluster to `obs`, and to `uns`
                 the narrowest type of each cluster with the votes of its cells.

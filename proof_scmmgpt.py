@@ -300,10 +300,10 @@ class Proof:
         genes = list(dict.fromkeys(candidates[: N_MARKERS if is_rare else None].tolist()))
         genes = [gene for gene in genes if gene != NONE and self.expression.tells_types[gene]]
         rates = np.array([self.expression.rate(cell, gene) for gene in genes])
-        alike = (self.sums[group][genes] - rates) / (self.n[group] - 1) if self.n[group] > 1 else rates
+        in_kind = (self.sums[group][genes] - rates) / (self.n[group] - 1) if self.n[group] > 1 else rates
         others = (self.total - self.sums[group])[genes] / max(len(self.kinds) - self.n[group], 1)
-        shows = (alike >= TYPE_FOLD * others) & (alike > 0) & (self.shares[group][genes] >= TYPE_SHARE)
-        shows &= rates >= OF_KIND * alike
+        shows = (in_kind >= TYPE_FOLD * others) & (in_kind > 0) & (self.shares[group][genes] >= TYPE_SHARE)
+        shows &= rates >= OF_KIND * in_kind
         genes = self.sets_apart(group, [gene for gene, is_shown in zip(genes, shows, strict=True) if is_shown])
         is_broad = bool(self.others[1].names[cell])
         if not set(genes) & set(candidates[:N_MARKERS].tolist()) or (is_rare and is_broad and len(genes) < 2):

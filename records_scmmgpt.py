@@ -104,12 +104,12 @@ def names_near(name: str, names: Iterable[Any]) -> list[str]:
     """
     word = name.casefold()
     ends = word[:NEAR_ENDS], word[-NEAR_ENDS:]
-    alike = (
+    similar = (
         str(other)
         for other in names
         if str(other).casefold().startswith(ends[0]) or str(other).casefold().endswith(ends[1])
     )
-    spelt = {other.casefold(): other for other in islice(alike, MOST_NEAR)}
+    spelt = {other.casefold(): other for other in islice(similar, MOST_NEAR)}
     return [spelt[near] for near in difflib.get_close_matches(word, spelt, n=3, cutoff=0.7)]
 
 
