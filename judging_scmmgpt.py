@@ -358,8 +358,8 @@ class EvidenceSteps(LabellingSteps):
                 f"{len(strange)} of {(sets != MISSING).sum()} labels of obs[{label_key!r}] mean no type that the "
                 f"checkpoint knows ({', '.join(map(repr, strange[:3]))}; it knows {', '.join(map(repr, names[:3]))}, "
                 "...). Only the other cells of the file judge such a label, and a label of few cells is not judged. "
-                "Rename the labels to a name, a synonym or an id of the Cell Ontology. `annotate` calls "
-                f"{n_called.max() / n_called.sum():.0%} of {strange[0]!r} "
+                "Rename the labels to a name, a synonym or an id of the Cell Ontology. By `annotate`, "
+                f"{n_called.max() / n_called.sum():.0%} of the cells with {strange[0]!r} are "
                 f"{str(names_of_strange[n_called.argmax()])!r}."
             )
         judged = {

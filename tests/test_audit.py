@@ -196,7 +196,7 @@ def test_labels_in_other_words_are_judged_and_unknown_ones_are_not(pipeline, swa
     swapped.obs["mine"] = swapped.obs["cell_type"].astype(str).replace(words)
     rows = {row["name"]: row for row in pipeline.audit(swapped, "mine").group_rows()}
     assert rows["NK weird"]["suggested"] == "natural killer cell"
-    assert "100% are called 'natural killer cell'" in caplog.text.replace("of 'NK weird' ", "")
+    assert "100% of the cells with 'NK weird' are 'natural killer cell'" in caplog.text
     verdicts = swapped.obs.groupby("mine", observed=True)["scmmgpt_audit"].unique().map(list)
     assert verdicts.to_dict() == {
         "B-cells": ["supported"],
