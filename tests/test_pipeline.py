@@ -379,7 +379,7 @@ def test_a_cell_that_is_not_there_is_named_with_those_that_may_be_meant(tiny_pip
     with pytest.raises(ValueError, match="like is empty"):
         tiny_pipeline.search(adata, like=[])
     adata.obs_names = ["a", "a", *adata.obs_names[2:]]
-    with pytest.raises(ValueError, match="2 cells are called 'a': `adata.obs_names_make_unique"):
+    with pytest.raises(ValueError, match="2 cells are called 'a': make names unique"):
         tiny_pipeline.search(adata, like="a")
 
 
