@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 
-# Public name -> module. Loaded on first use, so that `import scmmgpt` and `scmmgpt --help` cost nothing.
+# Public name -> module. Modules are loaded on first use, so that `import scmmgpt` and `scmmgpt --help` are fast.
 _MODULES = {
     "Cells": "cells_scmmgpt",
     "GeneIndex": "genes_scmmgpt",
@@ -29,7 +29,7 @@ _MODULES = {
 _TOOLS = ("tl", "pl")  # modules: `import scmmgpt as sm; sm.tl.annotate(adata)`
 
 __all__ = sorted([*_MODULES, *_TOOLS, "read"])
-__version__: str  # that is installed
+__version__: str  # of the installed package
 
 
 def __getattr__(name: str) -> Any:
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
             return "0+unknown"
     if name in _TOOLS:
         return import_module(f"{__name__}.{name}")
-    if name == "read":  # scverse's word
+    if name == "read":  # the name in scverse
         return __getattr__("read_file")
     if name in _MODULES:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

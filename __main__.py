@@ -3,9 +3,9 @@
     scmmgpt annotate cells.h5ad --model CHECKPOINT --output annotated.h5ad
     scmmgpt generate "a B cell from blood" --model CHECKPOINT --output generated.h5ad
 
-Outputs are checked before the work: paths that collide, folders without room, annotations that `.h5ad` cannot hold. A
-command whose input cannot be used prints one line on stderr, exits with code 2 and leaves no half-written file; see
-`errors`. Each command imports heavy libraries itself, so that `--help` is instant.
+Outputs are checked before the work: colliding paths, folders without space, annotations that `.h5ad` cannot store. For
+an input that cannot be used, a command prints one line on stderr, exits with code 2, and leaves no half-written file;
+see `errors`. Commands import heavy libraries inside functions, so that `--help` is instant.
 """
 
 import sys
@@ -54,7 +54,7 @@ try:
     from scmmgpt.commands.sources import Source, check_split, read_adata
     from scmmgpt.commands.storage import run_staged
     from scmmgpt.readers.label_lists import read_text, read_words
-except KeyboardInterrupt:  # before `run_command`, which reports one
+except KeyboardInterrupt:  # `run_command` reports later interrupts
     sys.stderr.write("scmmgpt: stopped.\n")
     sys.exit(130)
 
@@ -66,9 +66,9 @@ if TYPE_CHECKING:
 
 Args = argparse.Namespace
 
-IN_PARTITIONS = ("annotate", "audit", "embed", "search")  # commands that workers compute
+IN_PARTITIONS = ("annotate", "audit", "embed", "search")  # commands that workers can compute in partitions
 ERROR, INCOMPLETE = 2, 3  # exit codes: nothing was written; some cells have no result
-# Commands of `python -m scmmgpt.train` that no command here is called like.
+# Commands of `python -m scmmgpt.train` whose names are not commands of `scmmgpt`.
 TRAINING = ("prepare", "cache", "convert", "pretrain", "align", "tune", "reinforce", "finetune", "release", "options")
 
 
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_words(argv: list[str]) -> int:
-    """Run a command line of paths."""
+    """Run a command line after staging, with paths of this machine, and return the exit status."""
     parser = make_parser()
     if argv and argv[0] in TRAINING:
         parser.error(f"{argv[0]!r} is a command of training: `python -m scmmgpt.train {argv[0]} --help`")
@@ -196,8 +196,8 @@ def annotate(args: Args) -> int:
 def labels_found(adata: Any) -> dict[str, Any]:
     """The summary of an annotation, with the most frequent label first."""
     done = adata.uns["scmmgpt"]["annotate"]
-    found = sorted(zip(done["found"], done["found_cells"], strict=True), key=lambda pair: -pair[1])
-    summary: dict[str, Any] = {"labels": {str(name): int(n) for name, n in found}}
+    pairs = sorted(zip(done["found"], done["found_cells"], strict=True), key=lambda pair: -pair[1])
+    summary: dict[str, Any] = {"labels": {str(name): int(n) for name, n in pairs}}
     if (clusters := done.get("clusters")) is not None:
         summary["clusters"] = dict(zip(map(str, clusters["cluster"]), map(str, clusters["label"]), strict=True))
     summary["collapsed"] = bool(done["collapsed"])
@@ -232,7 +232,7 @@ def describe(args: Args) -> None:
     """Describe each cell in words."""
     sampler = None
     if args.templates != "default" and not args.reference:
-        raise ValueError("--templates are those of the captions of --reference; pass both, or neither.")
+        raise ValueError("--templates needs --reference, whose captions use the templates; pass both or neither.")
     if args.reference:
         from scmmgpt.train.data.captions import CaptionSampler
 
@@ -293,24 +293,24 @@ def index(args: Args) -> None:
 def search(args: Args) -> int:
     """Find the cells that a text describes best, or the cells that are most like given cells."""
     if args.like is not None and args.file is None:
-        raise ValueError("Name the FILE that has the cells of --like; with --index, cells of the index are found.")
+        raise ValueError("Name the FILE with the cells of --like; --index only names the cells to search.")
     if args.like is not None and args.by != "similarity":
-        raise ValueError(f"--by {args.by} is for --text; cells are compared by similarity.")
+        raise ValueError(f"--by {args.by} needs --text; --like compares cells by similarity.")
     if args.like is None and (args.file is None) == (args.index is None):
         raise ValueError("Name the cells to search: either FILE or --index.")
     if args.index is not None:
         if args.by != "similarity":
-            raise ValueError(f"--by {args.by} reads the counts of FILE; an index has similarities alone.")
+            raise ValueError(f"--by {args.by} needs the counts of FILE; an index has embeddings only.")
         search_in_index(args)
         return 0
     if args.where is not None:
-        raise ValueError("--where is a condition on the cells of an index; pass --index, or filter FILE before.")
+        raise ValueError("--where filters the cells of an index; pass --index, or filter FILE before the search.")
     from scmmgpt.commands.results import render_hits, write_result
 
     key = None if args.output is None else "scmmgpt_search"
     if args.workers or args.cluster:
         if args.output is None:
-            raise ValueError("--workers and --cluster need --output: the partitions are kept beside it.")
+            raise ValueError("--workers and --cluster need --output: partitions are stored beside the output.")
         options = {"text": args.text, "top_k": args.top_k, "like": args.like, "by": args.by, "key_added": key}
         outputs = several_outputs(args)
         return run_in_partitions(args, outputs, options, lambda results: {"hits": results.found}, lines=render_hits)
@@ -329,7 +329,7 @@ def search_in_index(args: Args) -> None:
     from scmmgpt.commands.index import find_like, find_text, read_manifest, render_hits
 
     if args.output is not None:
-        raise ValueError("--output has the score of every cell of FILE; of an index, only the best are scored.")
+        raise ValueError("--output needs FILE: in an index, only the best cells are scored.")
     read_manifest(args.index)
     if args.like is not None:
         pipeline, adata = load(args)
@@ -347,7 +347,7 @@ def generate(args: Args) -> None:
     if args.prompts_file is not None:
         prompts += [line.strip() for line in read_text(args.prompts_file).splitlines() if line.strip()]
         if not prompts:
-            raise ValueError(f"{args.prompts_file} has no prompts. Write one a line.")
+            raise ValueError(f"{args.prompts_file} has no prompts. Write one prompt per line.")
     files = [prompt for prompt in args.prompts if exists(Path(prompt)) and Path(prompt).is_file()]
     if files:
         raise ValueError(f"{files[0]!r} is a file, not a description. For a file of prompts, pass --prompts-file.")
@@ -370,7 +370,7 @@ def inspect(args: Args) -> int:
 
     package = logging.getLogger("scmmgpt")
     level = package.level
-    package.setLevel(logging.ERROR)  # the report has the warnings
+    package.setLevel(logging.ERROR)  # the report includes the warnings
     try:
         gene_index = None
         if args.model is not None:
@@ -398,7 +398,7 @@ def verify(args: Args) -> int:
     if args.model is None:
         args.model = checkpoint_of(args.file)
         if not Path(args.model).is_dir():
-            logging.getLogger("scmmgpt").warning(f"The receipt names {args.model!r}; --model names another place.")
+            logging.getLogger("scmmgpt").warning(f"The receipt names {args.model!r}; pass --model for another place.")
     pipeline = load_pipeline(args)
     source = None if args.input is None else lambda: read_adata(args.input, args.split, args.model, backed=True)
     report = verify_file(args.file, pipeline, source)
@@ -440,7 +440,7 @@ def plan(args: Args) -> None:
     from scmmgpt.commands.plan import describe_plan, measure
 
     find_checkpoint(args.model)
-    args.quiet = True  # a progress of samples says nothing
+    args.quiet = True  # no progress bars for samples
     began = time.perf_counter()
     pipeline, loaded = load_pipeline(args), time.perf_counter() - began
     options = default_options(args.verb, args.label_key, args.text)
@@ -481,7 +481,7 @@ def mcp(args: Args) -> None:
 
 
 def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
-    """The pipeline and the AnnData of a command, once all that it names is checked; the file fails sooner."""
+    """The pipeline and the AnnData of a command, after checks of the arguments; the file is opened first."""
     from scmmgpt.commands.checkpoints import find_checkpoint
     from scmmgpt.records_scmmgpt import need_columns
 
@@ -504,7 +504,7 @@ def columns_of(args: Args) -> list[str]:
 
 
 def choose_model(args: Args) -> None:
-    """Take the checkpoint of this package where none is named, and say which it is."""
+    """Set `args.model` to the checkpoint of this package if no model is named, and print its name."""
     if args.model is None:
         from scmmgpt.commands.checkpoints import identify, root_checkpoint
 
@@ -525,7 +525,7 @@ def load_pipeline(args: Args) -> "ScMMGPTPipeline":
 
         check_device(args.device)
         check_checkpoint(args.model)
-        logging.disable_progress_bar()  # that of the weights
+        logging.disable_progress_bar()  # the progress bar of loading weights
         try:
             return ScMMGPTPipeline.from_pretrained(args.model, device=args.device, batch_size=args.batch_size)
         finally:
@@ -542,9 +542,10 @@ def run_in_partitions(
     tables: dict[Path, Callable[[Any], Any]] | None = None,
     lines: Callable[[Any], list[str]] | None = None,
 ) -> int:
-    """Compute a command in partitions, and write the results; the exit status says whether all cells have one.
+    """Compute a command in partitions, write the results, and return the exit status.
 
-    `found` and `tables` are those of `compute_outputs`; `lines` prints the hits of a search.
+    The status is `INCOMPLETE` if some cells have no result. `found` and `tables` are as in `compute_outputs`; `lines`
+    renders the hits of a search.
     """
     from scmmgpt.commands.checkpoints import find_checkpoint
     from scmmgpt.commands.partition_tasks import Job
@@ -566,18 +567,18 @@ def run_in_partitions(
 
 
 def read_options(args: Args) -> dict[str, Any]:
-    """The command line's arguments of `read_cells`."""
+    """Arguments of the command line for `read_cells`."""
     options = {name: getattr(args, name) for name in READ_HELP if getattr(args, name) is not None}
     return {**options, "force": args.force}
 
 
 def read_labels(values: list[str] | None) -> tuple[Any, dict[str, str] | None]:
-    """`--labels` as `(labels, cl_ids)`: names, or label -> text where a file describes labels."""
+    """`--labels` as `(labels, cl_ids)`: a list of names, or label -> text if a file describes labels."""
     if not values:
         return None, None
-    found = read_words(values)
-    labels = {label: found.texts.get(label, label) for label in found.labels} if found.texts else found.labels
-    return labels, found.cl_ids
+    words = read_words(values)
+    labels = {label: words.texts.get(label, label) for label in words.labels} if words.texts else words.labels
+    return labels, words.cl_ids
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """From the scores of labels to an annotation: pure functions of arrays, independent of any model.
 
-`annotate_scores` takes the steps for the cells of a file, or of a part of one:
+`annotate_scores` takes these steps for the cells of a file, or of a part of a file:
 
 1. `label_probabilities`: similarity and matching of each cell with each text -> probabilities of the texts.
-2. `choose_labels`: the most probable label of each cell or a broader term, and its certainty.
-3. `name_by_profile`: the types of cells that are like a reference profile and no trained label.
+2. `choose_labels`: the most probable label of each cell, or a broader term, with measures of certainty.
+3. `name_by_profile`: names of the cells that a profiled type explains (`profiles_scmmgpt`).
 4. `label_sets`: the labels that a cell may have, at an error rate.
 
-`fit_mixture` fits temperature and matching weight, and `fit_label_sets` the thresholds of sets of labels, to cells of
-known labels. A checkpoint keeps them, and the terms of its labels, in `config.annotation`.
+`fit_mixture` fits the temperature and the matching weight, and `fit_label_sets` the thresholds of label sets, to
+labelled cells. `config.annotation` stores these values.
 """
 
 import math
@@ -20,7 +20,7 @@ import numpy as np
 from .labels_scmmgpt import UNKNOWN, members_of_terms
 
 
-SET_STEPS = 100  # of error rates, for which a checkpoint stores thresholds
+SET_STEPS = 100  # a checkpoint stores thresholds for error rates in steps of 1 / SET_STEPS
 
 
 def annotate_scores(
@@ -31,13 +31,13 @@ def annotate_scores(
     labelling: Any,
     stored: Mapping[str, Any],
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Columns of `obs`, and probabilities of the labels `(n_cells, n_labels)`.
+    """Columns of `obs`, and probabilities of the labels, float32 `(n_cells, n_labels)`.
 
     Args:
-        similarity, match: As for [`label_probabilities`], for the texts of the candidates.
-        novelty: float32 `(n_cells,)`, NaN where the file measures too few genes; None without a threshold. With other
-            cells in the readout `(n_cells, 2)`: the second is the position of a novel cell's answer in the broader
-            terms, see [`Novelty`]; with types that have a profile alone `(n_cells, 4)`, see [`ProfiledTypes.name`].
+        similarity, match: As in [`label_probabilities`], for the texts of the candidates.
+        novelty: float32 `(n_cells,)`; None if it is not computed. Two columns if broader terms name novel cells: the
+            second column is the result of [`Novelty`]. Four columns if profiled types name cells, too: the last two
+            are the result of [`ProfiledTypes.name`].
         is_empty: bool `(n_cells,)`: whether the cell expresses no gene.
         labelling: The decisions for the file, [`Labelling`].
         stored: `config.annotation` of the checkpoint.
@@ -51,7 +51,7 @@ def annotate_scores(
         options = {"logit_scale": scale, "parts": parts, "prior": prior, **weights}
         return candidates.pool(label_probabilities(similarity, match, **options))
 
-    probabilities = of_sets = pooled()
+    probabilities = without_prior = pooled()
     if labelling.prior is not None:
         probabilities = pooled(labelling.prior)
     if stored.get("novelty") and novelty is None:
@@ -68,15 +68,18 @@ def annotate_scores(
         if labelling.min_score is not None:
             named[0] = np.where(named[1] < labelling.min_score, -1, named[0])
         columns |= name_by_profile(columns, stored["profiles"], *named)
-    if labelling.min_score != 0:  # nothing speaks for a label of a cell without a single gene
+    if labelling.min_score != 0:  # an empty cell has no evidence for any label
         for name, word in (("cell_type", UNKNOWN), ("cl_id", "")):
             columns[name] = np.where(is_empty, word, columns[name])
     if labelling.error_rate is not None:
-        # Their thresholds are of cells by themselves. The label that the cell has is one more of its set.
-        sets = label_sets(of_sets, names, set_threshold(stored["label_sets"], labelling.error_rate))
-        is_label = np.isin(columns["cell_type"], [*names, *(known["name"] for known in stored.get("profiles", []))])
+        # The thresholds were fitted without a prior. The label of the cell joins the set.
+        sets = label_sets(without_prior, names, set_threshold(stored["label_sets"], labelling.error_rate))
+        type_names = [profiled["name"] for profiled in stored.get("profiles", [])]
+        is_label = np.isin(columns["cell_type"], [*names, *type_names])
         rows = zip(is_label, columns["cell_type"], sets, strict=True)
-        columns["label_set"] = np.array([with_label(name, found) if is_own else found for is_own, name, found in rows])
+        columns["label_set"] = np.array(
+            [with_label(name, labels) if joins else labels for joins, name, labels in rows]
+        )
     return columns, probabilities
 
 
@@ -95,8 +98,8 @@ def label_probabilities(
 ) -> np.ndarray:
     """Probability of each label for each cell: a softmax over similarities, mixed with matching.
 
-    The candidates of a cell are the labels that were matched with it. Matching redistributes the candidates' share of
-    the softmax among the candidates; the probabilities of the other labels stay.
+    Matching scores some labels of each cell, the candidates. Matching redistributes the candidates' share of the
+    softmax among the candidates; the probabilities of the other labels stay.
 
     Args:
         similarity: `(n_cells, n_labels)` cosine similarities.
@@ -104,10 +107,9 @@ def label_probabilities(
             no candidates.
         logit_scale: Inverse temperature of the softmax over labels.
         matching_weight: 0 = similarity alone, 1 = matching alone decides among the candidates.
-        doubt: Share of cells whose scores say nothing, so that no probability is quite 1.
-        parts: Parts into which the doubt is divided, of which a label gets one, int `(n_labels,)`; by default the
-            number of labels.
-        prior: How common each label is, over the mean of all, float `(n_labels,)`; by default all are alike.
+        doubt: Share of cells whose scores carry no information; bounds every probability away from 1.
+        parts: int, or int `(n_labels,)`: each label gets `doubt / parts`; by default the number of labels.
+        prior: `(n_labels,)`: frequency of each label, divided by the mean frequency; by default all are equal.
 
     Returns:
         float32 `(n_cells, n_labels)`; each row sums to 1.
@@ -126,7 +128,7 @@ def label_probabilities(
         match = np.where(candidates, match, 0.0)
         share = (probabilities * candidates).sum(axis=1, keepdims=True)
         total = match.sum(axis=1, keepdims=True)
-        # Without a match among the candidates, similarity decides alone.
+        # If all matches are 0, similarity decides alone.
         matched = candidates & (total > 0)
         redistributed = np.where(matched, share * match / np.where(total > 0, total, 1), probabilities)
         probabilities = (1 - matching_weight) * probabilities + matching_weight * redistributed
@@ -135,7 +137,7 @@ def label_probabilities(
 
 
 def normalized_entropy(probabilities: np.ndarray) -> np.ndarray:
-    """Entropy of each row over the entropy of a uniform row, float32 `(n_cells,)`: 0 = certain, 1 = uniform.
+    """Entropy of each row, divided by the entropy of a uniform row, float32 `(n_cells,)`: 0 = certain, 1 = uniform.
 
     >>> normalized_entropy(np.array([[1.0, 0.0], [0.5, 0.5]]))
     array([0., 1.], dtype=float32)
@@ -147,9 +149,10 @@ def normalized_entropy(probabilities: np.ndarray) -> np.ndarray:
 
 
 def least_scores(min_score: float, novelty: np.ndarray | None) -> float | np.ndarray:
-    """The least score of an answer that a checkpoint stores, for each cell: twice as much at a novelty of 1.
+    """The least score for a label, for each cell: the stored value times (1 + novelty).
 
-    Cells of new types have low scores or express genes that no known type does, and many have a little of both.
+    Cells of new types have low scores, or express genes that no known type expresses; many cells have a little of
+    both.
 
     >>> least_scores(0.2, np.array([0.0, 0.5, np.nan])).round(2)
     array([0.2, 0.3, 0.2])
@@ -167,27 +170,25 @@ def choose_labels(
     others_compete: bool = False,
     broader: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Choose the most probable label of each cell, and measure its certainty.
+    """Choose the most probable label of each cell, and measure certainty.
 
     Args:
-        probabilities: `(n_cells, n_labels)`, as [`label_probabilities`] gives them; what is missing to 1 is the
-            probability of a known label that is not a candidate.
+        probabilities: `(n_cells, n_labels)`. A row sums to 1 or less; the rest is the probability of known labels that
+            are no candidates.
         names: The labels.
-        cl_ids: Label -> Cell Ontology id, of the labels that have one.
-        min_score: Cells whose best label is less probable get a broader term of `terms`, else `"Unknown"`. With 0
-            every cell gets a label. An array has one for each cell, see [`least_scores`].
-        novelty: Float `(n_cells,)`: cells above 1 are `"Unknown"`; NaN where too few genes are measured.
-        broader: Position in `terms` of the answer for a cell of a novelty above 1, float `(n_cells,)`; -1 for none.
-        terms: Broader terms, as for [`trained_labels_of`], the preferred ones first: a cell below `min_score` gets the
-            first one above its best label whose labels together go that share of the way from chance to certainty:
-            half of the labels have half of the probability of a cell that is like none.
-        others_compete: Whether known labels compete that are not candidates: one more label of the entropy, with what
-            is missing to 1.
+        cl_ids: Label -> Cell Ontology id, for the labels that have one.
+        min_score: Cells with a lower score get a broader term of `terms`, else `"Unknown"`. With 0 every cell gets a
+            label. An array has a value for each cell, see [`least_scores`].
+        novelty: Float `(n_cells,)`: cells above 1 are `"Unknown"`; NaN if the file measures too few genes.
+        terms: Broader terms, as in [`trained_labels_of`], the preferred ones first. A cell below `min_score` gets the
+            first term that includes the best label and has a total probability of at least
+            `chance + (1 - chance) * min_score`. `chance` is the term's share of the labels.
+        others_compete: Whether known labels that are no candidates count as one more label in the entropy.
+        broader: Float `(n_cells,)`: position in `terms` of the term that names a cell above 1; -1 for `"Unknown"`.
 
     Returns:
         Arrays of shape `(n_cells,)`: `cell_type` and `cl_id` (str), `score` (probability of the label), `margin` (of
-        the best candidate over the runner-up) and `entropy` ([`normalized_entropy`]), float32; with `novelty`,
-        `novelty`.
+        the best candidate over the second best), `entropy` ([`normalized_entropy`]) and `novelty`, if given.
     """
     best = probabilities.argmax(axis=1)
     ranked = np.sort(probabilities, axis=1)
@@ -201,13 +202,12 @@ def choose_labels(
                 continue
             total, chance = probabilities[:, members].sum(axis=1), len(members) / len(names)
             reached = total >= chance + (1 - chance) * np.asarray(min_score)
-            found = low & np.isin(best, members) & reached
-            cell_type[found], cl_id[found], score[found] = term["name"], term["id"], total[found]
-            low &= ~found
+            gets_term = low & np.isin(best, members) & reached
+            cell_type[gets_term], cl_id[gets_term], score[gets_term] = term["name"], term["id"], total[gets_term]
+            low &= ~gets_term
         cell_type[low], cl_id[low] = UNKNOWN, ""
-    if novelty is not None and not (
-        np.isscalar(min_score) and min_score == 0
-    ):  # 0 of the user, not one that was fitted
+    labels_all = np.isscalar(min_score) and min_score == 0  # a fitted 0 is an array
+    if novelty is not None and not labels_all:
         cell_type[novelty > 1], cl_id[novelty > 1] = UNKNOWN, ""
         for number in np.unique(broader[broader >= 0]).astype(int) if broader is not None else ():
             term, novel = terms[number], (broader == number) & (novelty > 1)
@@ -226,31 +226,31 @@ def choose_labels(
 def name_by_profile(
     columns: Mapping[str, np.ndarray], types: Sequence[Mapping[str, Any]], numbers: np.ndarray, score: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Columns of cells whose type has a profile alone: name, id, score; and `by_profile`, whether a cell is one.
+    """Columns `cell_type`, `cl_id` and `score` after naming by profiled types, and `by_profile`, bool.
 
     Args:
-        columns: Of [`choose_labels`].
-        types: `name` and `id` of each.
-        numbers: Position in `types` `(n_cells,)`, -1 for a cell of a trained label.
-        score: Probability of the type `(n_cells,)`.
+        columns: The result of [`choose_labels`].
+        types: The profiled types, each with `name` and `id`.
+        numbers: `(n_cells,)`: position in `types` of the type that names the cell, -1 for none.
+        score: `(n_cells,)`: probability of the type.
     """
     by_profile, places = numbers >= 0, numbers.astype(np.int64)
-    found = {"score": np.where(by_profile, score, columns["score"]).astype(np.float32), "by_profile": by_profile}
+    named = {"score": np.where(by_profile, score, columns["score"]).astype(np.float32), "by_profile": by_profile}
     for name, key in (("cell_type", "name"), ("cl_id", "id")):
-        of_types = np.array([str(known[key]) for known in types])
-        found[name] = np.where(by_profile, of_types[places], columns[name])
-    return found
+        of_types = np.array([str(profiled[key]) for profiled in types])
+        named[name] = np.where(by_profile, of_types[places], columns[name])
+    return named
 
 
 def fit_mixture(
     similarity: np.ndarray, match: np.ndarray | None, target: np.ndarray, temperature: float, doubt: float = 0.0
 ) -> dict[str, float]:
-    """The temperature and the matching weight with the least negative log-likelihood of the true labels, on a grid.
+    """Fit the temperature and the matching weight: the least negative log-likelihood of the true labels, on a grid.
 
     Args:
-        similarity, match, doubt: As for [`label_probabilities`].
+        similarity, match, doubt: As in [`label_probabilities`].
         target: Int `(n_cells,)`: index of each cell's true label.
-        temperature: Middle of the grid, whose ends are an eighth of it and eight times of it.
+        temperature: Middle of the grid, which reaches from an eighth of the value to eight times the value.
 
     Returns:
         `temperature` and `matching_weight`, with their `nll` and `accuracy`.
@@ -272,13 +272,18 @@ def fit_mixture(
 
 
 def fit_label_sets(probabilities: np.ndarray, target: np.ndarray) -> dict[str, Any]:
-    """The thresholds of [`label_sets`] from held-out cells of known labels, by split-conformal prediction.
+    """Fit the thresholds of [`label_sets`] on held-out labelled cells, by split-conformal prediction.
 
-    The probability of the true label of a new cell is below the k-th smallest of n held-out ones with a chance of
-    k / (n + 1) at most, if the cell is like these (least ambiguous sets: Sadinle et al. 2019, JASA 114:223).
+    Let p be the probability that a new cell gives to its true label. If the new cell and the n held-out cells are
+    exchangeable, p is below the k-th smallest held-out value with a chance of at most k / (n + 1) (least ambiguous
+    sets: Sadinle et al. 2019, JASA 114:223).
 
-    `probabilities` are `(n_cells, n_labels)`, `target` the true labels, int `(n_cells,)`. Returns `n_cells`, and
-    `thresholds` by error rate, in steps of 1 / `SET_STEPS` to a half.
+    Args:
+        probabilities: `(n_cells, n_labels)`.
+        target: Int `(n_cells,)`: index of each cell's true label.
+
+    Returns:
+        `n_cells`, and `thresholds` for error rates from 1 / `SET_STEPS` to 1 / 2.
     """
     own = np.sort(probabilities[np.arange(len(target)), target].astype(np.float64))
     smallest = np.arange(1, SET_STEPS // 2 + 1) * (len(own) + 1) // SET_STEPS
@@ -287,9 +292,9 @@ def fit_label_sets(probabilities: np.ndarray, target: np.ndarray) -> dict[str, A
 
 
 def least_error_rate(n_cells: int) -> float:
-    """The least error rate for which `n_cells` held-out cells say anything: `n_cells >= 1 / rate - 1`.
+    """The least error rate that `n_cells` held-out cells support, `n_cells >= 1 / rate - 1`.
 
-    The sets of a lower one hold every label. It is a multiple of 1 / `SET_STEPS`.
+    At a lower rate every set holds all labels. The result is a multiple of 1 / `SET_STEPS`.
 
     >>> least_error_rate(99), least_error_rate(98), least_error_rate(19)
     (0.01, 0.02, 0.05)
@@ -298,38 +303,44 @@ def least_error_rate(n_cells: int) -> float:
 
 
 def advice_on_sets(n_cells: int, n_before: int = 0) -> list[str]:
-    """What a user should know of sets that rest on `n_cells` held-out cells, in place of `n_before`.
+    """Warnings about label sets that are fitted on `n_cells` held-out cells, after a fit on `n_before`.
 
     >>> advice_on_sets(1000, 500)
     []
     """
-    said, least = [], least_error_rate(n_cells)
+    warnings, least = [], least_error_rate(n_cells)
     if n_before > n_cells:
-        said.append(f"Sets of labels (`error_rate=`) rest on these {n_cells} cells now, and on {n_before} before.")
+        warnings.append(f"Label sets (`error_rate=`) now rest on {n_cells} cells; they rested on {n_before} cells.")
     if least > 1 / SET_STEPS:
-        said.append(
-            f"{n_cells} cells serve error rates of {least:g} and more: at a lower one, every set holds all labels "
-            f"(a rate of {1 / SET_STEPS:g} needs {SET_STEPS - 1} cells)."
+        warnings.append(
+            f"{n_cells} cells support error rates of {least:g} and more: at a lower rate, every label set holds all "
+            f"labels (a rate of {1 / SET_STEPS:g} needs {SET_STEPS - 1} cells)."
         )
-    return said
+    return warnings
 
 
 def set_threshold(stored: Mapping[str, Any] | None, error_rate: float) -> float:
-    """The probability from which a label is in the set, for an error rate of at most `error_rate`."""
+    """The least probability of a label in a set, for an error rate of at most `error_rate`.
+
+    Raises:
+        ValueError: If the checkpoint stores no thresholds, or none for this rate.
+    """
     if not stored:
         raise ValueError(
-            "This checkpoint stores no held-out cells, which sets of labels need: run `finetune` with held-out cells, "
-            "or `scmmgpt calibrate`."
+            "This checkpoint stores no thresholds of label sets: run `finetune` with held-out cells, or "
+            "`scmmgpt calibrate`."
         )
     step = int(error_rate * SET_STEPS + 1e-9)
     if not 1 <= step <= len(stored["thresholds"]):
         least, most = 1 / SET_STEPS, len(stored["thresholds"]) / SET_STEPS
-        raise ValueError(f"error_rate={error_rate} is not served; choose one from {least} to {most}.")
+        raise ValueError(f"error_rate={error_rate} is not supported; choose a rate from {least} to {most}.")
     return stored["thresholds"][step - 1]
 
 
 def label_sets(probabilities: np.ndarray, names: Sequence[str], threshold: float) -> np.ndarray:
-    """The labels that a cell may have, the most probable first, joined by " | ", str `(n_cells,)`; never none.
+    """The labels of each cell with a probability of at least `threshold`, else the most probable label.
+
+    str `(n_cells,)`, joined by " | ", the most probable label first.
 
     >>> label_sets(np.array([[0.25, 0.75], [0.125, 0.125]]), ["B", "T"], 0.25).tolist()
     ['T | B', 'B']
@@ -340,7 +351,7 @@ def label_sets(probabilities: np.ndarray, names: Sequence[str], threshold: float
 
 
 def with_label(label: str, labels: str) -> str:
-    """A set of labels that has a label, in front if it was missing.
+    """A label set that includes `label`; a missing label is added in front.
 
     >>> with_label("T", "B | NK"), with_label("B", "NK | B")
     ('T | B | NK', 'NK | B')

@@ -1,22 +1,22 @@
-"""Given labels against model and markers: pure functions of arrays.
+"""Audit of given labels by file, model and markers: pure functions of arrays.
 
-Three witnesses judge the label that a cell was given. The other cells of the **file** give log odds of the best
-other label against the given one, by a regression that is cross-validated on the given labels (`crossfit_scmmgpt`).
-The **model** gives log odds from the probabilities of `annotate`. The **markers** of both labels, expressed and
-silent, give log odds by themselves (`evidence_scmmgpt`). File and model are added with factors that were fitted on
-the file; that is the score, above 0 where the label is doubtful. Where a label has too few cells for the file to
-judge, the score is the sum of model and markers.
+Three sources give log odds of the best other label against the given label of a cell. The other cells of the **file**
+do so by a regression that is cross-validated on the given labels (`crossfit_scmmgpt`). The **model** does so by the
+probabilities of `annotate`. The **markers** of both labels, expressed and silent, do so by themselves
+(`evidence_scmmgpt`). The score is the weighted sum of file and model, with weights that were fitted on the file; the
+label is doubtful if the score is above 0. If a label has too few cells for the file to judge, the score is the sum of
+model and markers.
 
-A label that is wrong in all its cells is what the file calls right: only the model can see it. It is contradicted as a
-**whole** where model and markers contradict most of its cells. The score does not say so, as it ranks the cells of a
-label against each other.
+The file cannot find a label that is wrong in all its cells; only the model can. Such a label is contradicted as a
+**whole** if model and markers contradict most of its cells. The score does not include this verdict, as the score
+ranks the cells of one label.
 
 | verdict | when |
 | --- | --- |
 | contradicted | file and model give at least 19 to 1 against the label |
 | | or the model alone does, and markers and file agree; or the label is contradicted as a whole |
 | doubtful | another label is more probable; or model and markers contradict the label, and the file does not |
-| supported | none is |
+| supported | none of the above |
 | not judged | the label has too few cells, and the checkpoint does not know it, or knows no cell like this one |
 """
 
@@ -30,21 +30,21 @@ import numpy as np
 
 CONTRADICTED, DOUBTFUL, SUPPORTED, NOT_JUDGED = VERDICTS = ("contradicted", "doubtful", "supported", "not judged")
 CERTAIN = float(np.log(19))  # log odds of 0.95 to 0.05
-FLOOR = 1e-9  # of a probability
+FLOOR = 1e-9  # smallest probability in log odds
 SHOWN_GENES = 10
-WHOLE_SHARE = 0.5  # of the cells of a label that the model judges: more contradicted ones contradict the label
+WHOLE_SHARE = 0.5  # a label is contradicted as a whole if a greater share of its judged cells is contradicted
 
 
 def judge(probabilities: np.ndarray, members: np.ndarray, given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The best label that the given one does not mean, and its log odds against the given one.
+    """The best label that the given label does not mean, and its log odds against the given label.
 
     Args:
-        probabilities: `(n_cells, n_labels)`.
-        members: bool `(n_sets, n_labels)`: what each given label means.
-        given: int64 `(n_cells,)`: the number of each cell's label.
+        probabilities: `(n_cells, n_labels)`: probabilities of the model.
+        members: bool `(n_sets, n_labels)`: the labels that each given label means.
+        given: int64 `(n_cells,)`: the number of each cell's given label.
 
     Returns:
-        int64 and float64 `(n_cells,)`; -1 and NaN where the given label means none or all.
+        int64 and float64 `(n_cells,)`; -1 and NaN if the given label means no label or all labels.
 
     >>> judge(np.array([[0.75, 0.25], [0.5, 0.5]]), np.array([[False, True], [False, False]]), np.array([0, 1]))
     (array([ 0, -1]), array([1.09861229,        nan]))
@@ -59,9 +59,9 @@ def judge(probabilities: np.ndarray, members: np.ndarray, given: np.ndarray) -> 
 
 
 def log_pooled(probabilities: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """Log probabilities of given labels by the model, float64 `(n_cells, n_sets)`; NaN if one means none or all.
+    """Log probabilities of the given labels by the model, float64 `(n_cells, n_sets)`.
 
-    Arguments are as for [`judge`].
+    NaN for a given label that means no label or all labels. Arguments are as in [`judge`].
     """
     known = members.any(axis=1) & ~members.all(axis=1)
     pooled = np.asarray(probabilities, dtype=np.float64) @ members.T
@@ -69,7 +69,7 @@ def log_pooled(probabilities: np.ndarray, members: np.ndarray) -> np.ndarray:
 
 
 def nested_sets(members: np.ndarray) -> np.ndarray:
-    """Pairs of given labels of which one is broader, "T cell" and "CD4 T cell", bool `(n_sets, n_sets)`.
+    """Pairs of a broader and a narrower label, such as "T cell" and "CD4 T cell", bool `(n_sets, n_sets)`.
 
     >>> nested_sets(np.array([[True, False], [True, True], [False, False]])).tolist()
     [[False, True, False], [True, False, False], [False, False, False]]
@@ -82,19 +82,25 @@ def nested_sets(members: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Audit:
-    """The judgement of all cells; arrays have the shape `(n_cells,)`.
+    """Verdicts on the given labels of all cells. Arrays have the shape `(n_cells,)`.
 
     Args:
-        given: Given labels, str.
-        suggested: Best other labels, str; empty where a cell is not judged.
-        odds: Log odds of the model, NaN where a cell is not judged.
+        given: str: the given labels.
+        suggested: str: the best other label; empty if the cell is not judged.
+        odds: Log odds of the model; NaN if the model does not judge the cell.
         marker_odds: Log odds of the markers; NaN without a readout.
-        file_odds: Log odds of the other cells of the file; NaN where the label has too few.
-        both_odds: Log odds of file and model; NaN likewise.
-        genes: Genes that speak for the other label and against the given one.
-        novel: bool: cells that are like nothing that the checkpoint knows.
-        called: Labels of `annotate`, str.
-        clusters: Clusters, or None.
+        file_odds: Log odds of the file; NaN if the label has too few cells.
+        both_odds: Log odds of file and model together; NaN if the label has too few cells.
+        genes: str: genes that speak for the other label against the given label, comma-separated.
+        novel: bool: cells that the model does not judge, as they resemble no type that the checkpoint knows.
+        called: str: labels of `annotate`.
+        clusters: str, or None.
+
+    Attributes:
+        by_model: bool: cells that the model judges.
+        score: float32: above 0 for a doubtful label; NaN if the cell is not judged.
+        whole: bool: contradicted cells of a label that is contradicted as a whole.
+        verdict: str: one of `VERDICTS`.
     """
 
     given: np.ndarray
@@ -113,7 +119,7 @@ class Audit:
         self.by_model: np.ndarray = by_model
         score = np.where(by_model, self.odds + np.nan_to_num(self.marker_odds), np.nan)
         self.score = np.where(by_file, self.both_odds, score).astype(np.float32)
-        refuted = by_model & (self.odds >= CERTAIN) & (self.marker_odds > 0)  # NaN: there is no second witness
+        refuted = by_model & (self.odds >= CERTAIN) & (self.marker_odds > 0)  # NaN (no markers) is False
         _, numbers = np.unique(self.given, return_inverse=True)
         n_judged, n_refuted = np.bincount(numbers, weights=by_model), np.bincount(numbers, weights=refuted)
         self.whole: np.ndarray = (n_refuted > WHOLE_SHARE * n_judged)[numbers] & refuted
@@ -125,21 +131,21 @@ class Audit:
         self.verdict = np.select([judged & made for made in verdicts], VERDICTS[:3], NOT_JUDGED)
 
     def order(self) -> np.ndarray:
-        """Judged cells, the most doubtful first, int64."""
+        """Rows of the judged cells, the most doubtful first, int64 `(n_judged,)`."""
         order = np.argsort(-np.nan_to_num(self.score, nan=-np.inf), kind="stable")
         return order[self.verdict[order] != NOT_JUDGED]
 
     def group_rows(self) -> list[dict[str, Any]]:
-        """A row for each given label and each cluster, the share of contradicted cells falling.
+        """A row for each given label and each cluster, sorted by the share of contradicted cells, descending.
 
-        `level` ("label" or "cluster"), `name`, `cells`, shares of `contradicted`, `doubtful` and `not_judged` cells,
-        `suggested` (the label that contradicted cells most often get; without these, and where the model judges no
-        cell, what most are called)
-        and `genes` (those most often named for it).
+        Columns: `level` ("label" or "cluster"), `name`, `cells`; shares of `contradicted`, `doubtful` and `not_judged`
+        cells; `suggested`, the commonest suggestion for contradicted cells; `genes`, the genes most often named for
+        this suggestion. If no cell is contradicted and the model judges none, `suggested` is the commonest label of
+        `annotate`.
         """
         rows: list[dict[str, Any]] = []
         for level, names in (("label", self.given), ("cluster", self.clusters)):
-            found: list[dict[str, Any]] = []
+            level_rows: list[dict[str, Any]] = []
             for name in np.unique(names) if names is not None else ():
                 mine = names == name
                 bad = mine & (self.verdict == CONTRADICTED)
@@ -151,12 +157,12 @@ class Audit:
                 shares = {v.replace(" ", "_"): round(float((self.verdict[mine] == v).mean()), 4) for v in verdicts}
                 words = ", ".join(gene for gene, _ in genes.most_common(SHOWN_GENES))
                 about = {"level": level, "name": str(name), "cells": int(mine.sum())}
-                found.append({**about, **shares, "suggested": suggested, "genes": words})
-            rows += sorted(found, key=lambda row: (-row[CONTRADICTED], -row[DOUBTFUL], row["name"]))
+                level_rows.append({**about, **shares, "suggested": suggested, "genes": words})
+            rows += sorted(level_rows, key=lambda row: (-row[CONTRADICTED], -row[DOUBTFUL], row["name"]))
         return rows
 
     def cell_rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """A row for each judged cell that is not supported, the most doubtful first."""
+        """A row for each contradicted or doubtful cell, the most doubtful first; `names` are those of the cells."""
         return [
             {
                 "level": "cell",
@@ -176,5 +182,5 @@ class Audit:
         ]
 
     def summary(self) -> dict[str, int]:
-        """Cells of each verdict."""
+        """Number of cells with each verdict."""
         return {verdict: int((self.verdict == verdict).sum()) for verdict in VERDICTS}

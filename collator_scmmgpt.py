@@ -1,4 +1,4 @@
-"""Rows of a dataset -> batches of scMMGPT: [`ScMMGPTDataCollator`], for `Trainer`, TRL and loops of one's own.
+"""[`ScMMGPTDataCollator`]: rows of a dataset -> batches, for `Trainer`, TRL and custom training loops.
 
 ```python
 collator = processor.data_collator()
@@ -16,29 +16,29 @@ from transformers import TrainerCallback
 from .cells_scmmgpt import Cells, cells_in, cells_of, hash_names
 
 
-CELL_COLUMNS = ("cell_id", "gene_ids", "counts", "total_counts")  # of a row that is one cell
-Columns = Mapping[str, Any]  # name -> one value a row
+CELL_COLUMNS = ("cell_id", "gene_ids", "counts", "total_counts")  # columns of a row with one cell
+Columns = Mapping[str, Any]  # name -> one value per row
 
 
 class ScMMGPTDataCollator(TrainerCallback):
-    """Makes the inputs of a model from rows; the columns of the rows define the task.
+    """Make model inputs from rows; the columns of the rows define the task.
 
-    | column | content | gives |
+    | column | content | result |
     | --- | --- | --- |
-    | `cell_id`, `gene_ids`, `counts`, `total_counts` | a cell, as in a corpus and by `Cells.to_rows` | inputs |
-    | `cells` | in their place one or several: [`Cells`], an AnnData, such a row, or a list of these | inputs |
-    | `messages` | a conversation, with a `<cell>` or a part that holds a cell | `labels`: the assistant's turns |
-    | `target` | the cell that the messages, which end with the user's turn, ask for | the expression loss |
-    | `prompt`, `chosen`, `rejected` | messages, the better answer, the worse one | what TRL's `DPOTrainer` takes |
-    | `caption` | a text that fits the cell | contrast and matching; rows of one `cell_type` have one meaning |
+    | `cell_id`, `gene_ids`, `counts`, `total_counts` | one cell, as in a corpus and from `Cells.to_rows` | inputs |
+    | `cells` | instead, one cell or several: [`Cells`], an AnnData, such a row, or a list of these | inputs |
+    | `messages` | a conversation with `<cell>`, or with a part that holds a cell | `labels`: the assistant's turns |
+    | `target` | the cell to generate for messages that end with a user's turn | the expression loss |
+    | `prompt`, `chosen`, `rejected` | messages, the better and the worse answer | inputs of `DPOTrainer` of TRL |
+    | `caption` | a text that describes the cell | contrast and matching; captions of one `cell_type` are equivalent |
     | `label` | number of the cell's class | `labels` |
 
-    Draws for a cell (genes, bins) depend on its id and the epoch, and on no other cell. As a callback of the trainer
-    the collator follows the epochs; otherwise set `epoch`.
+    The draws for a cell (genes, bins) depend only on the cell id and the epoch. As a callback of the trainer, the
+    collator follows the epochs; otherwise set `epoch`.
 
     Args:
-        processor: The checkpoint's [`ScMMGPTProcessor`].
-        collate: `collate(cells, columns, epoch=...)` makes the batch, in place of the columns above.
+        processor: The [`ScMMGPTProcessor`] of the checkpoint.
+        collate: `collate(cells, columns, epoch=...)` makes the batch, instead of the columns above.
         target_genes: Vocabulary ids of the genes that were measured in target cells; by default the whole vocabulary.
     """
 
@@ -54,25 +54,29 @@ class ScMMGPTDataCollator(TrainerCallback):
         self.epoch = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find the epoch to begin with, or to go on in."""
+        """Set the epoch to the one before the first epoch of this run, which may resume training."""
         self.epoch = int((state.epoch or 0) + 1e-6) - 1
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Follow the trainer, which counts epochs in fractions of `max_steps` where the dataset has no length."""
+        """Count epochs here: for a dataset without length, `state.epoch` is a fraction of `max_steps`."""
         self.epoch += 1
 
     @staticmethod
     def with_length(dataset: Any, n_rows: int | None = None) -> "SizedRows":
-        """A streamed dataset with the length by which a trainer resumes in the right epoch; see [`SizedRows`]."""
+        """A streamed dataset with a length, so that a trainer resumes in the right epoch; see [`SizedRows`]."""
         return SizedRows(dataset, n_rows)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """The batch of some rows."""
+        """Make the batch of some rows."""
         cells, columns = read_rows(examples, self.processor)
         return self.collate(cells, columns, epoch=self.epoch)
 
     def collate_columns(self, cells: Cells | None, columns: Columns, *, epoch: int = 0) -> dict[str, Any]:
-        """The batch of cells and columns; `columns["cells_per_row"]` counts the cells of each row (default: one)."""
+        """Make the batch of cells and columns; `columns["cells_per_row"]` is the number of cells of each row, or 1.
+
+        Raises:
+            ValueError: If there are no cells and no texts, or a conversation mentions another number of cells.
+        """
         if "chosen" in columns:
             return self._preferences(cells, columns, epoch)
         batch: dict[str, Any] = {}
@@ -124,7 +128,7 @@ class ScMMGPTDataCollator(TrainerCallback):
         return self.processor.encode_targets(joined, self.target_genes, **options)
 
     def _preferences(self, cells: Cells | None, columns: Columns, epoch: int) -> dict[str, torch.Tensor]:
-        """Chosen answers first, then rejected ones, in TRL's order; every cell occurs twice."""
+        """The batch of chosen answers, then of rejected answers, as TRL expects; every cell occurs twice."""
         prompts = columns.get("prompt", [[]] * len(columns["chosen"]))
         conversations = [
             [*prompt, *answer]
@@ -145,16 +149,16 @@ class ScMMGPTDataCollator(TrainerCallback):
 
 
 class SizedRows(torch.utils.data.IterableDataset):
-    """A streamed dataset whose length is known.
+    """A streamed dataset with a known length.
 
-    `Trainer` counts steps alone where a dataset has no length: it takes a resumed run for one in the first epoch,
-    skips that epoch, and goes on with the second. With the length it finds epoch and step, and `set_epoch`, which
-    shuffles a stream of `datasets` anew, has the right number. On several processes, set
-    `accelerator_config={"dispatch_batches": False}`, since batches differ in shape.
+    For a dataset without length, `Trainer` counts steps only: a resumed run seems to be in the first epoch, skips the
+    rest of that epoch, and continues with the second. With a length, `Trainer` finds epoch and step, and calls
+    `set_epoch`, which reshuffles a stream of `datasets`, with the right number. On several processes, set
+    `accelerator_config={"dispatch_batches": False}`, as batches differ in shape.
 
     Args:
-        dataset: A `datasets.IterableDataset`, or any iterable that repeats itself; `set_epoch` is passed on.
-        n_rows: Number of rows; by default counted, which reads the dataset once.
+        dataset: A `datasets.IterableDataset`, or any iterable that can be repeated; `set_epoch` is passed on.
+        n_rows: Number of rows; by default the dataset is read once to count its rows.
     """
 
     def __init__(self, dataset: Any, n_rows: int | None = None) -> None:
@@ -168,23 +172,24 @@ class SizedRows(torch.utils.data.IterableDataset):
         return iter(self.dataset)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the dataset, if the dataset has epochs."""
+        """Set the epoch of the dataset, if the dataset has epochs."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
 
 def read_rows(rows: Sequence[Mapping[str, Any]], processor: Any = None) -> tuple[Cells | None, dict[str, Any]]:
-    """Cells of all rows in order, and every other column as an object array `(n_rows,)`.
+    """Cells of all rows in order, and all other columns as object arrays `(n_rows,)`.
 
-    Where rows have `cells`, `cells_per_row`, int64 `(n_rows,)`, is among the columns. `processor` reads AnnData.
+    If rows have `cells`, or cells in messages, the columns include `cells_per_row`, int64 `(n_rows,)`. `processor`
+    reads AnnData.
 
     Raises:
         ValueError: If a row lacks a part of its cell.
     """
     if len(rows) and "cells" not in rows[0]:
-        held = [cells_in(row["messages"] if "messages" in row else row.get("prompt")) for row in rows]
-        if any(held):
-            rows = [{**row, "cells": cells} for row, cells in zip(rows, held, strict=True)]
+        in_messages = [cells_in(row["messages"] if "messages" in row else row.get("prompt")) for row in rows]
+        if any(in_messages):
+            rows = [{**row, "cells": cells} for row, cells in zip(rows, in_messages, strict=True)]
     names = [name for name in rows[0] if name not in CELL_COLUMNS and name != "cells"] if len(rows) else []
     columns: dict[str, Any] = {}
     for name in names:
@@ -200,28 +205,36 @@ def read_rows(rows: Sequence[Mapping[str, Any]], processor: Any = None) -> tuple
 
 
 def type_ids(columns: Columns, captions: Sequence[str]) -> torch.Tensor:
-    """Hash of each caption's meaning, int64 `(n_cells,)`: of the CL id, the cell type, or the caption, as known.
+    """Hash of the meaning of each caption, int64 `(n_cells,)`: of the CL id, else the cell type, else the caption.
 
-    Two captions of one cell type may differ in words, tissue or markers; the contrast treats both as right.
+    Captions of one cell type may differ in words, tissue or markers; the contrastive loss treats them as equivalent.
     """
     names = np.array(captions, dtype=object)
     for column in ("cell_type", "cell_type_ontology_term_id"):
         values = np.asarray(columns.get(column, np.full(len(captions), None)), dtype=object)
-        known = np.array([bool(value) and value != "unknown" for value in values])
-        names[known] = values[known]
+        is_known = np.array([bool(value) and value != "unknown" for value in values])
+        names[is_known] = values[is_known]
     return torch.from_numpy(hash_names(names.astype(str)).view(np.int64))
 
 
 def encode_conversation(messages: list[dict[str, str]], processor: Any, where: str) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation, and labels that are -100 outside the assistant's turns.
+    """Token ids of a conversation, and labels, which are -100 outside the assistant's turns.
 
     A turn has the same tokens as in generation: prompt and answer are tokenised separately, and the answer ends with
-    the end-of-text token, which is learned too. `where` names the conversation in errors.
+    the end-of-text token, which is a label, too.
+
+    Args:
+        messages: The conversation: `role` and `content` of each turn.
+        processor: The processor of the checkpoint.
+        where: Name of the conversation in errors.
+
+    Raises:
+        ValueError: If the chat template changes earlier turns when the conversation continues.
     """
     tokenizer = processor.tokenizer
     ids: list[int] = []
     labels: list[int] = []
-    written = ""  # text of all turns so far
+    written = ""  # text of the turns so far
 
     def add_prompt(prompt: str) -> None:
         rest = prompt[len(written) :].replace(processor.cell_token, processor.cell_token * processor.num_cell_tokens)

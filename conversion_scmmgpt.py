@@ -1,4 +1,4 @@
-"""The decision how to read a file, applied to its cells: rows of an AnnData -> `Cells`, chunk by chunk."""
+"""Conversion of the rows of an AnnData to `Cells`, chunk by chunk, as `choose_input` decided for the file."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,27 +24,32 @@ from .rows_scmmgpt import (
 )
 
 
-CHUNK_ROWS = 512  # rows read from a file at a time; conversion takes a dozen arrays of their values
-NAMED_ROWS = 4096  # of counts in memory, which are read in one pass
-CACHED_ROWS = 128  # of a matrix in memory: their values stay in the processor's cache until they are converted
+CHUNK_ROWS = 512  # rows of one read from a file; conversion needs a dozen arrays of this size
+NAMED_ROWS = 4096  # rows of counts in memory, which `name_rows` reads in one pass
+CACHED_ROWS = 128  # rows of another matrix in memory: their values stay in the processor's cache during conversion
 
 
 @dataclass
 class InputChoice:
-    """Decision on how to load a dataset, for all its chunks."""
+    """The decision how to read a dataset; it holds for all chunks of the dataset."""
 
-    source: str  # `X`, `raw` or a layer's name
+    source: str  # `X`, `raw`, or the name of a layer
     verdict: MatrixVerdict
     match: GeneMatch
-    report: dict[str, Any]  # grows while chunks are converted
-    totals_column: str | None = None  # of `obs`, with the counts per cell over all genes
+    report: dict[str, Any]  # conversion adds numbers to `report["cells"]`
+    totals_column: str | None = None  # column of `obs` with the counts per cell over all genes
 
     def convert(self, adata: Any) -> Cells:
-        """Cells of `adata`: the data of this choice, or a chunk of them with the same variables."""
+        """Cells of `adata`: the data of this choice, or a chunk of the data with the same variables."""
         return _join(self.iter_cells(adata, n_named=adata.shape[0]), adata.shape[0])
 
     def iter_cells(self, adata: Any, *, n_named: int = NAMED_ROWS) -> Iterator[Cells]:
-        """Cells of `adata` in chunks of at most `n_named` cells. The size of the chunks changes no cell."""
+        """Cells of `adata` in chunks of at most `n_named` cells; a cell does not depend on the size of the chunks.
+
+        Raises:
+            ValueError: If `adata` has other variables than the data of this choice, or holds a NaN, a negative or a
+                too large value.
+        """
         adata = modality_of(adata)
         matrix = row_major(matrix_of(adata, self.source))
         n_cells, n_vars = matrix.shape
@@ -60,17 +65,17 @@ class InputChoice:
         known_totals = totals_of(adata, self.totals_column) if from_column else None
         ids, sums_columns = self.match.ids.astype(np.int32), has_repeats(self.match.ids)
         n_rows = min(CHUNK_ROWS, CACHED_ROWS) if is_in_memory(matrix) else CHUNK_ROWS
-        are_named = (
+        in_one_pass = (
             self.verdict.kind == "raw_integer"
             and not self.verdict.floor
             and self.match.is_gene.all()
             and not sums_columns
         )
-        are_named = are_named and is_in_memory(matrix) and kernels_pay(n_cells)
+        in_one_pass = in_one_pass and is_in_memory(matrix) and kernels_pay(n_cells)
         start = 0
         while True:
-            named = name_rows(matrix, start, min(start + n_named, n_cells), ids) if are_named else None
-            are_named, failed = named is not None, 0
+            named = name_rows(matrix, start, min(start + n_named, n_cells), ids) if in_one_pass else None
+            in_one_pass, failed = named is not None, 0
             if named is not None:
                 here = slice(start, start + named.shape[0])
                 cells = Cells(named.indptr, named.indices, named.data, cell_ids[here], named.sums)
@@ -97,7 +102,7 @@ class InputChoice:
 
 
 def _join(parts: Iterator[Cells], n_cells: int) -> Cells:
-    """`Cells.concatenate` in half the memory: a part is copied and freed before the next; a single part stays."""
+    """`Cells.concatenate` in half the memory: each part is copied and freed in turn; a single part is not copied."""
     gene_ids, counts = np.empty(0, np.int32), np.empty(0, np.float32)
     lengths, cell_ids, totals, n = [], [], [], 0
     for part in parts:
@@ -107,7 +112,7 @@ def _join(parts: Iterator[Cells], n_cells: int) -> Cells:
         cell_ids.append(part.cell_ids)
         totals.append(part.library_sizes())
         start, n = n, n + len(part.counts)
-        if n > len(counts):  # room for all cells, if the other cells have as many genes
+        if n > len(counts):  # allocate for all cells, if the remaining cells have as many genes
             size = max(n, int(1.1 * n * n_cells / sum(map(len, lengths))))
             gene_ids = _grown(gene_ids[:start], size, part.gene_ids.dtype)
             counts = _grown(counts[:start], size, part.counts.dtype)
@@ -124,7 +129,7 @@ def _grown(array: np.ndarray, size: int, dtype: np.dtype) -> np.ndarray:
 
 
 def _check_values(rows: CountRows, names: Any, var_names: Any, source: str) -> None:
-    """Refuse NaN, negative and too large values; the error names cell and gene of the first."""
+    """Raise ValueError for a NaN, a negative or a too large value, with the cell and gene of the first."""
     if is_expression(rows.data):
         return
     bad = ~((rows.data >= 0) & (rows.data.astype(np.float64) <= LARGEST_VALUE))
@@ -132,5 +137,5 @@ def _check_values(rows: CountRows, names: Any, var_names: Any, source: str) -> N
     raise ValueError(
         f"{source} holds {rows.data[bad][0]} at cell {str(names[cell])!r}, gene {str(var_names[column])!r} "
         f"({bad.sum()} such values in these {rows.shape[0]} cells): expression is finite and not negative. "
-        "Drop those cells or genes, or pass another `layer=`."
+        "Drop these cells or genes, or pass another `layer=`."
     )

@@ -1,18 +1,18 @@
-"""Which genes drove a label: exact terms of the linear readout, as functions of arrays.
+"""The genes that drove a label: exact terms of the linear readout, as functions of arrays.
 
-The readout scores a label by a sum over genes (`readout_scmmgpt`), so the odds of a label against another are a sum,
-too. The term of a gene is the difference of the two weights times the cell's profile less the point halfway between
-the mean training cells of the two labels, over the temperature:
+The readout scores a label by a sum over genes (`readout_scmmgpt`), so log odds of two labels are a sum over genes,
+too:
 
-    log odds (label : rival) = sum over all genes of term + log odds of the point halfway, which are near 0
+    term = (weight of the label - weight of the rival) * (value of the cell - midpoint) / temperature
+    log odds (label : rival) = sum of the terms + log odds at the midpoint, which are near 0
 
-Without that point, genes that every cell expresses strongly would lead every list. Named are genes that speak for the
-label by their expression, not those that are low where the rival's are high. The rival is the best label that
-the given one does not mean. A label may mean several trained ones ("T cell"): its weights are then their mean. The
-mean cell of a group has the mean terms of its cells, so that groups (labels, clusters) are explained as cells are.
+The midpoint lies halfway between the mean training cells of both labels. Without it, genes that every cell expresses
+strongly would lead every list. Only genes with a greater weight for the label are named. The rival is the best label
+that the given label does not mean. A label that means several trained labels ("T cell") has their mean weights. Terms
+are linear, so the mean cell of a group (label or cluster) explains the group.
 
-The **markers** of a label are the genes that tell its mean training cell from that of all others, by weight times
-difference. A label with strong terms and silent markers is doubtful.
+The **markers** of a label are the genes that best separate its mean training cell from the mean of all other labels,
+by weight times difference. A label with strong terms and silent markers is doubtful.
 """
 
 import difflib
@@ -29,29 +29,29 @@ from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout
 from .regression_scmmgpt import sum_weights
 
 
-N_GENES = N_MARKERS = 10  # genes named for a cell, and markers of a label
-EXACT = 2.0**20  # values are rounded to multiples of its inverse, so that sums of 10**9 cells are exact in any order
-LEVELS, LOWEST, HIGHEST = 128, 0.05, 2000.0  # levels of counts per 10,000, in equal steps of the logarithm
-NONE = -1  # no set of labels, no gene
-# A label of several types, of none, or of cells that are no good.
+N_GENES = N_MARKERS = 10  # genes that are named for a cell; markers of a label
+EXACT = 2.0**20  # values are rounded to multiples of 1 / EXACT: sums over 10**9 cells are exact in any order
+LEVELS, LOWEST, HIGHEST = 128, 0.05, 2000.0  # expression levels: logarithmic steps of CP10k
+NONE = -1  # no set of labels, or no gene
+# A label of several types, of no type, or of cells of low quality.
 OF_NO_ONE_TYPE = re.compile(r"[/&|]|\b(and|or|not|no|mixed|doublets?|multiplets?|low.quality)\b", re.IGNORECASE)
-GENE = re.compile(r"[A-Z][A-Z0-9-]*\d[A-Z0-9-]*|[A-Z]{4,}")  # behind a type: "T cell GZMK"; not "NK", "DC"
-SPELT_ALIKE = 0.85  # share of the letters of two names that agree, of which one may be a slip of the other
-LEVEL = re.compile(r"high|hi|low|lo", re.IGNORECASE)  # of a gene: "C1QB_high"
-LEVELLED = re.compile(r"[A-Z][A-Z0-9-]+")  # a gene before its level: "LTB_high"
+GENE = re.compile(r"[A-Z][A-Z0-9-]*\d[A-Z0-9-]*|[A-Z]{4,}")  # a gene after a type: "T cell GZMK"; not "NK", "DC"
+SPELT_ALIKE = 0.85  # similarity ratio of `difflib` from which a name may be a misspelling of another
+LEVEL = re.compile(r"high|hi|low|lo", re.IGNORECASE)  # level of a gene: "C1QB_high"
+LEVELLED = re.compile(r"[A-Z][A-Z0-9-]+")  # a gene before a level: "LTB_high"
 STATE = re.compile(r"^((activated|quiescent|resting|cycling|proliferating|immature|mature|inflamed|stressed) )+")
 
 
 @dataclass
 class CellEvidence:
-    """Evidence of a batch of cells for a set of labels each; what does not exist is `NONE` or 0.
+    """Evidence of a batch of cells, each for one set of labels. Empty places hold `NONE` or 0.
 
     Args:
         genes: int32 `(n_cells, N_GENES)`: positions in `gene_ids` of the panel, the largest term first.
-        terms: float32, likewise: log odds, above 0.
-        counts: float32, likewise.
-        levels: uint8, likewise: see [`level_of`].
-        rivals: int32 `(n_cells,)`: number of the set of the runner-up.
+        terms: float32 `(n_cells, N_GENES)`: log odds, above 0.
+        counts: float32 `(n_cells, N_GENES)`.
+        levels: uint8 `(n_cells, N_GENES)`: see [`level_of`].
+        rivals: int32 `(n_cells,)`: number of the rival's set.
         markers: bool `(n_cells, N_MARKERS)`: which markers of its set a cell expresses.
     """
 
@@ -64,34 +64,34 @@ class CellEvidence:
 
     @classmethod
     def empty(cls, n_cells: int) -> "CellEvidence":
-        """No evidence for so many cells."""
+        """Empty evidence of `n_cells` cells."""
         genes = np.full((n_cells, N_GENES), NONE, dtype=np.int32)
         zeros = np.zeros((n_cells, N_GENES), dtype=np.float32)
         rivals, markers = np.full(n_cells, NONE, dtype=np.int32), np.zeros((n_cells, N_MARKERS), dtype=bool)
         return cls(genes, zeros, zeros.copy(), zeros.astype(np.uint8), rivals, markers)
 
     def as_arrays(self) -> dict[str, np.ndarray]:
-        """All as arrays of two dimensions, for a file."""
+        """The fields as arrays of two dimensions, with a prefix, for a file of arrays."""
         return {f"evidence_{name}": value.reshape(len(self.rivals), -1) for name, value in vars(self).items()}
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "CellEvidence":
-        """From `as_arrays`."""
-        found = {name: arrays[f"evidence_{name}"] for name in cls.__dataclass_fields__}
-        return cls(**{**found, "rivals": found["rivals"][:, 0]})
+        """The inverse of [`as_arrays`]."""
+        fields = {name: arrays[f"evidence_{name}"] for name in cls.__dataclass_fields__}
+        return cls(**{**fields, "rivals": fields["rivals"][:, 0]})
 
     def put(self, rows: np.ndarray, part: "CellEvidence") -> None:
-        """Set the evidence of some cells."""
+        """Set the evidence of the cells `rows`."""
         for name in self.__dataclass_fields__:
             getattr(self, name)[rows] = getattr(part, name)
 
 
 def level_of(counts: np.ndarray, library_sizes: np.ndarray) -> np.ndarray:
-    """The level of expression of each entry, uint8 from 1 to `LEVELS` - 1; 0 stands for no count.
+    """The expression level of each entry, uint8 from 1 to `LEVELS` - 1; level 0 means no count.
 
     Args:
-        counts: `(nnz,)`, above 0.
-        library_sizes: `(nnz,)`, of the cell of each entry.
+        counts: `(nnz,)`: raw counts above 0.
+        library_sizes: `(nnz,)`: library size of the cell of each entry.
     """
     rate = np.clip(counts / library_sizes.clip(min=1e-9) * COUNTS_PER_10K, LOWEST, HIGHEST)
     steps = np.log(rate / LOWEST) / np.log(HIGHEST / LOWEST) * (LEVELS - 2)
@@ -99,62 +99,62 @@ def level_of(counts: np.ndarray, library_sizes: np.ndarray) -> np.ndarray:
 
 
 def largest_entries(rows: np.ndarray, values: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The largest positive entries of each row, in order; ties stay in place.
+    """The `n` largest positive entries of each row in descending order; the sort is stable.
 
     Args:
         rows: int64 `(nnz,)`, ascending.
         values: float32 `(nnz,)`.
-        n: Entries of a row to take.
+        n: Most entries per row.
 
     Returns:
-        Entries, and their places in their row (0 to `n` - 1), int64 `(found,)` each.
+        Positions of the entries, and their ranks within the row (0 to `n` - 1), int64 `(n_entries,)` each.
 
     >>> entries, places = largest_entries(np.array([0, 0, 0, 1]), np.array([1, 3, -2, 4], dtype=np.float32), 2)
     >>> entries.tolist(), places.tolist()
     ([1, 0, 3], [0, 1, 0])
     """
-    kept = np.flatnonzero(values > 0)
-    # The bits of positive floats are in the order of the floats; integers are sorted several times as fast.
-    entries = kept[sorting_order(~values[kept].astype(np.float32).view(np.uint32), rows[kept])]
-    lengths = np.bincount(rows[kept])
-    places = np.arange(len(kept)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    positive = np.flatnonzero(values > 0)
+    # Positive floats sort like their bits, and integers sort several times faster.
+    entries = positive[sorting_order(~values[positive].astype(np.float32).view(np.uint32), rows[positive])]
+    lengths = np.bincount(rows[positive])
+    places = np.arange(len(positive)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return entries[places < n], places[places < n]
 
 
 def find_markers(weights: np.ndarray, centroids: np.ndarray, n: int = N_MARKERS) -> np.ndarray:
-    """The genes that tell each label from the mean of the others, int32 `(n_labels, n)`, `NONE` where there are fewer.
+    """The genes that best separate each label from the mean of the others, int32 `(n_labels, n)`, padded by `NONE`.
 
     Args:
         weights: float `(n_genes, n_labels)`.
         centroids: float `(n_labels, n_genes)`: mean profiles.
     """
     n_labels = len(centroids)
-    found = np.full((n_labels, n), NONE, dtype=np.int32)
+    markers = np.full((n_labels, n), NONE, dtype=np.int32)
     if n_labels < 2:
-        return found
+        return markers
     others = (centroids.sum(axis=0) - centroids) / (n_labels - 1)
     difference = weights.T - (weights.sum(axis=1) - weights.T) / (n_labels - 1)
     strength = np.where((difference > 0) & (centroids > others), difference * (centroids - others), 0.0)
     for label, row in enumerate(strength):
         best = np.argsort(-row, kind="stable")[:n]
         best = best[row[best] > 0]
-        found[label, : len(best)] = best
-    return found
+        markers[label, : len(best)] = best
+    return markers
 
 
 @dataclass
 class Explainer:
-    """Terms of sets of labels for the genes of one file.
+    """Terms of sets of labels, for the genes of one file.
 
-    A set is what a label of the file means; behind the given sets, each trained label is a set of its own.
+    A set holds the trained labels that a label of the file means. One set for each trained label follows.
 
     Args:
         panel: The readout for these genes.
-        members: bool `(n_sets, n_labels)`; a set of none or of all labels has no evidence.
+        members: bool `(n_sets, n_labels)`; a set of no label or of all labels has no evidence.
         weights, centroids: float32 `(n_genes, n_sets)`: mean weights and mean profiles of the members, in the units
             of the panel's profiles.
         markers: int32 `(n_sets, N_MARKERS)`: positions in `panel.gene_ids`, see [`find_markers`].
-        competing: bool `(n_labels,)`: the labels that may be a runner-up.
+        competing: bool `(n_labels,)`: the labels that may be the rival.
     """
 
     panel: PanelReadout
@@ -179,10 +179,9 @@ class Explainer:
         profiles: Sequence[int] = (),
         competing: np.ndarray | None = None,
     ) -> "Explainer":
-        """For the given sets, bool `(n_given, n_labels)`, and a file that measures the genes `measured` (ids).
+        """Build from the sets `members`, bool `(n_given, n_labels)`, and the vocabulary ids `measured` of a file.
 
-        `profiles` are the numbers of types that have a profile and no cells: further labels, after the trained ones.
-        `competing`, bool `(n_labels,)`, are by default all labels.
+        `profiles` are the numbers of profiled types, which follow the trained labels. By default all labels compete.
         """
         panel = readout.for_genes(measured, profiles)
         here = np.isin(readout.gene_ids.cpu().numpy(), panel.gene_ids)
@@ -191,16 +190,16 @@ class Explainer:
         shares = (members / members.sum(axis=1, keepdims=True).clip(min=1)).astype(np.float32)
         markers = np.full((len(members), N_MARKERS), NONE, dtype=np.int32)
         for number, mine in enumerate(members):
-            if mine.any() and not mine.all():  # the others are a set of their own
+            if mine.any() and not mine.all():  # the other labels are the second set
                 pair = np.stack([mine / mine.sum(), ~mine / (~mine).sum()])
                 markers[number] = find_markers(panel.weights @ pair.T, pair @ centroids)[0]
         competing = np.ones(members.shape[1], bool) if competing is None else competing
         return cls(panel, members, panel.weights @ shares.T, centroids.T @ shares.T, markers, competing)
 
     def find_rivals(self, scores: np.ndarray, own: np.ndarray) -> np.ndarray:
-        """The set of the best label outside each row's own set, by scores, int64; `NONE` without one.
+        """The set of the best-scored label outside each row's own set, int64 `(n_rows,)`; `NONE` if there is none.
 
-        It is one that competes, if any outside the own set does.
+        Competing labels come first; other labels are rivals only if no competing label is outside the own set.
         """
         mine = self.members[own]
         out = mine | ~self.competing
@@ -214,9 +213,9 @@ class Explainer:
         """Evidence of a batch, and its ragged entries: rows, positions, values and levels.
 
         Args:
-            cells: The batch.
+            cells: Raw counts.
             own: int64 `(n_cells,)`: the set that each cell is explained for.
-            rivals: The set that it is explained against, by default that of the runner-up; `NONE` for no evidence.
+            rivals: int64 `(n_cells,)`: the rival's set, `NONE` for no evidence; by default [`find_rivals`].
         """
         panel, n = self.panel, len(cells)
         indptr, positions, values = panel.profiles(cells)
@@ -227,20 +226,19 @@ class Explainer:
             rivals = self.find_rivals(sum_weights(indptr, positions, values, panel.weights) + panel.bias, own)
         terms, speaks = self.terms(positions, values, own[rows], rivals[rows])
         entries, places = largest_entries(rows, terms * (speaks & (rivals[rows] != NONE)), N_GENES)
-        found = CellEvidence.empty(n)
-        found.rivals[:] = rivals
+        evidence = CellEvidence.empty(n)
+        evidence.rivals[:] = rivals
         marker = self.marker_places[own[rows], positions]
-        found.markers[rows[marker >= 0], marker[marker >= 0]] = True
-        for array, of_entry in ((found.genes, positions), (found.terms, terms), (found.counts, counts)):
+        evidence.markers[rows[marker >= 0], marker[marker >= 0]] = True
+        for array, of_entry in ((evidence.genes, positions), (evidence.terms, terms), (evidence.counts, counts)):
             array[rows[entries], places] = of_entry[entries]
-        found.levels[rows[entries], places] = levels[entries]
-        return found, (rows, positions, values, levels)
+        evidence.levels[rows[entries], places] = levels[entries]
+        return evidence, (rows, positions, values, levels)
 
     def terms(self, genes: Any, values: Any, own: Any, rival: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Log odds that values of profiles add for the sets `own` and against the sets `rival`.
+        """Terms of log odds for the sets `own` against the sets `rival`, and whether the label's weight is greater.
 
-        Also whether the gene speaks for the label by its expression: a gene that is low where the rival's is high has
-        a positive term, too.
+        A gene of smaller weight has a positive term if its value is low: its absence speaks against the rival.
         """
         weights = (self.weights[genes, own] - self.weights[genes, rival]) / np.float32(self.panel.temperature)
         halfway = (self.centroids[genes, own] + self.centroids[genes, rival]) / 2
@@ -249,7 +247,7 @@ class Explainer:
     def marker_odds(
         self, rows: np.ndarray, positions: np.ndarray, values: np.ndarray, own: np.ndarray, rivals: np.ndarray
     ) -> np.ndarray:
-        """Log odds by the markers of both sets alone, expressed and silent ones, float32 `(n_cells,)`."""
+        """Log odds by the markers of both sets alone, expressed and silent markers, float32 `(n_cells,)`."""
         mine = (self.marker_places[own[rows], positions] >= 0) | (self.marker_places[rivals[rows], positions] >= 0)
         rows, positions, values = rows[mine], positions[mine], values[mine]
         pair = own[rows], rivals[rows]
@@ -271,14 +269,14 @@ def label_members(
 ) -> np.ndarray:
     """The trained labels that each label means, in any words, bool `(len(labels), len(known))`.
 
-    A label of a file that is a kind of trained ones means them: "CD14+ Monocytes" are monocytes. But a label of
-    several types, of none or of a fault ("NK/T cell", "not T cell") means what the ontology says of it, or nothing.
+    A kind of a trained label means the trained label: "CD14+ Monocytes" are monocytes. A label of several types, or of
+    no type ("NK/T cell", "not T cell"), has a meaning only if an ontology term has the name.
 
     Args:
         labels: Labels of a file.
-        known: Trained label -> its column.
-        terms: As for [`trained_labels_of`].
-        stored: `kinds` and `tissues` of the checkpoint, terms; for [`labels_in_other_words`].
+        known: Trained label -> column.
+        terms: As in [`trained_labels_of`].
+        stored: `config.annotation`, as in [`labels_in_other_words`].
     """
     members = np.zeros((len(labels), len(known)), dtype=bool)
     words = {*ABBREVIATIONS, *(word for term in terms for name in term["names"] for word in name.split())}
@@ -295,22 +293,22 @@ def label_members(
 
 
 def _as_written(label: str, known: Collection[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The trained labels of a kind of them, or of a type in short; empty where neither is clear."""
+    """Trained labels of the broader type that a label ends with, or of an abbreviated type; empty if unclear."""
     return broader_labels(label, list(known), terms) or labels_in_short(label, terms)
 
 
 def labels_in_other_words(
     label: str, known: Sequence[str], terms: Sequence[Mapping[str, Any]], stored: Mapping[str, Any]
 ) -> list[str]:
-    """The trained labels of a type in the words of a file; none where two readings are left.
+    """Trained labels of a type in the words of a file; empty if the meaning is ambiguous.
 
-    Readings are tried in this order: a kind of a trained label ("VSMC"), an abbreviation ("MNP", `ABBREVIATIONS`), the
-    words of a name in another order ("T_CD4"), a tissue at either end ("Monocyte Liver"), two types that are one
-    term together, or one above the other, and an unknown word before a type in short ("CD14 Mono").
+    The readings, in order: a kind of a trained label ("VSMC"); an abbreviation ("MNP", `ABBREVIATIONS`); the words of
+    a name in another order ("T_CD4"); a tissue before or after a type ("Monocyte Liver"); two types that form one
+    term, or of which one is above the other; an unknown word before an abbreviated type ("CD14 Mono").
 
     Args:
-        label, known, terms: As for [`trained_labels_of`].
-        stored: `kinds` and `tissues`, terms; either may be missing.
+        label, known, terms: As in [`trained_labels_of`].
+        stored: `kinds` and `tissues`, terms; both may be missing.
 
     >>> terms = [{"id": "CL:0000624", "names": ["cd4 t cell"], "labels": ["CD4 T"]}]
     >>> liver = {"id": "UBERON:0002107", "names": ["liver"], "labels": ["CD4 T"]}
@@ -332,12 +330,12 @@ def labels_in_other_words(
     tissues = {name for term in stored.get("tissues", []) for name in term["names"]}
     if " ".join(words) in tissues:
         return []
-    if found := named(words):
-        return found
+    if meant := named(words):
+        return meant
     for cut in range(1, len(words)):
         for part, place in ((words[:cut], words[cut:]), (words[cut:], words[:cut])):
-            if " ".join(place) in tissues and (found := read(part)):
-                return found
+            if " ".join(place) in tissues and (meant := read(part)):
+                return meant
     if len(shorts) == 2:
         one, other = (read(ABBREVIATIONS.get(short, short).split()) for short in shorts)
         if one and other:
@@ -346,16 +344,16 @@ def labels_in_other_words(
 
 
 def _in_order(words: Sequence[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The trained labels of the one type that has a name of these words, in any order, with or without "cell"."""
+    """Trained labels of the only type with a name of these words, in any order, with or without "cell"."""
     if len(words) < 2:
         return []
     wanted = sorted(words), sorted([*words, "cell"])
-    found = [list(term["labels"]) for term in terms if any(sorted(name.split()) in wanted for name in term["names"])]
-    return found[0] if found and all(set(labels) == set(found[0]) for labels in found) else []
+    named = [list(term["labels"]) for term in terms if any(sorted(name.split()) in wanted for name in term["names"])]
+    return named[0] if named and all(set(labels) == set(named[0]) for labels in named) else []
 
 
 def _together(one: Sequence[str], other: Sequence[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The labels of two types that are one term together, or of the narrower; else none."""
+    """The labels of the narrower of two nested types, or of two types that together form a term; else none."""
     if set(one) <= set(other) or set(other) <= set(one):
         return list(one if len(one) <= len(other) else other)
     both = {*one, *other}
@@ -363,14 +361,14 @@ def _together(one: Sequence[str], other: Sequence[str], terms: Sequence[Mapping[
 
 
 def without_genes(label: str, words: Collection[str], tissues: Collection[str] = ()) -> str:
-    """A label without the genes that it ends with, as the clusters of a type are often told apart by.
+    """A label without the genes at its end, which files add to distinguish clusters of a type.
 
-    A tissue behind the genes is left out with them; one behind a type alone stays.
+    A tissue after the genes is removed, too; a tissue directly after a type stays.
 
     Args:
-        label: Of a file.
-        words: Those that names of types consist of, which are no genes.
-        tissues: Names of tissues, normalized.
+        label: A label of a file.
+        words: Words in names of types: such a word is no gene.
+        tissues: Normalized names of tissues.
 
     >>> [without_genes(label, {"cell"}) for label in ("B Cell CD79A", "Macrophage C1QB_high", "B CELL", "CD4 T")]
     ['B Cell', 'Macrophage', 'B CELL', 'CD4 T']
@@ -395,9 +393,9 @@ def without_genes(label: str, words: Collection[str], tissues: Collection[str] =
 
 
 def labels_in_short(label: str, terms: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The trained labels of a type that a file names without the word cell, or the organ: "NK", "activated stellate".
+    """Trained labels of a type that is named without "cell" or the organ, such as "NK" or "activated stellate".
 
-    None if types that are not one above the other have such a name.
+    Empty if the name fits types that are not nested.
 
     >>> labels_in_short("proliferating_Alpha", [{"names": ["pancreatic alpha cell"], "labels": ["A"]}])
     ['A']
@@ -407,15 +405,15 @@ def labels_in_short(label: str, terms: Sequence[Mapping[str, Any]]) -> list[str]
     is_whole = re.compile(re.escape(name)).fullmatch
     is_part = re.compile(rf"{re.escape(name)} of .*|.* {re.escape(name)}").fullmatch
     for fits in (is_whole, is_part) if len(words) > 1 else ():
-        found = [set(term["labels"]) for term in terms if any(map(fits, term["names"]))]
-        narrowest = min(found, key=len, default=set())
-        if found:
-            return sorted(narrowest) if all(narrowest <= other for other in found) else []
+        fitting = [set(term["labels"]) for term in terms if any(map(fits, term["names"]))]
+        narrowest = min(fitting, key=len, default=set())
+        if fitting:
+            return sorted(narrowest) if all(narrowest <= other for other in fitting) else []
     return []
 
 
 def likely_label(label: str, known: Collection[str], terms: Sequence[Mapping[str, Any]]) -> str | None:
-    """The name that a label without a meaning may stand for: a type in short ("beta"), or one spelt wrongly ("B cel").
+    """The type that an unknown label probably means: an abbreviated name ("beta") or a misspelt name ("B cel").
 
     >>> likely_label("B cel", ["B cell"], []), likely_label("hepatoblast", ["hepatocyte"], [])
     ('B cell', None)
@@ -429,12 +427,12 @@ def likely_label(label: str, known: Collection[str], terms: Sequence[Mapping[str
 
 
 def percentiles(histogram: np.ndarray, n_cells: int, genes: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Percentile of expression among the cells of a file: cells below, and half of those at the same level.
+    """Percentiles of expression levels among the cells of a file; cells at the same level count half.
 
     Args:
-        histogram: int64 `(n_genes, LEVELS)`: cells at each level; those at 0 are the rest.
-        n_cells: Cells of the file.
-        genes, levels: int, of one shape.
+        histogram: int64 `(n_genes, LEVELS)`: number of cells at each level; level 0 is computed from `n_cells`.
+        n_cells: Number of cells in the file.
+        genes, levels: int arrays of one shape.
 
     >>> percentiles(np.array([[0, 4, 2]]), 10, np.array([0, 0]), np.array([1, 2])).tolist()
     [60.0, 90.0]
@@ -446,14 +444,14 @@ def percentiles(histogram: np.ndarray, n_cells: int, genes: np.ndarray, levels: 
 
 
 class Evidence:
-    """The evidence of the cells of a file, and of groups of them: labels, and clusters if there are any.
+    """The evidence of the cells of a file, and of groups of cells: labels, and clusters if given.
 
-    Cells are added here (`add`), or in parts of a file elsewhere, whose sums are added (`add_sums`).
+    [`add`] takes cells. [`add_sums`] takes the sums of a part of the file that another process has read.
 
     Args:
         explainer: One set of trained labels for each name of `sets`.
-        sets: Given labels; `set_of_cell`, int64 `(n_cells,)`, has the number of each cell's.
-        labels: Those of the readout.
+        sets: Given labels; `set_of_cell`, int64 `(n_cells,)`, has the number of each cell's label.
+        labels: Labels of the readout.
         clusters: str `(n_cells,)`, or None. A cluster is explained for its commonest label.
         symbols: Vocabulary ids -> symbols of genes.
     """
@@ -468,7 +466,7 @@ class Evidence:
         symbols: Callable[[list[int]], Sequence[str]],
     ) -> None:
         self.explainer, self.sets, self.set_of_cell = explainer, list(sets), set_of_cell
-        self.names = np.asarray([*sets, *labels, ""], dtype=object)  # of all sets; the last stands for `NONE`
+        self.names = np.asarray([*sets, *labels, ""], dtype=object)  # names of all sets; the last one is for `NONE`
         genes = explainer.panel.gene_ids
         self.genes = np.asarray([*symbols(genes.tolist()), ""], dtype=object)
         self.of_cells = CellEvidence.empty(0)
@@ -481,26 +479,26 @@ class Evidence:
             self.groups.append(Groups("cluster", names.tolist(), np.asarray(votes), numbers, len(genes)))
 
     def add(self, numbers: np.ndarray, cells: Cells) -> None:
-        """Add the evidence of cells, whose places in the file are `numbers`."""
+        """Add the evidence of cells; `numbers` are their rows in the file."""
         if not len(self.of_cells.rivals):
             self.of_cells = CellEvidence.empty(len(self.set_of_cell))
-        found, (rows, positions, values, levels) = self.explainer(cells, self.set_of_cell[numbers])
-        self.of_cells.put(numbers, found)
+        evidence, (rows, positions, values, levels) = self.explainer(cells, self.set_of_cell[numbers])
+        self.of_cells.put(numbers, evidence)
         keys = positions * LEVELS + levels
         self.histogram += np.bincount(keys, minlength=self.histogram.size).reshape(self.histogram.shape)
         for groups in self.groups:
             groups.add(groups.group_of_cell[numbers], rows, positions, values)
 
     def sums(self) -> dict[str, np.ndarray]:
-        """Everything that is known of groups and not of single cells, as arrays of numbers."""
-        found: dict[str, np.ndarray] = {"histogram": self.histogram.astype(np.int32)}
+        """The sums over cells that [`add_sums`] takes: the histogram of levels, and names and sums of groups."""
+        sums: dict[str, np.ndarray] = {"histogram": self.histogram.astype(np.int32)}
         for groups in self.groups:
-            found |= {f"{groups.level}_names": np.asarray(groups.names, dtype=str)}
-            found |= {f"{groups.level}_profiles": groups.profiles, f"{groups.level}_expressing": groups.expressing}
-        return found
+            sums |= {f"{groups.level}_names": np.asarray(groups.names, dtype=str)}
+            sums |= {f"{groups.level}_profiles": groups.profiles, f"{groups.level}_expressing": groups.expressing}
+        return sums
 
     def add_sums(self, sums: Mapping[str, np.ndarray]) -> None:
-        """Add the `sums` of a part of the cells; its groups are among those of all cells."""
+        """Add the [`sums`] of a part of the cells, whose groups are a subset of all groups."""
         self.histogram += sums["histogram"]
         for groups in self.groups:
             rows = np.searchsorted(groups.names, sums[f"{groups.level}_names"])
@@ -508,10 +506,10 @@ class Evidence:
             groups.expressing[rows] += sums[f"{groups.level}_expressing"]
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Columns of `obs` of the cells that were added here.
+        """Columns of `obs` for the cells of [`add`].
 
-        Their genes, the most important first, and their rivals, str `(n_cells,)`; and the share of the markers of its
-        label that each cell expresses, float32 `(n_cells,)`, NaN without markers.
+        `evidence` (genes, the largest term first) and `rival`, str `(n_cells,)`; `marker_support`, float32
+        `(n_cells,)`, the share of the label's markers that a cell expresses, NaN without markers.
         """
         cells = self.of_cells
         genes = np.asarray([", ".join(row[row != ""]) for row in self.genes[cells.genes]], dtype=str)
@@ -520,7 +518,7 @@ class Evidence:
         return {"evidence": genes, "rival": self.names[cells.rivals].astype(str), "marker_support": support}
 
     def group_rows(self) -> list[dict[str, Any]]:
-        """A row for each gene that drove the label of a group, and for each marker; see [`Groups.rows`]."""
+        """The rows of all groups, see [`Groups.rows`]."""
         return [row for groups in self.groups for row in groups.rows(self)]
 
     def cell_rows(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -550,14 +548,14 @@ class Evidence:
 
 
 class Groups:
-    """Groups of cells that are explained by their mean cell.
+    """Groups of cells, explained by their mean cells.
 
     Args:
-        level: What the groups are: "label" or "cluster".
-        names: Of the groups.
-        sets: int64 `(n_groups,)`: the number of the label that each is explained for.
+        level: "label" or "cluster".
+        names: Names of the groups.
+        sets: int64 `(n_groups,)`: number of the label that each group is explained for.
         group_of_cell: int64 `(n_cells,)`.
-        n_genes: Of the panel.
+        n_genes: Number of genes of the panel.
     """
 
     def __init__(
@@ -569,17 +567,17 @@ class Groups:
         self.expressing = np.zeros((len(names), n_genes), dtype=np.int64)  # cells with a count
 
     def add(self, groups: np.ndarray, rows: np.ndarray, positions: np.ndarray, values: np.ndarray) -> None:
-        """Add cells of the groups `groups`, int `(n_cells,)`, with their ragged profiles."""
+        """Add the ragged profiles of cells; `groups`, int `(n_cells,)`, are the groups of the cells."""
         keys, shape = groups[rows] * self.profiles.shape[1] + positions, self.profiles.shape
         values = np.rint(values * EXACT) / EXACT
         self.profiles += np.bincount(keys, weights=values, minlength=self.profiles.size).reshape(shape)
         self.expressing += np.bincount(keys, minlength=self.profiles.size).reshape(shape)
 
     def rows(self, evidence: Evidence) -> Iterator[dict[str, Any]]:
-        """Rows of a table, for each gene that drove the label of a group, and for each marker of the label.
+        """A row for each gene that drove the label of a group, and for each marker of the label.
 
         `level`, `name`, `cells`, `label`, `rival`, `gene`, `term` (of the mean cell), `expressing` (share of the
-        group's cells with a count), `elsewhere` (of all other cells) and `marker`.
+        group's cells with a count), `elsewhere` (share of all other cells with a count) and `marker`.
         """
         explainer, panel = evidence.explainer, evidence.explainer.panel
         for number, name in enumerate(self.names):

@@ -1,8 +1,8 @@
-"""Counts in, model inputs out: `Cells`, a ragged batch of cells, and `ScMMGPTFeatureExtractor`, which tokenises it.
+"""`ScMMGPTFeatureExtractor`: raw counts of [`Cells`] -> inputs of the cell model.
 
-The extractor bins, selects and pads the expressed genes of a cell. All randomness is a hash of (seed, epoch, cell id,
-gene id): a cell gives the same tokens in any order, batch, chunk, worker or process, and other draws in another epoch.
-Compiled kernels and NumPy give the same bits; see `kernels_scmmgpt`.
+The extractor bins, selects and pads the expressed genes of a cell. All random draws are hashes of seed, epoch, cell id
+and gene id. A cell therefore gets the same tokens in any order, batch, worker or process, and other draws in another
+epoch. Compiled kernels and NumPy give the same bits; see `kernels_scmmgpt`.
 """
 
 import itertools
@@ -28,16 +28,16 @@ from .kernels_scmmgpt import BITS_32, LAST_HASH, LOW_32, REPEATED, ZERO, fill_ro
 
 VALUE_MODES = ("binned", "log1p", "raw")
 SELECTIONS = ("random", "top")
-LARGEST_WHOLE = 2**24  # float32 holds every whole number up to here; larger counts are left to NumPy
+LARGEST_WHOLE = 2**24  # float32 holds every integer up to here; NumPy processes larger counts
 
 
 def _draw_bins(indptr: np.ndarray, counts: np.ndarray, hashes: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Bin each cell's counts by their quantiles, as scGPT does: `int64 (nnz,)`, from 1 to the number of levels.
+    """Bin each cell's counts by quantiles, as in scGPT: `int64 (nnz,)`, from 1 to the number of levels.
 
-    The edges are the quantiles of the cell's counts at the levels, of which a count has `upper` at or below it and
-    `lower` below it. Its bin is `ceil(upper + u * (lower - upper))`, with `u` uniform in [0, 1), the low half of the
-    gene's hash: counts that equal several edges spread evenly over the bins of these edges. Any increasing transform
-    of a cell's counts gives the same bins. Bin 0 means "not expressed".
+    The bin edges are quantiles of the cell's counts at the levels. `upper` edges are at or below a count, `lower`
+    edges are below the count, and the bin is `ceil(upper + u * (lower - upper))`. `u` is uniform in [0, 1), from the
+    low half of the gene's hash, so counts that equal several edges spread evenly over the bins of these edges. Any
+    increasing transform of a cell's counts gives the same bins. Bin 0 means "not expressed".
     """
     lower, upper = np.empty((2, len(counts)), dtype=np.int64)
     for start, stop in itertools.pairwise(indptr):
@@ -45,7 +45,7 @@ def _draw_bins(indptr: np.ndarray, counts: np.ndarray, hashes: np.ndarray, level
             edges = np.quantile(counts[start:stop], levels)
             lower[start:stop] = np.searchsorted(edges, counts[start:stop], side="left")
             upper[start:stop] = np.searchsorted(edges, counts[start:stop], side="right")
-    # ceil(upper + u * (lower - upper)) = upper - floor(u * (upper - lower)), exactly, with u in units of 2^-32
+    # ceil(upper + u * (lower - upper)) = upper - floor(u * (upper - lower)), exact for u in units of 2^-32
     return upper - (((hashes & LOW_32) * (upper - lower).astype(np.uint64)) >> BITS_32).astype(np.int64)
 
 
@@ -58,18 +58,22 @@ def mask_genes(
     seed: int = 0,
     epoch: int = 0,
 ) -> np.ndarray | torch.Tensor:
-    """Draw the genes to hide in the pre-training objectives: an exact share of each cell, by hash.
+    """Draw the genes to mask in the pre-training objectives: an exact share of each cell, by hash.
 
     Args:
-        gene_ids: `(n_cells, n_tokens)`, array or tensor, with `<cls>` first, as the extractor returns.
-        cell_attention_mask: `(n_cells, n_tokens)`, 1 where there is a gene.
-        cell_ids: `uint64 (n_cells,)`, as `Cells.cell_ids`.
-        mask_ratio: Share of a cell's genes to hide, rounded down, but at least one gene; or several shares, of which
-            each cell draws one (scGPT was pre-trained with 0.25, 0.5 and 0.75).
-        seed, epoch: Other values give other draws, which are independent of the extractor's.
+        gene_ids: `(n_cells, n_tokens)`, array or tensor, from the extractor, with `<cls>` first.
+        cell_attention_mask: `(n_cells, n_tokens)`, 1 for a gene.
+        cell_ids: `uint64 (n_cells,)`, as in [`Cells`].
+        mask_ratio: Share of a cell's genes to mask, rounded down, but at least one gene. With several shares, each
+            cell draws one (scGPT was pre-trained with 0.25, 0.5 and 0.75).
+        seed, epoch: Seeds of the draws, which are independent of the draws of the extractor.
 
     Returns:
-        Boolean `(n_cells, n_tokens)`, array or tensor as `gene_ids`: True at hidden genes, not at `<cls>` or padding.
+        bool `(n_cells, n_tokens)`, array or tensor like `gene_ids`: True for masked genes, False for `<cls>` and
+        padding.
+
+    Raises:
+        ValueError: If a share is not above 0 and at most 1.
     """
     genes, attended = np.asarray(gene_ids), np.asarray(cell_attention_mask).astype(bool)
     cell_ids = np.asarray(cell_ids)
@@ -91,24 +95,29 @@ def mask_genes(
 
 
 class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
-    """Convert [`Cells`] to the inputs of [`ScGPTModel`]: `<cls>` and up to `max_genes - 1` genes a cell.
+    """Convert [`Cells`] to the inputs of [`ScGPTModel`]: `<cls>` and up to `max_genes - 1` genes per cell.
 
     Args:
-        max_genes (`int`, defaults to 1200): Longest sequence, `<cls>` included (scGPT's `max_length`).
+        max_genes (`int`, defaults to 1200): Longest sequence, `<cls>` included (`max_length` of scGPT).
         n_bins (`int`, defaults to 51): Bins of `value_mode="binned"`, bin 0 included.
-        value_mode (`str`, defaults to `"binned"`): `"binned"` is scGPT's quantile binning over all expressed genes of
-            the cell, before any are left out; `"log1p"` is log1p of counts per `target_sum`; `"raw"` the counts.
-        selection (`str`, defaults to `"random"`): Which genes stay when a cell has more than `max_genes - 1`:
-            `"random"` draws them uniformly, as scGPT does; `"top"` takes the largest counts, and draws among those
-            that tie for the last places.
+        value_mode (`str`, defaults to `"binned"`): `"binned"` is the quantile binning of scGPT over all expressed
+        genes
+            of the cell, before genes are selected. `"log1p"` is log1p of counts per `target_sum`. `"raw"` is the
+            counts.
+        selection (`str`, defaults to `"random"`): Which genes of a cell with more than `max_genes - 1` genes are
+            selected. `"random"` draws uniformly, as in scGPT. `"top"` selects the largest counts, and draws among
+            counts that tie for the last places.
         target_sum (`float`, defaults to 10000): Library size of `value_mode="log1p"`.
-        cls_value (`float`, defaults to -2): Expression of `<cls>`, as in scGPT's embedding recipe.
+        cls_value (`float`, defaults to -2): Expression of `<cls>`, as in the embedding recipe of scGPT.
         pad_value (`float`, defaults to -2): Expression of `<pad>`.
         seed (`int`, defaults to 0): Seed of every draw.
         pad_token_id (`int`, defaults to 0): Id of `<pad>` in the gene vocabulary.
         cls_token_id (`int`, defaults to 1): Id of `<cls>` in the gene vocabulary.
-        return_profile (`bool`, defaults to `False`): Whether to also return every expressed gene's share of the cell,
-            as [`hellinger_profile`], for models with a profile readout.
+        return_profile (`bool`, defaults to `False`): Whether to return the [`hellinger_profile`] of all expressed
+            genes, too, for models with a profile readout.
+
+    Raises:
+        ValueError: If `value_mode` or `selection` is unknown, or `n_bins` or `max_genes` is below 2.
     """
 
     model_input_names = ["gene_ids", "expression", "cell_attention_mask"]
@@ -143,7 +152,7 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         if value_mode not in VALUE_MODES:
             raise ValueError(f"value_mode is {value_mode!r}; choose one of {VALUE_MODES}.")
         if n_bins < 2:
-            raise ValueError(f"n_bins is {n_bins}; it must be at least 2: bin 0 is for genes that are not expressed.")
+            raise ValueError(f"n_bins is {n_bins}; it must be at least 2, as bin 0 means not expressed.")
         self._check_selection(max_genes, selection)
 
     @staticmethod
@@ -167,16 +176,19 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
 
         Args:
             cells: [`Cells`], raw counts with their gene ids, or rows; see [`cells_of`].
-            epoch: Pass over the data; each pass has other draws. Keep 0 for evaluation.
+            epoch: Number of the pass over the data; each pass has other draws. Use 0 for evaluation.
             return_tensors: `"pt"` or `"np"`.
-            max_genes, selection: Values for this call, instead of the extractor's own.
+            max_genes, selection: Values for this call, in place of the attributes.
             padding: `True` pads to the longest cell of the batch, `"max_length"` to `max_genes`.
 
         Returns:
             `gene_ids` (`int64`), `expression` (`float32`) and `cell_attention_mask` (`int64`, 1 = attend), all
-            `(n_cells, n_tokens)`: `<cls>`, then the genes in the order of the cell, then `<pad>`. With
-            `return_profile` also `profile_gene_ids` (`int64`) and `profile` (`float32`), both `(n_cells, longest)`:
-            all expressed genes whatever `max_genes` is, and their [`hellinger_profile`], 0 at `<pad>`.
+            `(n_cells, n_tokens)`: `<cls>`, then the genes in the order of `cells`, then `<pad>`. With `return_profile`
+            also `profile_gene_ids` (`int64`) and `profile` (`float32`), both `(n_cells, longest)`: all expressed
+            genes, independent of `max_genes`, and their [`hellinger_profile`], 0 at `<pad>`.
+
+        Raises:
+            ValueError: If a count is not positive and finite, or an option is unknown.
         """
         cells = cells_of(cells)
         max_genes = self.max_genes if max_genes is None else max_genes
@@ -225,7 +237,7 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         return BatchFeature(arrays)
 
     def _values(self, cells: Cells) -> np.ndarray:
-        """`float32 (nnz,)`, or nothing where the counts are binned."""
+        """Values of the genes, `float32 (nnz,)`; empty for binned counts."""
         if self.value_mode == "log1p":
             return normalize_log1p(cells, self.target_sum)
         return cells.counts.astype(np.float32, copy=False) if self.value_mode == "raw" else np.empty(0, np.float32)
@@ -238,8 +250,8 @@ def _check_counts(counts: np.ndarray) -> None:
     if not (counts.min(initial=1) > 0 and np.isfinite(counts.max(initial=1))):
         wrong = counts[~((counts > 0) & np.isfinite(counts))][0]
         raise ValueError(
-            f"Cells holds counts above 0 only, but found {wrong}. "
-            "Build it with `Cells.from_csr`, which drops zeros and checks the counts."
+            f"Counts in Cells must be above 0 and finite, but found {wrong}. "
+            "Build Cells with `Cells.from_csr`, which drops zeros and checks the counts."
         )
 
 
@@ -266,13 +278,13 @@ def _fill_rows_numpy(
         genes, cell_values = gene_ids[start:stop], values[start:stop]
         if len(genes) > n_kept:
             places, cell_counts = hashes[start:stop], counts[start:stop]
-            if by_count:  # only counts that tie for the last places keep their hashes
+            if by_count:  # the draw is among counts that tie for the last places
                 tied = np.partition(cell_counts, -n_kept)[-n_kept]
                 places = np.select([cell_counts > tied, cell_counts == tied], [ZERO, places], LAST_HASH)
-            kept = places <= np.partition(places, n_kept - 1)[n_kept - 1]
-            if kept.sum() > n_kept:
+            selected = places <= np.partition(places, n_kept - 1)[n_kept - 1]
+            if selected.sum() > n_kept:
                 raise ValueError(REPEATED)
-            genes, cell_values = genes[kept], cell_values[kept]
+            genes, cell_values = genes[selected], cell_values[selected]
         end = 1 + len(genes)
         attended_out[row, :end], attended_out[row, end:] = 1, 0
         gene_ids_out[row, 1:end], gene_ids_out[row, end:] = genes, pad_token_id

@@ -1,10 +1,10 @@
-"""Expression profiles from descriptions: the choices before decoding, and the draws of cells.
+"""Generation of expression profiles from prompts.
 
-1. `labels_and_prompts`, `target_genes`, `library_sizes`, `decide_sampling`: what to generate, checked.
-2. `draw_cells` from the states of cells of a checkpoint that has them; else `decode_cells`, which runs the language
-   model for each prompt and some genes at a time.
+1. `labels_and_prompts`, `target_genes`, `library_sizes`, `decide_sampling`: checks of the arguments.
+2. `draw_cells` draws from the cell states of a checkpoint. A checkpoint without cell states uses `decode_cells`, which
+   runs the language model for each prompt and for some genes at a time.
 
-The draws of a cell depend on the seed, its prompt and its number alone.
+The draws of a cell depend only on the seed, the prompt, and the number of the cell.
 """
 
 import hashlib
@@ -25,13 +25,17 @@ from .states_scmmgpt import ScMMGPTCellStates
 
 logger = logging.get_logger(__name__)
 
-LEAST_OF_LIBRARY = 0.5  # counts of the genes of the model, in a cell
-DRAWN_AT_ONCE = 256  # generated cells whose rates over all genes are in memory
-GENERATED_CELLS = 1024  # of a prompt that are drawn at a time: genes x 8 bytes each
+LEAST_OF_LIBRARY = 0.5  # a cell with a smaller share of its library in the model's genes resembles a cell of a panel
+DRAWN_AT_ONCE = 256  # cells of one draw from cell states: their rates over all genes are in memory
+GENERATED_CELLS = 1024  # cells of one prompt in one run of the language model, of n_genes x 8 bytes each
 
 
 def labels_and_prompts(prompts: str | Sequence[str] | dict[str, str]) -> tuple[list[str], list[str]]:
-    """Labels, the keys of a dict, and texts of the prompts."""
+    """Labels (the keys of a dict, else none) and texts of the prompts.
+
+    Raises:
+        ValueError: If there is no prompt, or a prompt is empty.
+    """
     labels = list(prompts) if isinstance(prompts, dict) else []
     texts = [prompts] if isinstance(prompts, str) else list(prompts.values() if isinstance(prompts, dict) else prompts)
     n_empty = sum(not text.strip() for text in texts)
@@ -41,9 +45,11 @@ def labels_and_prompts(prompts: str | Sequence[str] | dict[str, str]) -> tuple[l
 
 
 def warn_of_unknown_types(prompts: Sequence[str], annotation: Mapping[str, Any]) -> None:
-    """Warn of prompts that name no cell type of training, since its genes may not be in the vocabulary.
+    """Warn of prompts that name no trained cell type: the vocabulary may lack the genes of another type.
 
-    `annotation` has the `labels` and `terms` of the checkpoint; without labels there is no warning.
+    Args:
+        prompts: Texts of the prompts.
+        annotation: `config.annotation`. Without `labels` there is no warning.
     """
     labels = list(annotation.get("labels", {}))
     unknown = [text for text in prompts if not names_known_type(text, labels, annotation.get("terms", []))]
@@ -51,40 +57,48 @@ def warn_of_unknown_types(prompts: Sequence[str], annotation: Mapping[str, Any])
         logger.warning(
             f"{len(unknown)} of {len(prompts)} prompts, such as {unknown[0]!r}, name none of the {len(labels)} "
             f"cell types that this checkpoint knows (such as {', '.join(map(repr, labels[:3]))}): the cells are a "
-            "guess, and marker genes of another type may not be in its vocabulary."
+            "guess, and the vocabulary may lack marker genes of another type."
         )
 
 
 def warn_of_panels(counts: Any, sizes: np.ndarray) -> None:
-    """Warn of cells that hold too few of the counts of their library, since they are drawn like cells of a panel.
+    """Warn of generated cells with too few counts for their library size.
 
-    Training cells of a panel of genes have no counts of other genes, and neither have the cells drawn like them.
+    Such cells resemble training cells of a targeted panel, which have no counts of other genes.
 
     Args:
-        counts: Counts of all genes of the model, CSR `(n_cells, n_genes)`.
-        sizes: Library sizes, `(n_cells,)`.
+        counts: CSR `(n_cells, n_genes)`: counts of all genes of the model.
+        sizes: `(n_cells,)`: library sizes.
     """
     n_few = int((np.asarray(counts.sum(axis=1)).ravel() < LEAST_OF_LIBRARY * sizes).sum())
     if n_few:
         logger.warning(
-            f"{n_few} of {len(sizes)} cells hold less than half of the counts of their library: they are drawn like "
-            "training cells of a panel, which measured few genes. Leave them out, or try a prompt without a tissue."
+            f"{n_few} of {len(sizes)} cells hold less than half of the counts of their library: these cells resemble "
+            "training cells of a panel of few genes. Leave these cells out, or try a prompt without a tissue."
         )
 
 
 def decide_sampling(config: ScMMGPTConfig, do_sample: bool | None, n_cells: int) -> bool:
-    """Whether counts are drawn: `do_sample`, by default wherever the checkpoint predicts a distribution."""
+    """Whether counts are sampled: `do_sample`, by default True if the checkpoint predicts a distribution.
+
+    Raises:
+        ValueError: If sampling is requested and the checkpoint predicts means.
+    """
     can_sample = config.num_state_components is not None or config.expression_head != "mse"
     do_sample = can_sample if do_sample is None else bool(do_sample)
     if do_sample and not can_sample:
         raise ValueError("A mean (expression_head='mse') cannot be sampled; pass do_sample=False.")
     if n_cells > 1 and not do_sample:
-        logger.warning(f"Without sampling, the {n_cells} cells of a prompt are equal: each is the predicted mean.")
+        logger.warning(f"Without sampling, the {n_cells} cells of a prompt are equal: every cell is the mean.")
     return do_sample
 
 
 def target_genes(processor: ScMMGPTProcessor, genes: str | Sequence[str] | None) -> np.ndarray:
-    """Vocabulary ids of the genes to generate, int64 `(n_genes,)`; by default all, ascending."""
+    """Vocabulary ids of the genes to generate, int64 `(n_genes,)`; by default all genes, ascending.
+
+    Raises:
+        ValueError: If no gene is given, a gene is unknown, or a gene is given twice.
+    """
     if genes is None:
         return np.sort(np.asarray(list(processor.gene_index.vocabulary.values()), dtype=np.int64))
     genes = [genes] if isinstance(genes, str) else list(genes)
@@ -94,21 +108,25 @@ def target_genes(processor: ScMMGPTProcessor, genes: str | Sequence[str] | None)
     unique, first = np.unique(ids, return_index=True)
     if len(unique) < len(ids):
         repeated = sorted({genes[i] for i in set(range(len(ids))) - set(first.tolist())})
-        raise ValueError(f"{len(ids) - len(unique)} genes are asked for twice: {repeated[:5]}; name each once.")
+        raise ValueError(f"{len(ids) - len(unique)} genes are named twice: {repeated[:5]}; name each gene once.")
     return ids
 
 
 def gene_turns(n_genes: int, max_genes: int) -> list[np.ndarray]:
-    """Columns of each turn of decoding: turns are of nearly equal size, each spread over all genes."""
+    """Columns that are decoded together in each turn: turns of nearly equal size, each spread over all genes."""
     n_turns = math.ceil(n_genes / max_genes)
     return [np.arange(turn, n_genes, n_turns) for turn in range(n_turns)]
 
 
 def library_sizes(library_size: float | np.ndarray, n_cells: int) -> np.ndarray:
-    """Total counts of the cells of a prompt, float32 `(n_cells,)`."""
+    """Library sizes (total counts) of the cells of a prompt, float32 `(n_cells,)`.
+
+    Raises:
+        ValueError: If a library size is not positive and finite.
+    """
     sizes = np.broadcast_to(np.asarray(library_size, dtype=np.float32), (n_cells,)).copy()
     if not (np.isfinite(sizes).all() and (sizes > 0).all()):
-        raise ValueError(f"library_size must be positive counts, but holds {sizes.min()}.")
+        raise ValueError(f"library_size must be positive and finite, but holds {sizes.min()}.")
     return sizes
 
 
@@ -121,19 +139,20 @@ def draw_cells(
     sizes: np.ndarray | None,
     seed: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Draw states, library sizes and counts of cells.
+    """Draw cell states, library sizes and counts, in chunks of cells.
 
     Args:
-        states: The states of cells of the checkpoint.
-        text_features: Features of the prompts, `(len(prompts), projection_dim)`.
-        prompts, n_cells: The prompts, and the cells of each.
-        gene_ids: Vocabulary ids of the genes, int64 `(n_genes,)`.
-        sizes: Library sizes of the cells of a prompt, `(n_cells,)`; None draws them.
+        states: The cell states of the checkpoint.
+        text_features: `(len(prompts), projection_dim)`: features of the prompts.
+        prompts: Texts of the prompts.
+        n_cells: Number of cells per prompt.
+        gene_ids: int64 `(n_genes,)`: vocabulary ids of the genes.
+        sizes: `(n_cells,)`: library sizes of the cells of each prompt; None draws library sizes.
         seed: Seed of the draws.
 
     Yields:
-        Counts of the genes, int32 `(n, n_genes)`, and library sizes, float32 `(n,)`, of the next cells. The cells of a
-        prompt are consecutive.
+        Counts, int32 `(n, n_genes)`, and library sizes, float32 `(n,)`, of the next n cells. The cells of a prompt are
+        consecutive.
     """
     rows, ids = np.repeat(np.arange(len(prompts)), n_cells), cell_ids_of(prompts, n_cells)
     given = None if sizes is None else np.tile(sizes, len(prompts))
@@ -148,12 +167,12 @@ def draw_cells(
 def compare_cells(
     states: ScMMGPTCellStates, text_features: torch.Tensor, prompts: list[str], n_cells: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Compare the cells that [`draw_cells`] draws with training cells, if the checkpoint keeps states of these.
+    """Compare the cells that [`draw_cells`] draws with training cells.
 
     Returns:
-        The distance of each cell to the nearest training cell (see [`ScMMGPTCellStates.compare`]), `(n,)`, and the
-        variance of the states of each prompt, over that of training cells around the means of their texts,
-        `(len(prompts),)`; NaN for one cell.
+        The distance of each cell to the nearest training cell (see [`ScMMGPTCellStates.compare`]), `(n,)`; the
+        variance of the states of each prompt, divided by the variance of training cells around the means of their
+        texts, `(len(prompts),)`, NaN for one cell. None if the checkpoint stores no states of training cells.
     """
     rows = np.repeat(np.arange(len(prompts)), n_cells)
     compared = states.compare(text_features[rows], cell_ids_of(prompts, n_cells), seed=seed)
@@ -176,24 +195,25 @@ def decode_cells(
     seed: int,
     batch_size: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Decode the expression of genes with the language model.
+    """Decode the expression of genes with the language model, in chunks of cells.
 
     Args:
         model, processor: The checkpoint.
-        prompts: The prompts.
-        gene_ids: Vocabulary ids of the genes, int64 `(n_genes,)`.
-        turns: Columns that are decoded together, see [`gene_turns`].
-        sizes: Library sizes of the cells of a prompt, float32 `(n_cells,)`.
-        do_sample, seed: Whether counts are drawn, and with which seed.
+        prompts: Texts of the prompts.
+        gene_ids: int64 `(n_genes,)`: vocabulary ids of the genes.
+        turns: The result of [`gene_turns`].
+        sizes: float32 `(n_cells,)`: library sizes of the cells of each prompt.
+        do_sample: Whether counts are sampled.
+        seed: Seed of the draws.
         batch_size: Cells per batch.
 
     Yields:
-        With sampling, counts, int32 `(n, n_genes)`, of the next cells, and their library sizes; the cells of a prompt
-        are consecutive. Else the expected log1p(CP10k), float32 `(n, n_genes)`, of the next prompts: one row for all
-        cells of a prompt.
+        With sampling: counts, int32 `(n, n_genes)`, and library sizes, `(n,)`, of the next n cells. The cells of a
+        prompt are consecutive. Without sampling: the expected log1p(CP10k), float32 `(n, n_genes)`, and library sizes,
+        with one row for each of the next n prompts.
     """
     drawn = len(sizes) if do_sample else 1
-    # The draws of a cell are its own, so that the many cells of a prompt may be drawn in parts.
+    # Cells are drawn independently, so the cells of a prompt can be drawn in parts.
     batch_size = 1 if drawn > GENERATED_CELLS else max(1, batch_size // drawn)
     genes = torch.from_numpy(gene_ids).to(model.device)
     parts = [
@@ -223,11 +243,11 @@ def decode_cells(
 
 
 def cell_ids_of(prompts: Sequence[str], n_cells: int) -> np.ndarray:
-    """Identities of the cells of all prompts, uint64 `(n,)`; those of a prompt are consecutive."""
+    """Cell ids for all prompts, uint64 `(n,)`; ids of one prompt are consecutive in the array."""
     return np.array([cell_id(prompt, number) for prompt in prompts for number in range(n_cells)], dtype=np.uint64)
 
 
 def cell_id(prompt: str, number: int) -> int:
-    """A 63-bit identity of the n-th cell of a prompt, which does not depend on the other prompts."""
+    """A 63-bit id of a cell, hashed from the prompt and the number of the cell."""
     digest = hashlib.blake2b(f"{number}\n{prompt}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

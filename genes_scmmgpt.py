@@ -1,9 +1,9 @@
 """Match the variables of a file with the genes of a vocabulary.
 
-`GeneIndex` finds a gene by symbol, previous symbol, alias, Ensembl id with or without version, and by the one-to-one
-ortholog of another species. `match_genes` matches all variables of a file, from the best of its columns of names, and
-reports the matched share of the genes and of the expression. `classify_features` sets antibodies, peaks and control
-probes aside. A gene that a file does not measure is absent, not zero.
+`GeneIndex` finds a gene by symbol, previous symbol, alias, Ensembl id with or without version, or one-to-one ortholog
+of another species. `match_genes` matches all variables of a file by the best column of names, and reports the matched
+share of the genes and of the expression. `classify_features` sets antibodies, peaks and control probes aside. A gene
+that a file does not measure is absent, not zero.
 """
 
 import re
@@ -17,23 +17,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-WARN_SHARE = 0.60  # of matched genes; a smaller share is warned of
-REFUSE_SHARE = 0.20  # of matched genes; a smaller share is refused unless forced
-N_EXAMPLES = 10  # unmatched genes that a report names
-MIN_GENES = 20  # fewer matches are chance, whatever their share
+WARN_SHARE = 0.60  # a smaller share of matched genes gives a warning
+REFUSE_SHARE = 0.20  # a smaller share of matched genes is an error, unless forced
+N_EXAMPLES = 10  # unmatched genes in a report
+MIN_GENES = 20  # fewer matches may be chance, whatever their share
 
 ENSEMBL = re.compile(r"^(ENS[A-Z]{0,4}G\d{11})(?:\.\d+)?(?:_PAR_Y)?$", re.IGNORECASE)
 EMBEDDED_ENSEMBL = re.compile(r"(?:^|[-_|:;,.( ]+)(ENS[A-Z]{0,4}G\d{11})(?:\.\d+)?(?:$|[-_|:;,.) ]+)")
 GENOME = re.compile(r"^(hg\d+|GRCh\d+|mm\d+|GRCm\d+)(?:$|[_-]+(?=\S)|\b)", re.IGNORECASE)
 PEAK = re.compile(r"^(chr)?(\d{1,2}|X|Y|MT?|GL\d+\.\d|KI\d+\.\d)[:_-]\d+[_-]\d+$", re.IGNORECASE)
-# Antibodies and sample tags: TotalSeq, ADT and HTO by name, BD's AbSeq (`CD3:UCHT1|CD3E|AHS0231|pAbO`, also after R
-# replaced the marks), and names that end in a tag's sequence.
+# Antibodies and sample tags: TotalSeq, ADT and HTO; AbSeq of BD (`CD3:UCHT1|CD3E|AHS0231|pAbO`, also with the
+# punctuation replaced by R); names that end in the sequence of a tag.
 ANTIBODY = re.compile(
     r"(Total_?-?Seq[_-]?[A-D]?|Total[A-D]|ADT|anti[_-]?(human|mouse))\b|^(ADT|AB|PROT|HTO|CITE|Hashtag)[_.-]|"
     r"^(HTO|Hashtag)[_.-]?\d|[|._:-](pAbO|stAbO)$|\bAHS\d{4}\b|^SampleTag\d|[._-](?-i:[ACGT]{15})$",
     re.IGNORECASE,
 )
-# Spike-ins, control probes and codewords, and what htseq-count and STAR count beside the genes.
+# Spike-ins, control probes and codewords, and the rows of htseq-count and STAR that are no genes.
 CONTROL = re.compile(
     r"^(ERCC-\d{5}|(Blank|BLANK)[-_]?\d+|FalseCode\d+|Negative\d+|"
     r"(NegControl|NegPrb|SystemControl|(Unassigned|Deprecated)Codeword|antisense_|Intergenic_Region_).*|"
@@ -44,21 +44,22 @@ MADE_UNIQUE = re.compile(r"[-.]\d$")
 EXCEL_DATE = re.compile(r"^(?:(\d{1,2})-(Mar|Sep)|(Mar|Sep)-0?(\d{1,2}))$")
 MOUSE_SYMBOL = re.compile(r"^([A-Z][a-z0-9]+|mt-[A-Z][a-z0-9]+|[A-Z][a-z]+[A-Za-z0-9-]*|\d{7}[A-Z]\d{2}Rik)$")
 HUMAN_SYMBOL = re.compile(r"^([A-Z][A-Z0-9.-]*|C\d+orf\d+)$")
-# Names that only mouse genes have, in capitals: predicted genes, RIKEN clones, haemoglobins, MHC, pseudogenes.
+# Names of mouse genes in capitals that no human gene has: predicted genes, RIKEN clones, haemoglobins, MHC,
+# pseudogenes.
 MOUSE_CAPITALS = re.compile(
     r"^(GM\d{3,5}|\d{7}[A-Z]\d{2}RIK|HB[AB]-(A|B[HST]|X|Y)\d?|H2-(?!KE)[A-Z]+\d*|[A-Z0-9]+-PS\d*)$"
 )
-MIN_MOUSE_CAPITALS = 3  # names; of 25 human files none has more than one (GM140)
+MIN_MOUSE_CAPITALS = 3  # least number of such names; none of 25 human files has more than one (GM140)
 
 
 class Species(NamedTuple):
-    """Signs of a species in a file: its declared name or taxon, Ensembl ids, and the spelling of symbols."""
+    """Signs of a species in a file: declared name or taxon, prefix of gene ids, and spelling of symbols."""
 
     name: str
     latin: str
     taxon: str
     ensembl: str  # prefix of gene ids
-    spelt_as: str | None  # species of equal spelling
+    spelt_as: str | None  # human or mouse, if symbols have the same capitals; None for another spelling
 
 
 SPECIES = (
@@ -73,8 +74,8 @@ SPECIES = (
     Species("fruit fly", "drosophila melanogaster", "ncbitaxon:7227", "FBgn", None),
     Species("worm", "caenorhabditis elegans", "ncbitaxon:6239", "WBGene", None),
 )
-# Names that one species alone has, and the share of a file's names that proves the species: FlyBase's numbers of
-# annotations (CG14995, lncRNA:CR45845), and the worm's unc-119 and col-12.
+# Patterns of names that only one species has, and the least share of such names in a file of the species: annotation
+# ids of FlyBase (CG14995, lncRNA:CR45845), and names of worm genes (unc-119, col-12).
 OWN_NAMES = {
     "fruit fly": (re.compile(r"(?:.+:)?C[GR]\d{4,5}"), 0.05),
     "worm": (re.compile(r"[a-z]{3,4}-\d+(?:\.\d+)?"), 0.2),
@@ -84,7 +85,7 @@ OTHER_IDS = {
     "genes of C. elegans": re.compile(r"WBGene\d+"),
     "genes of the fruit fly": re.compile(r"FBgn\d+"),
 }
-# Words of a column of feature types. Biotypes (`protein_coding`, `lncRNA`) are none.
+# Words in a column of feature types. Biotypes (`protein_coding`, `lncRNA`) are no feature types.
 GENE_FEATURE_TYPES = frozenset({"gene expression", "gene", "genes", "rna", "gex", "mrna", "", "nan"})
 FEATURE_TYPES = {
     **dict.fromkeys(GENE_FEATURE_TYPES, "gene"),
@@ -101,7 +102,10 @@ class GeneIndex:
         vocabulary: Gene symbol -> id. Names in angle brackets (`<pad>`, `<cls>`) are special tokens, not genes.
         aliases: Other name (previous symbol, alias, Ensembl id without version) -> symbol; or the contents of
             `gene_aliases.json`, `{"aliases": ..., "orthologs": ...}`.
-        orthologs: Species -> its gene symbol or id -> the vocabulary's name of its one-to-one ortholog.
+        orthologs: Species -> gene symbol or id of the species -> name of the one-to-one ortholog in the vocabulary.
+
+    Raises:
+        ValueError: If the vocabulary has special tokens only.
     """
 
     def __init__(
@@ -119,7 +123,7 @@ class GeneIndex:
         self.aliases = dict(aliases)
         self.orthologs = {species: dict(table) for species, table in (orthologs or {}).items()}
         self.species = detect_species(list(self.vocabulary))[0]
-        # Some files write `C1ORF112` for `C1orf112`. Symbols that differ in case only are not folded.
+        # Some files have `C1ORF112` for `C1orf112`. Symbols that differ in case only are not folded.
         self._folded = {key: self.vocabulary[name] for key, name in _folded_keys(self.vocabulary).items()}
         self._folded_orthologs = {species: _folded_keys(table) for species, table in self.orthologs.items()}
 
@@ -134,11 +138,11 @@ class GeneIndex:
         """Find one gene.
 
         Args:
-            name: Symbol, alias, Ensembl id with or without version, or several of them joined.
-            species: Species of the file; `None` for that of the vocabulary.
+            name: Symbol, alias, Ensembl id with or without version, or a symbol joined with an Ensembl id.
+            species: Species of the file; `None` for the species of the vocabulary.
 
         Returns:
-            Id in the vocabulary, or -1, and the kind of the match: `symbol`, `ensembl`, `alias`, `case`, `excel date`,
+            Id in the vocabulary, or -1; kind of the match: `symbol`, `ensembl`, `alias`, `case`, `excel date`,
             `ortholog` or `unmatched`.
         """
         name = name.strip()
@@ -152,7 +156,7 @@ class GeneIndex:
                 (self.vocabulary[table[n]] for n in names if n in table and table[n] in self.vocabulary), None
             )
             return (-1, "unmatched") if found is None else (found, "ortholog")
-        if key in self.vocabulary:  # of symbols or of Ensembl ids
+        if key in self.vocabulary:  # a vocabulary has symbols or Ensembl ids
             return self.vocabulary[key], "ensembl" if ensembl else "symbol"
         found = self.vocabulary.get(self.aliases.get(key, ""))
         if found is not None:
@@ -163,8 +167,8 @@ class GeneIndex:
         if embedded is not None:
             found, how = self.lookup(embedded)
             rest = EMBEDDED_ENSEMBL.sub("", name)
-            return (found, how) if found >= 0 or not rest else self.lookup(rest)  # of a retired id, the symbol
-        for changed in (name.replace(".", "-"), name.replace("-", "_")):  # undo R's make.names and Seurat
+            return (found, how) if found >= 0 or not rest else self.lookup(rest)  # a retired id: match the symbol
+        for changed in (name.replace(".", "-"), name.replace("-", "_")):  # undo changes of make.names (R) and Seurat
             if changed in self.vocabulary:
                 return self.vocabulary[changed], "alias"
         date = EXCEL_DATE.match(name)
@@ -174,7 +178,10 @@ class GeneIndex:
         return (-1, "unmatched") if found is None else (found, "case")
 
     def _from_date(self, number: str, month: str) -> tuple[int, str]:
-        """The match of a gene that a spreadsheet made a date, such as SEPT2. 1-Mar, MARCH1 or MARC1, has no match."""
+        """The match of a gene that a spreadsheet turned into a date, such as SEPT2.
+
+        1-Mar and 2-Mar have no match: they may be MARCH1 or MARC1, MARCH2 or MARC2.
+        """
         n = int(number)
         names = (f"SEPTIN{n}", f"SEPT{n}") if month == "Sep" else (f"MARCHF{n}", f"MARCH{n}") if n > 2 else ()
         found = next((self.vocabulary[name] for name in names if name in self.vocabulary), None)
@@ -182,7 +189,7 @@ class GeneIndex:
 
 
 def _folded_keys(names: Iterable[str]) -> dict[str, str]:
-    """Name in capitals -> the name, where that is one name."""
+    """Name in capitals -> name, for names that are unique in capitals."""
     folded = Counter(name.upper() for name in names)
     return {name.upper(): name for name in names if folded[name.upper()] == 1}
 
@@ -195,12 +202,12 @@ def _embedded(name: str) -> str | None:
 
 @dataclass
 class GeneMatch:
-    """The genes of a file's variables."""
+    """The match of a file's variables with the vocabulary."""
 
     ids: np.ndarray  # int32 `(n_vars,)`: id in the vocabulary, or -1
-    how: np.ndarray  # `(n_vars,)` of str: kind of the match (`GeneIndex.lookup`), or the feature type set aside
+    how: np.ndarray  # str `(n_vars,)`: kind of the match (`GeneIndex.lookup`), or the feature type set aside
     is_gene: np.ndarray  # bool `(n_vars,)`: False for antibodies, peaks and other features set aside
-    report: dict[str, Any]  # numbers and examples, as `json.dumps` takes them
+    report: dict[str, Any]  # numbers and examples, in JSON types
 
     @property
     def measured(self) -> np.ndarray:
@@ -209,15 +216,15 @@ class GeneMatch:
 
 
 def detect_species(names: Sequence[str]) -> tuple[str, str]:
-    """Species of gene names, or `unknown`, and the evidence in words."""
+    """Detect the species of gene names: the species, or `unknown`, and the evidence in words."""
     names = names[:: 1 + len(names) // 4000]
     n = max(1, len(names))
-    found = (ENSEMBL.match(name) or EMBEDDED_ENSEMBL.search(name) for name in names)
-    prefixes = Counter(ensembl.group(1).upper()[:-11] for ensembl in found if ensembl)  # ids without the number
+    ids = (ENSEMBL.match(name) or EMBEDDED_ENSEMBL.search(name) for name in names)
+    prefixes = Counter(ensembl.group(1).upper()[:-11] for ensembl in ids if ensembl)  # ids without the number
     prefix, count = prefixes.most_common(1)[0] if prefixes else ("", 0)
-    # In a file of symbols, genes without a symbol have ids: a few ids of another species than human are enough.
+    # In a file of symbols, only genes without a symbol have ids: 5 % of ids prove a species, human excepted.
     if count > (0.5 if prefix == "ENSG" else 0.05) * n:
-        species = next((known.name for known in SPECIES if known.ensembl == prefix), "unknown")
+        species = next((candidate.name for candidate in SPECIES if candidate.ensembl == prefix), "unknown")
         return species, f"{count / n:.0%} of the names start with {prefix}"
     for species, (own, least) in OWN_NAMES.items():
         matches = [name for name in names if own.fullmatch(name)]
@@ -226,17 +233,17 @@ def detect_species(names: Sequence[str]) -> tuple[str, str]:
     mouse = sum(bool(MOUSE_SYMBOL.match(name)) for name in names) / n
     human = sum(bool(HUMAN_SYMBOL.match(name)) for name in names) / n
     if mouse > 0.4 and mouse > 2 * human:
-        return "mouse", f"{mouse:.0%} of the names are spelt as mouse symbols are (Cd3e)"
+        return "mouse", f"{mouse:.0%} of the names are spelt like mouse symbols (Cd3e)"
     in_capitals = [name for name in names if MOUSE_CAPITALS.match(name)]
     if human > 0.4 and human > 2 * mouse and len(in_capitals) >= MIN_MOUSE_CAPITALS:
-        return "mouse", f"{len(in_capitals)} of the names are those of mouse genes in capitals ({in_capitals[0]})"
+        return "mouse", f"{len(in_capitals)} of the names are mouse genes in capitals ({in_capitals[0]})"
     if human > 0.4 and human > 2 * mouse:
-        return "human", f"{human:.0%} of the names are spelt as human symbols are (CD3E)"
-    return "unknown", f"{human:.0%} of the names are spelt as human symbols are (CD3E), {mouse:.0%} as mouse (Cd3e)"
+        return "human", f"{human:.0%} of the names are spelt like human symbols (CD3E)"
+    return "unknown", f"{human:.0%} of the names are spelt like human symbols (CD3E), {mouse:.0%} like mouse (Cd3e)"
 
 
 def find_species(word: Any) -> Species | None:
-    """The species of a word such as `human`, `Homo_sapiens`, `NCBITaxon:9606` or `9606`; `None` if it is not known."""
+    """The species of a word such as `human`, `Homo_sapiens`, `NCBITaxon:9606` or `9606`; `None` if unknown."""
     word = str(word).strip().lower().replace("_", " ")
     taxon = re.fullmatch(r"(?:ncbitaxon[: ])?(\d+)", word)
     word = f"ncbitaxon:{taxon[1]}" if taxon else word
@@ -244,15 +251,15 @@ def find_species(word: Any) -> Species | None:
 
 
 def _species(columns: Mapping[str, Sequence[str]], organism: str | None) -> tuple[str, str, str]:
-    """Species of the genes, species that the file declares ("": none), and the evidence for the former."""
+    """Species of the genes; species that the data declare ("" for none); evidence for the species of the genes."""
     found = find_species(organism)
     word = str(organism or "").strip()
     declared = "" if word.casefold() in ("unknown", "na", "nan", "none") else found.name if found else word
     guesses = [guess for guess in (detect_species(names) for names in columns.values()) if guess[0] != "unknown"]
     if not guesses:
-        why = f"the data say {declared}" if declared else "the names do not tell"
+        why = f"the data declare {declared}" if declared else "the names are ambiguous"
         return found.name if found else "unknown", declared, why
-    # Ids prove a species; spelling does not, so a declared species of equal spelling wins over it.
+    # Ids prove a species. Spelling does not, so a declared species with the same spelling has priority.
     species, why = next((guess for guess in guesses if "start with" in guess[1]), guesses[0])
     if found is not None and "start with" not in why and species == found.spelt_as:
         return found.name, declared, why
@@ -266,11 +273,11 @@ def classify_features(
 
     Args:
         names: Names of the variables.
-        feature_types: 10x's `feature_types`; names identify antibodies where these are missing.
-        genomes: Genome of each variable of a mixture of species; by default the prefix of its name.
+        feature_types: The column `feature_types` of 10x. Without the column, names identify antibodies.
+        genomes: Genome of each variable, for a mixture of species; by default the prefix of the name.
 
     Returns:
-        `gene`, `antibody`, `peak`, `control`, `mouse genome` (in a mixture with human), or the file's own word.
+        `gene`, `antibody`, `peak`, `control`, `mouse genome` (in a mixture with human), or the word of the file.
     """
     types = np.full(len(names), "gene", dtype=object)
     for i, name in enumerate(names):
@@ -282,18 +289,18 @@ def classify_features(
             types[i] = "antibody"
     for i, feature_type in enumerate(() if feature_types is None else feature_types):
         word = str(feature_type).strip().lower()
-        known = FEATURE_TYPES.get(word, word)
-        if known in ("antibody", "peak") or (known != "gene" and types[i] == "gene"):
-            types[i] = known
-    found = [GENOME.match(str(name)) for name in (names if genomes is None else genomes)]
-    mouse = np.array([m is not None and m.group(1).lower().startswith(("mm", "grcm")) for m in found], dtype=bool)
-    if mouse.any() and any(m is not None and m.group(1).lower().startswith(("hg", "grch")) for m in found):
+        kind = FEATURE_TYPES.get(word, word)
+        if kind in ("antibody", "peak") or (kind != "gene" and types[i] == "gene"):
+            types[i] = kind
+    matches = [GENOME.match(str(name)) for name in (names if genomes is None else genomes)]
+    mouse = np.array([m is not None and m.group(1).lower().startswith(("mm", "grcm")) for m in matches], dtype=bool)
+    if mouse.any() and any(m is not None and m.group(1).lower().startswith(("hg", "grch")) for m in matches):
         types[mouse & (types == "gene")] = "mouse genome"
     return types
 
 
 def are_feature_types(values: Sequence[str]) -> bool:
-    """Whether a column holds feature types as 10x writes them, and no biotypes, which CELLxGENE calls by that name."""
+    """Whether a column holds the feature types of 10x, and not biotypes, for which CELLxGENE uses the same name."""
     words = {str(value).strip().lower() for value in values}
     return "gene expression" in words or words <= FEATURE_TYPES.keys()
 
@@ -309,11 +316,13 @@ def match_genes(
     """Match the variables of a file with the vocabulary.
 
     Args:
-        columns: Columns of names of the variables: the best column is used first, others for unmatched variables.
-        gene_index: The model's genes.
-        types: Type of each variable (`classify_features`); all types but `gene` are set aside.
-        organism: Species that the file declares (name or NCBITaxon id); names overrule it where they identify another.
-        weights: Expression of each variable, `(n_vars,)`, for the matched share of the expression.
+        columns: Columns with names of the variables. The best column is used first, the others for unmatched
+            variables.
+        gene_index: The genes of the model.
+        types: The result of [`classify_features`]; all types except `gene` are set aside.
+        organism: Species that the data declare (name or NCBITaxon id), overruled by names that identify another
+            species.
+        weights: `(n_vars,)`: expression of each variable, for the matched share of the expression.
     """
     columns = {key: [GENOME.sub("", str(n).strip()) or str(n) for n in column] for key, column in columns.items()}
     is_gene = types == "gene"
@@ -338,9 +347,9 @@ def match_genes(
     for v in [v for v in genes if ids[v] < 0]:
         stem = MADE_UNIQUE.sub("", best[v])
         if stem != best[v]:
-            found, by = gene_index.lookup(stem, species)
-            if by in ("symbol", "ortholog"):
-                ids[v], how[v] = found, "made unique"
+            gene, kind = gene_index.lookup(stem, species)
+            if kind in ("symbol", "ortholog"):
+                ids[v], how[v] = gene, "made unique"
 
     report = {"columns": used, "species": species, "species_evidence": why, "species_declared": declared}
     match = GeneMatch(ids, how, is_gene, report)
@@ -349,7 +358,7 @@ def match_genes(
 
 
 def _count_matches(match: GeneMatch, names: Sequence[str], n_vocabulary: int, weights: np.ndarray) -> dict[str, Any]:
-    """Numbers of matched variables, their share of the expression, and the largest unmatched ones."""
+    """Numbers of matched variables, their share of the expression, and the unmatched genes of highest expression."""
     matched, is_gene = match.ids >= 0, match.is_gene
     n_matched, n_genes, distinct = int(matched.sum()), int(is_gene.sum()), len(np.unique(match.ids[matched]))
     counts: dict[str, Any] = {
@@ -374,7 +383,7 @@ def _count_matches(match: GeneMatch, names: Sequence[str], n_vocabulary: int, we
 
 
 def check_types(types: np.ndarray) -> None:
-    """Refuse variables without a gene; `types` as of `classify_features`."""
+    """Raise ValueError if no variable is a gene; `types` is the result of [`classify_features`]."""
     if not (types == "gene").any():
         kinds = ", ".join(f"{n} of type {str(kind)!r}" for kind, n in Counter(types.tolist()).items())
         raise ValueError(f"No variable is a gene ({kinds}); pass the RNA part of the data.")
@@ -397,13 +406,14 @@ def _words_around(names: Sequence[str], gene_index: GeneIndex) -> tuple[str, str
 
 
 def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list[str]:
-    """Refuse a poor match unless `force` is given, and return warnings in words.
+    """Refuse a poor match, unless `force` is True, and return warnings.
 
-    The matched share is of the file's genes or of the vocabulary's, whichever are fewer: neither a panel of 300 genes
-    nor a vocabulary of 800 is a mistake.
+    The denominator of the matched share is the number of genes of the file or of the vocabulary, whichever is smaller:
+    neither a panel of 300 genes nor a vocabulary of 800 genes is a mistake.
 
     Raises:
-        ValueError: If under 20 % of the genes match, or under 20 genes of a large vocabulary.
+        ValueError: If no gene matches. Without `force`, also if less than `REFUSE_SHARE` of the genes match, or fewer
+            than `MIN_GENES` genes of a large vocabulary.
     """
     r = match.report
     n_genes, n_known, measured, species = r["genes"], len(gene_index), r["vocabulary_measured"], r["species"]
@@ -411,17 +421,17 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
     share = measured / possible
     foreign = species not in ("unknown", gene_index.species) and gene_index.species != "unknown"
     few = measured < MIN_GENES <= n_known / 10
-    largest = f"the largest that do not: {', '.join(r['largest_unmatched'][:5])}"
-    of_them = f"{share:.1%}; {largest}" if r["largest_unmatched"] else f"{share:.1%}"
-    finding = f"Only {measured} of {possible} genes match the model's vocabulary ({of_them}). "
+    largest = f"unmatched genes of the highest expression: {', '.join(r['largest_unmatched'][:5])}"
+    details = f"{share:.1%}; {largest}" if r["largest_unmatched"] else f"{share:.1%}"
+    finding = f"Only {measured} of {possible} genes match the model's vocabulary ({details}). "
     way_out = "Name the column of `var` that has gene symbols or Ensembl ids with `gene_column=`."
     examples = r["largest_unmatched"]
     in_lower_case = [name for name in examples if name.islower() and gene_index.lookup(name.upper())[0] >= 0]
     is_strange = species == "unknown" and r["species_declared"] and share < REFUSE_SHARE
     if is_strange:
         way_out = (
-            f"The data say {r['species_declared']}, a species without a table of orthologs here (there is one of "
-            f"{', '.join(sorted(gene_index.orthologs)) or 'none'}): map the genes to {gene_index.species} first."
+            f"The data declare {r['species_declared']}, a species without an ortholog table (the model has: "
+            f"{', '.join(sorted(gene_index.orthologs)) or 'none'}): map the genes to {gene_index.species} genes first."
         )
     elif share < REFUSE_SHARE and (around := _words_around(examples, gene_index)) is not None:
         removals = zip(("prefix", "suffix"), around, strict=True)
@@ -429,20 +439,20 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
         way_out = f"They match without what is around each gene: write `adata.var_names = adata.var_names{code}`."
     elif species == "unknown" and 2 * len(in_lower_case) > len(examples):
         way_out = (
-            f"They match in capitals ({in_lower_case[0].upper()}): name the species with `organism=`, or, if the "
+            f"The names match in capitals ({in_lower_case[0].upper()}): name the species with `organism=`, or, if the "
             f"cells are {gene_index.species}, write `adata.var_names = adata.var_names.str.upper()`."
         )
     elif kinds := [kind for kind, ids in OTHER_IDS.items() if examples and all(map(ids.fullmatch, examples))]:
-        way_out = f"They are {kinds[0]}: map them to symbols or Ensembl ids of {gene_index.species} first."
+        way_out = f"The names are {kinds[0]}: map the names to {gene_index.species} symbols or Ensembl ids first."
     elif foreign and not gene_index.translates(species):
         way_out = (
-            f"They are {species} genes ({r['species_evidence']}), and the model has no ortholog table for {species} "
-            f"(it has: {', '.join(sorted(gene_index.orthologs)) or 'none'}): map them to {gene_index.species} first."
+            f"These are {species} genes ({r['species_evidence']}), and the model has no ortholog table for {species} "
+            f"(it has: {', '.join(sorted(gene_index.orthologs)) or 'none'}): map to {gene_index.species} genes first."
         )
     elif foreign:
         way_out = (
-            f"They were read as {species} genes ({r['species_evidence']}); name another species with `organism=`, or "
-            "the column of `var` that has their symbols with `gene_column=`."
+            f"The names were read as {species} genes ({r['species_evidence']}); name another species with "
+            "`organism=`, or the column of `var` that has symbols with `gene_column=`."
         )
     elif share >= WARN_SHARE:
         way_out = "The names are right, but the file has few genes: pass a file that has more of the model's genes."
@@ -450,8 +460,8 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
         if n_known < n_genes:
             finding = f"The file has only {measured} of the {n_known} genes that the model knows ({share:.1%}). "
         way_out = (
-            f"The model knows {n_known} genes and sees nothing of the others; a model that was trained on more genes, "
-            "or on such cells, sees more. If another column of `var` has better names, pass it with `gene_column=`."
+            f"The model knows {n_known} genes and ignores the others; a model that was trained on more genes, or on "
+            "such cells, reads more. If another column of `var` has better names, pass the column with `gene_column=`."
         )
     finding += way_out
     if measured == 0 or ((share < REFUSE_SHARE or few) and not force):
@@ -465,11 +475,11 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
         )
     is_species = find_species(r["species_declared"]) or re.fullmatch("[A-Z][a-z]+ [a-z]+", r["species_declared"])
     if is_species and species not in ("unknown", r["species_declared"]):
-        messages.append(f"The data say {r['species_declared']}, but {r['species_evidence']}: read as {species}.")
+        messages.append(f"The data declare {r['species_declared']}, but {r['species_evidence']}: read as {species}.")
     if foreign:
-        by = "one-to-one orthologs" if gene_index.translates(species) else "symbols that are spelt alike"
+        by = "one-to-one orthologs" if gene_index.translates(species) else "symbols of equal spelling"
         messages.append(
             f"{r['matched']} of {r['genes']} {species} genes were mapped by {by}; the model was trained on "
-            f"{gene_index.species} cells: interpret with caution."
+            f"{gene_index.species} cells: interpret the results with caution."
         )
     return messages

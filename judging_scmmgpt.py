@@ -1,4 +1,4 @@
-"""Labels against the genes of the cells: the evidence for a label, and the audit of labels that cells were given."""
+"""The steps of `explain` (genes behind a label) and of `audit` (check of given labels)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,14 +20,14 @@ from .records_scmmgpt import MISSING, add_column, finish_report, table_of
 
 logger = logging.get_logger(__name__)
 
-FITTED_CELLS, BELIEF_CELLS = 4096, 1024  # of a file, at most, for the regression of its labels, and its weight
-RARE_CELLS = 30  # of each label, if it has so many: five folds of six cells
-ROWS_AT_ONCE = 64  # neighbouring rows of one read
-CELLS_AT_ONCE = 512  # of arrays of cells x labels of the file, which may have many
+FITTED_CELLS, BELIEF_CELLS = 4096, 1024  # cells, at most, for the regression of the given labels, and for its weight
+RARE_CELLS = 30  # cells of each label for the regression, if available: five folds of six cells
+ROWS_AT_ONCE = 64  # adjacent rows of one read
+CELLS_AT_ONCE = 512  # cells of one array of cells x labels: a file may have hundreds of labels
 
 
 def spread_rows(total: int, most: int) -> list[tuple[int, int]]:
-    """Ranges of rows from all over the data, `most` rows together at most; one range where that is all rows.
+    """Ranges of `ROWS_AT_ONCE` rows, evenly spaced over the data, about `most` rows in all; one range if all rows fit.
 
     >>> spread_rows(50, 1024), spread_rows(1000, 128)
     ([(0, 50)], [(0, 64), (936, 1000)])
@@ -39,12 +39,12 @@ def spread_rows(total: int, most: int) -> list[tuple[int, int]]:
 
 
 def rows_of_rare(numbers: np.ndarray, ranges: Sequence[tuple[int, int]], most: int) -> list[tuple[int, int]]:
-    """Rows of labels that `ranges` have few of, each a range, so that every label has `RARE_CELLS` or all it has.
+    """More rows for rare labels, as ranges of one row, so that every label has `RARE_CELLS` cells, or all its cells.
 
     Args:
-        numbers: int64 `(n_cells,)`, the label of each; -1 for none.
-        ranges: Of rows, as of [`spread_rows`].
-        most: Rows at most; with many labels, each has less.
+        numbers: int64 `(n_cells,)`: the number of each cell's label; -1 for none.
+        ranges: The result of [`spread_rows`].
+        most: Limit of rows for all labels together; with many labels, each gets an equal share.
 
     >>> rows_of_rare(np.array([0] * 90 + [1, 1, -1]), [(0, 64)], 100)
     [(90, 91), (91, 92)]
@@ -53,17 +53,17 @@ def rows_of_rare(numbers: np.ndarray, ranges: Sequence[tuple[int, int]], most: i
     for start, stop in ranges:
         taken[start:stop] = True
     labels = np.unique(numbers[numbers >= 0])
-    found: list[int] = []
+    added: list[int] = []
     for label in labels:
         mine = numbers == label
         rows = np.flatnonzero(mine & ~taken)
         lacking = min(min(RARE_CELLS, most // len(labels)) - int((mine & taken).sum()), len(rows))
-        found += rows[np.linspace(0, len(rows) - 1, max(lacking, 0)).astype(np.int64)].tolist()
-    return [(row, row + 1) for row in sorted(found)]
+        added += rows[np.linspace(0, len(rows) - 1, max(lacking, 0)).astype(np.int64)].tolist()
+    return [(row, row + 1) for row in sorted(added)]
 
 
 def _few_at_once(adata: Any, choice: InputChoice) -> Iterator[tuple[int, Cells]]:
-    """All cells, `CELLS_AT_ONCE` at most at a time, and the place of the first of each."""
+    """All cells in chunks of at most `CELLS_AT_ONCE`, each with the row of its first cell."""
     first = 0
     for chunk in uncounted(choice).iter_cells(adata):
         for start in range(0, len(chunk), CELLS_AT_ONCE):
@@ -76,7 +76,7 @@ class EvidenceSteps(LabellingSteps):
 
     @property
     def can_explain(self) -> bool:
-        """Whether the checkpoint has a label readout, which [`explain`] takes its terms from."""
+        """Whether the checkpoint has a label readout, whose terms are the evidence of [`explain`]."""
         return getattr(self._bridge(), "label_readout", None) is not None
 
     def explain_cells(
@@ -89,9 +89,16 @@ class EvidenceSteps(LabellingSteps):
         batch_size: int | None = None,
         candidates: Sequence[str] | None = None,
     ) -> Evidence:
-        """Evidence for the labels of cells: of all the data that `choice` was made for, or of a part of them.
+        """Evidence for the labels of the cells of `adata`: the data that `choice` was made for, or a part of the data.
 
-        `sets` are all labels of the data, sorted, and `candidates` as for [`evidence_of`].
+        Args:
+            adata: The cells.
+            choice: Matrix and genes.
+            labels: str `(n_obs,)`: the labels of these cells.
+            sets: All labels of the data, sorted.
+            clusters: str `(n_obs,)`, or None.
+            batch_size: Cells per batch.
+            candidates: As in [`evidence_of`].
         """
         evidence = self.evidence_of(choice, labels, sets, clusters, candidates=candidates)
         chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 512)
@@ -108,9 +115,12 @@ class EvidenceSteps(LabellingSteps):
         called: np.ndarray | None = None,
         candidates: Sequence[str] | None = None,
     ) -> Evidence:
-        """The evidence of [`explain_cells`], to which no cell is added yet; `called` as for [`meanings`].
+        """[`Evidence`] without cells, for the labels of [`explain_cells`]; `called` is as in [`meanings`].
 
-        Runners-up are labels that `candidates` mean, in any words; by default all that the checkpoint and `sets` know.
+        A runner-up is a label that `candidates` mean, in any words; by default any label of the checkpoint or `sets`.
+
+        Raises:
+            ValueError: If the checkpoint has no label readout.
         """
         if not self.can_explain:
             raise ValueError(
@@ -136,7 +146,7 @@ class EvidenceSteps(LabellingSteps):
         label_key: str,
         key_added: str = "scmmgpt",
     ) -> Evidence:
-        """Add the columns of the evidence of all cells to `adata`, and the genes of each label."""
+        """Add the columns of evidence to `adata.obs`, and a table of the genes of each label to `adata.uns`."""
         finish_report(choice.report)
         for name, values in columns.items():
             add_column(adata, f"{key_added}_{name}", values)
@@ -147,13 +157,16 @@ class EvidenceSteps(LabellingSteps):
     def read_labels(
         self, adata: Any, labelling: Labelling, given: np.ndarray, sets: np.ndarray
     ) -> FileRegression | None:
-        """The regression of the given labels on up to `FITTED_CELLS` cells of the data, and cells of rare labels.
+        """Fit a regression of the given labels on about `FITTED_CELLS` cells, and on more cells of rare labels.
 
-        How much the checkpoint counts beside it is fitted on up to `BELIEF_CELLS`. None where labels have few cells.
+        The weights of file and checkpoint are fitted on about `BELIEF_CELLS` cells.
 
         Args:
-            adata, labelling, sets: As for [`audit_cells`], of all the data.
-            given: str `(n_obs,)`.
+            adata, labelling, sets: As in [`audit_cells`], for all the data.
+            given: str `(n_obs,)`: the given labels.
+
+        Returns:
+            None if fewer than two labels have enough cells.
         """
         choice = labelling.choice
         numbers = np.where(np.isin(given, (MISSING, UNKNOWN)), -1, np.searchsorted(sets, given))
@@ -173,8 +186,9 @@ class EvidenceSteps(LabellingSteps):
             logs.append(file.log_probabilities(some))
             model.append(log_pooled(self._audit_probabilities(part, quiet, wide, types)[1], members))
             own.append(numbers[start:stop])
-        kept = np.concatenate(own) >= 0
-        return file.believing(np.concatenate(logs)[kept], np.concatenate(model)[kept], np.concatenate(own)[kept])
+        labelled = np.concatenate(own) >= 0
+        own_labels = np.concatenate(own)[labelled]
+        return file.believing(np.concatenate(logs)[labelled], np.concatenate(model)[labelled], own_labels)
 
     def audit_cells(
         self,
@@ -185,11 +199,17 @@ class EvidenceSteps(LabellingSteps):
         batch_size: int | None = None,
         file: FileRegression | None = None,
     ) -> dict[str, np.ndarray]:
-        """What [`add_audit`] needs of cells: of all the data that `labelling` was made for, or of a part of them.
+        """The columns that [`add_audit`] needs, for the cells of `adata`: all the data of `labelling`, or a part.
 
-        `given` are the labels of these cells, `sets` all labels of the data, sorted. `labelling` is that of
-        `annotate`, after [`read_batch`], and `file` that of [`read_labels`]. Types that `sets` name by a profile alone
-        compete as in `annotate --labels`.
+        Profiled types that `sets` name compete as in `annotate --labels`.
+
+        Args:
+            adata: The cells.
+            labelling: The labelling of `annotate`, after [`read_batch`].
+            given: str `(n_obs,)`: the given labels of these cells.
+            sets: All given labels of the data, sorted.
+            batch_size: Cells per batch.
+            file: The result of [`read_labels`].
         """
         choice = labelling.choice
         wide, types, members = self._audit_labelling(choice, sets)
@@ -198,23 +218,23 @@ class EvidenceSteps(LabellingSteps):
         set_of_cell = np.searchsorted(sets, given)
         best, odds = judge(probabilities, members, set_of_cell)
         novel = np.asarray(columns.get("novelty", np.zeros(len(given)))) > 1
-        if "by_profile" in columns:  # like no trained label: judged by a label that is such a type, too
+        if "by_profile" in columns:  # the model judges a cell of a profiled type only if the given label means one
             by_type: Any = members[:, np.isin(names, [str(known["name"]) for known in types])].any(axis=1)
             novel = np.where(columns["by_profile"], ~by_type[set_of_cell], novel)
         n_cells, rival = len(given), np.full(len(given), -1)
         file_odds, both_odds = np.full((2, n_cells), np.nan)
         if file is not None:
             ours, nested, parts = ~novel & ~np.isnan(odds), nested_sets(members), []
-            for first, cells in _few_at_once(adata, choice):  # cells x labels: of few cells at a time
+            for first, cells in _few_at_once(adata, choice):
                 here = slice(first, first + len(cells))
                 model = np.where(ours[here, None], log_pooled(probabilities[here], members), np.nan)
                 logs = file.log_probabilities(cells)
                 parts.append(best_other_label(logs, model, set_of_cell[here], nested, file.belief))
             rival, both_odds, file_odds = (np.concatenate(part) for part in zip(*parts, strict=True))
             both_odds[(given == MISSING) | (given == UNKNOWN)] = np.nan
-            rival = np.where(both_odds > 0, rival, -1)  # where the file names another label, its evidence is sought
-            theirs = np.where(members[rival] & ~members[set_of_cell], probabilities, -1.0)
-            best = np.where(rival < 0, best, np.where(theirs.max(axis=1) >= 0, theirs.argmax(axis=1), -1))
+            rival = np.where(both_odds > 0, rival, -1)  # markers are compared for the label that the file prefers
+            of_rival = np.where(members[rival] & ~members[set_of_cell], probabilities, -1.0)
+            best = np.where(rival < 0, best, np.where(of_rival.max(axis=1) >= 0, of_rival.argmax(axis=1), -1))
         genes, marker_odds = np.full(n_cells, "", dtype=object), np.full(n_cells, np.nan, dtype=np.float32)
         if self.can_explain:
             self._add_markers(adata, choice, names, sets, (best, set_of_cell), (odds, marker_odds, genes), batch_size)
@@ -232,15 +252,20 @@ class EvidenceSteps(LabellingSteps):
         names: Sequence[str],
         sets: np.ndarray,
         labels: tuple[np.ndarray, np.ndarray],
-        found: tuple[np.ndarray, np.ndarray, np.ndarray],
+        results: tuple[np.ndarray, np.ndarray, np.ndarray],
         batch_size: int | None,
     ) -> None:
-        """Set the log odds by markers and the genes of each cell, for the best other label against the given one.
+        """Fill in log odds by markers, and genes, for the best other label against the given label. Works in place.
 
-        `labels` are the best other label of each cell, in `names`, and the given one, in `sets`; `found` are the odds
-        of the model, which are unset where nothing is measured, those of the markers, and the genes.
+        Args:
+            adata, choice, batch_size: As in [`audit_cells`].
+            names: Names of the competing labels.
+            sets: All given labels.
+            labels: int64 `(n_obs,)` each: the best other label, in `names`, and the given label, in `sets`.
+            results: `(n_obs,)` each: log odds of the model, set to NaN for cells without a measured gene; log odds of
+                the markers; genes.
         """
-        (best, set_of_cell), (odds, marker_odds, genes) = labels, found
+        (best, set_of_cell), (odds, marker_odds, genes) = labels, results
         of_readout, known, _, profiles = self.meanings(sets.tolist())
         explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, of_readout, profiles)
         symbols = np.asarray([*self.processor.gene_symbols(explainer.panel.gene_ids.tolist()), ""], dtype=object)
@@ -251,7 +276,7 @@ class EvidenceSteps(LabellingSteps):
         for rows, cells in self._batches(chunks, size, "Auditing", len(best)):
             rivals = np.where(usable[rows], set_of_cell[rows], -1)
             told, (at, positions, values, _) = explainer(cells, own[rows], rivals)
-            odds[rows[np.bincount(at, minlength=len(rows)) == 0]] = np.nan  # nothing is measured in these cells
+            odds[rows[np.bincount(at, minlength=len(rows)) == 0]] = np.nan  # cells without a measured gene
             genes[rows] = [", ".join(row[row != ""]) for row in symbols[told.genes]]
             odds_of = explainer.marker_odds(at, positions, values, own[rows], set_of_cell[rows])
             marker_odds[rows] = np.where(usable[rows], odds_of, np.nan)
@@ -265,7 +290,7 @@ class EvidenceSteps(LabellingSteps):
         given: np.ndarray,
         genes: np.ndarray,
     ) -> None:
-        """Set the genes by which the file tells `rival` from `given`, for cells that have a rival."""
+        """Fill in the genes that speak for `rival` against `given` in the file's regression. Works in place."""
         for first, cells in _few_at_once(adata, choice):
             rows = slice(first, first + len(cells))
             for row, ids in enumerate(file.genes_for(cells, rival[rows], given[rows]), first):
@@ -280,7 +305,10 @@ class EvidenceSteps(LabellingSteps):
         types: Sequence[Mapping[str, Any]],
         batch_size: int | None = None,
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Columns of `annotate`, and the probabilities of the labels of `wide`, others if there are `types`."""
+        """Columns of `annotate` by `labelling`, and probabilities of the labels of `wide`, `(n_obs, n_labels)`.
+
+        The two labellings differ only if there are `types`.
+        """
         columns, probabilities = self.label_cells(adata, labelling, batch_size)
         if types:
             quiet = replace(wide, choice=uncounted(labelling.choice))
@@ -290,15 +318,17 @@ class EvidenceSteps(LabellingSteps):
     def _audit_labelling(
         self, choice: InputChoice, sets: np.ndarray
     ) -> tuple[Labelling, list[Mapping[str, Any]], np.ndarray]:
-        """The labels that compete with given ones; types among them that have a profile alone; what `sets` mean.
+        """The labelling with all labels that compete with given labels.
 
-        The last is bool `(n_sets, n_labels)`, over the competing labels.
+        Returns:
+            The labelling; the profiled types that `sets` name; the competing labels that each of `sets` means, bool
+            `(n_sets, n_labels)`.
         """
         settings, stored = self.annotation_settings(), self.model.config.annotation or {}
-        labels, known = {name: name for name in sets.tolist()}, stored.get("profiles", [])
-        asked = profiled_types(labels, settings["cl_ids"], settings["labels"], known)
-        settings["labels"] |= {str(known[number]["name"]): text for text, number in asked.items()}
-        wide, types = self.labelling(choice, settings, not asked), [known[number] for number in asked.values()]
+        labels, profiles = {name: name for name in sets.tolist()}, stored.get("profiles", [])
+        named = profiled_types(labels, settings["cl_ids"], settings["labels"], profiles)
+        settings["labels"] |= {str(profiles[number]["name"]): text for text, number in named.items()}
+        wide, types = self.labelling(choice, settings, not named), [profiles[number] for number in named.values()]
         numbers = {name: i for i, name in enumerate(wide.candidates.names)}
         return wide, types, label_members(sets.tolist(), numbers, with_types(stored.get("terms", []), types), stored)
 
@@ -321,15 +351,16 @@ class EvidenceSteps(LabellingSteps):
         names = wide.candidates.names
         called = np.asarray(columns["cell_type"])
         if n_missing := int((given == MISSING).sum()):
-            logger.warning(f"obs[{label_key!r}] has no label of {n_missing} of {len(given)} cells: not judged.")
+            logger.warning(f"{n_missing} of {len(given)} cells have no label in obs[{label_key!r}]: not judged.")
         if strange := sets[~members.any(axis=1) & (sets != MISSING) & (sets != UNKNOWN)].tolist():
-            found, n_called = np.unique(called[given == strange[0]], return_counts=True)
+            names_of_strange, n_called = np.unique(called[given == strange[0]], return_counts=True)
             logger.warning(
                 f"{len(strange)} of {(sets != MISSING).sum()} labels of obs[{label_key!r}] mean no type that the "
                 f"checkpoint knows ({', '.join(map(repr, strange[:3]))}; it knows {', '.join(map(repr, names[:3]))}, "
-                "...): only the other cells of the file judge theirs, and labels of few cells are not judged. Rename "
-                f"them to a type, a synonym or an id of the Cell Ontology; of {strange[0]!r} "
-                f"{n_called.max() / n_called.sum():.0%} are called {str(found[n_called.argmax()])!r}."
+                "...). Only the other cells of the file judge such a label, and a label of few cells is not judged. "
+                "Rename the labels to a name, a synonym or an id of the Cell Ontology. By `annotate`, "
+                f"{n_called.max() / n_called.sum():.0%} of the cells with {strange[0]!r} are "
+                f"{str(names_of_strange[n_called.argmax()])!r}."
             )
         judged = {
             name: columns[name]

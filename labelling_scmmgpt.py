@@ -1,4 +1,4 @@
-"""Labels of cells: what `annotate` decides once for a file, computes for each cell and adds to the AnnData."""
+"""The steps of `annotate` and `calibrate`: settings of a file, labels of the cells, results in the AnnData."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,8 +45,8 @@ from .votes_scmmgpt import cluster_answers, majority_vote, summarize_annotation
 
 logger = logging.get_logger(__name__)
 
-READ_CELLS = 10_000  # of a file, at most, that correct the place of labels that were never trained
-NEIGHBOUR_CELLS, CELLS_AT_ONCE = 2048, 64  # of a file, at most, by which novelty is judged, and the rows of one read
+READ_CELLS = 10_000  # cells of a file, at most, that correct the profiles of untrained labels
+NEIGHBOUR_CELLS, CELLS_AT_ONCE = 2048, 64  # cells of a file, at most, for neighbours and refinement; rows of one read
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Labelling:
     """Decisions of [`ScMMGPTPipeline.annotate`] that hold for all cells of a file."""
 
     choice: InputChoice
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # of `annotation_settings`
     candidates: Candidates
     cl_ids: dict[str, str]  # label -> Cell Ontology id
     readout: TextScores | None
@@ -62,13 +62,13 @@ class Labelling:
     min_score: float | None
     broader: Sequence[Mapping[str, Any]]  # terms for cells below `min_score`
     error_rate: float | None = None
-    batch_read: bool = False
-    fitted_score: float | None = None  # in place of `min_score`, for cells that are not novel: see `least_scores`
+    batch_read: bool = False  # whether cells of the file corrected untrained labels
+    fitted_score: float | None = None  # replaces `min_score` for cells that are not novel: see `least_scores`
     novelty: Novelty | None = None
-    neighbours: Neighbours | None = None  # cells of the file, by which novelty is judged
-    profiled: ProfiledTypes | None = None  # types that no training cell has, for cells of no trained label
-    file: FileMeans | None = None  # cells of the file that stand for labels, by which the readout was refined
-    prior: np.ndarray | None = None  # float64 (n_texts,), see `tissue_prior`; None: every label is as common
+    neighbours: Neighbours | None = None  # cells of the file that novelty averages over
+    profiled: ProfiledTypes | None = None  # types without training cells, which may name a novel cell
+    file: FileMeans | None = None  # mean profiles of cells of the file, which refined the readout
+    prior: np.ndarray | None = None  # float64 (n_texts,), from `tissue_prior`; None: all labels are equally common
 
 
 class LabellingSteps(CellPasses):
@@ -83,18 +83,21 @@ class LabellingSteps(CellPasses):
         temperature: float | None = None,
         tissue: str | None = None,
     ) -> dict[str, Any]:
-        """The settings of [`annotate`]: the arguments, else the values stored with the checkpoint, else defaults.
+        """The settings of [`annotate`]: the arguments, else the stored values of the checkpoint, else defaults.
 
         Returns:
-            `labels` (label -> text), `cl_ids` (label -> id), `matching_weight`, `matching_candidates`, `temperature`
-            and `readout_temperature`, at which probabilities are those of the label readout.
+            `labels` (label -> text), `cl_ids` (label -> id), `matching_weight` (0 to 1), `matching_candidates`,
+            `temperature`, and `readout_temperature`, at which the probabilities equal those of the label readout.
+
+        Raises:
+            ValueError: If both `labels` and `tissue` are given, or a value is out of range.
         """
         stored = self.model.config.annotation or {}
         if tissue is not None and labels is not None:
-            raise ValueError("labels and tissue both name the candidates; pass one of the two.")
+            raise ValueError("labels and tissue both choose the candidates; pass one of the two.")
         if tissue is not None:
             labels = labels_of_tissue(tissue, stored)
-        before = stored.get("temperature", 1 / self._bridge().inverse_temperature().item())
+        temperature_default = stored.get("temperature", 1 / self._bridge().inverse_temperature().item())
 
         def given(value: float | None, name: str, default: float) -> float:
             return stored.get(name, default) if value is None else value
@@ -104,8 +107,8 @@ class LabellingSteps(CellPasses):
             "cl_ids": {**stored.get("cl_ids", {}), **(cl_ids or {})},
             "matching_weight": float(given(matching_weight, "matching_weight", 0.5)),
             "matching_candidates": int(given(matching_candidates, "matching_candidates", 4)),
-            "temperature": float(given(temperature, "temperature", before)),
-            "readout_temperature": float(stored.get("readout_temperature", before)),
+            "temperature": float(given(temperature, "temperature", temperature_default)),
+            "readout_temperature": float(stored.get("readout_temperature", temperature_default)),
         }
         if not 0 <= settings["matching_weight"] <= 1:
             raise ValueError(f"matching_weight is {settings['matching_weight']}; it must be a share from 0 to 1.")
@@ -122,36 +125,44 @@ class LabellingSteps(CellPasses):
         unseen_bonus: float | None = None,
         error_rate: float | None = None,
     ) -> "Labelling":
-        """What [`annotate`] decides once for all cells of the data that `choice` was made for.
+        """The decisions of [`annotate`] for the data that `choice` was made for.
 
-        `settings` are those of [`annotation_settings`], and `is_default` says whether the labels are the checkpoint's.
+        Args:
+            choice: Matrix and genes.
+            settings: The result of [`annotation_settings`].
+            is_default: Whether the labels are those of the checkpoint.
+            min_score, unseen_bonus, error_rate: As in [`annotate`].
+
+        Raises:
+            ValueError: If `error_rate` is given, and labels or settings are not those that the checkpoint stores.
         """
         stored = self.model.config.annotation or {}
         terms, trained, types = stored.get("terms", []), stored.get("labels", {}), stored.get("profiles", [])
-        asked = {} if is_default else profiled_types(settings["labels"], settings["cl_ids"], trained, types)
-        known = trained | {types[number]["name"]: text for text, number in asked.items()}
-        terms = with_types(terms, [types[number] for number in asked.values()])
+        profiles = {} if is_default else profiled_types(settings["labels"], settings["cl_ids"], trained, types)
+        known = trained | {types[number]["name"]: text for text, number in profiles.items()}
+        terms = with_types(terms, [types[number] for number in profiles.values()])
         if not is_default:
             terms = [*self._kinds_of_trained(settings, known, terms), *terms]
         candidates = candidate_columns(settings["labels"], known, settings["cl_ids"], terms)
         ids = ids_of_labels(candidates.names, settings["cl_ids"], terms)
-        readout = self._text_scores(candidates.texts, candidates.unseen, choice, asked)
+        readout = self._text_scores(candidates.texts, candidates.unseen, choice, profiles)
         if readout is not None:
-            readout = self._among_candidates(readout, candidates, list(asked.values()))
+            readout = self._among_candidates(readout, candidates, list(profiles.values()))
         profiled = None
         has_all = readout is not None and len(readout.panel.bias) == len(self.model.config.label_readout["texts"])
         if types and is_default and min_score != 0 and readout is not None and has_all:
             named = self.model.config.label_readout["labels"], terms, types
             answers, kinds = broader_answers(*named), kinds_of_terms(*named)
             profiled = ProfiledTypes.of(self._bridge().label_readout, readout.panel, answers, kinds)
-        if unseen_bonus is None:  # by default the readout's gate decides, not a bonus
+        if unseen_bonus is None:  # a readout has a gate for untrained labels and needs no bonus
             unseen_bonus = 0.0 if readout is not None else stored.get("unseen_bonus", 0.0)
         if error_rate is not None:
             set_threshold(stored.get("label_sets"), error_rate)
             same = all(settings[name] == stored.get(name) for name in ("temperature", "matching_weight"))
             if not is_default or not same or settings["labels"].keys() != stored["labels"].keys():
                 raise ValueError(
-                    "error_rate holds for the checkpoint's own labels and settings: leave out others, or error_rate."
+                    "error_rate needs the labels and settings that the checkpoint stores: leave out labels, "
+                    "temperature and matching_weight, or leave out error_rate."
                 )
         fitted_score = stored.get("min_score") if min_score is None and is_default else None
         broader = terms if is_default else []
@@ -160,7 +171,7 @@ class LabellingSteps(CellPasses):
         return Labelling(*decided, fitted_score=fitted_score, novelty=novelty, profiled=profiled)
 
     def _among_candidates(self, readout: TextScores, candidates: Candidates, profiles: Sequence[int]) -> TextScores:
-        """The scores where cells of trained labels that are no candidates get the candidate that is most like them."""
+        """Scores with a second regression, of the candidates alone, for cells that belong to no candidate."""
         columns = readout.columns[(candidates.owners >= 0) & (readout.columns >= 0)]
         label_readout, n_labels = self._bridge().label_readout, len(readout.panel.bias)
         is_whole = n_labels == len(label_readout.bias) + len(profiles)
@@ -172,20 +183,21 @@ class LabellingSteps(CellPasses):
     def _kinds_of_trained(
         self, settings: dict[str, Any], known: dict[str, str], terms: Sequence[Mapping[str, Any]]
     ) -> Sequence[Mapping[str, Any]]:
-        """Terms of candidates that are kinds of a trained label and stand for it, with a warning for each."""
+        """Terms of the candidates that are scored as the trained label above them, with a warning for each."""
         kinds = (self.model.config.annotation or {}).get("kinds", [])
         stand_ins = terms_of_kinds(settings["labels"], settings["cl_ids"], list(known), terms, kinds)
-        said = "{!r}: judged as {!r}, as a kind of it, whose other kinds get the name, too."
+        said = "{!r}: scored as the broader label {!r}, so that all cells of the broader label get this name."
         for message in in_few_lines(said.format(term["name"], *term["labels"]) for term in stand_ins):
             logger.warning(message)
         return stand_ins
 
     def read_batch(self, adata: Any, labelling: "Labelling", read_batch: bool | None = None) -> "Labelling":
-        """The same after a look at cells from all over the data.
+        """The labelling, corrected by a sample of cells from the whole file.
 
-        With `read_batch`, up to `READ_CELLS` cells correct labels that were never trained. Without such labels, and if
-        it is not False, up to `NEIGHBOUR_CELLS` are the neighbours by which novelty is judged, and refine the readout
-        ([`FileMeans`]), where the checkpoint was made for it.
+        With untrained labels and `read_batch=True`, up to `READ_CELLS` cells correct the predicted profiles. Without
+        untrained labels, up to `NEIGHBOUR_CELLS` cells are the neighbours for novelty, refine the readout
+        ([`FileMeans`]), and give the prior of labels, as far as the checkpoint and the number of cells allow. With
+        `read_batch=False` the labelling stays as it is.
         """
         readout, choice = labelling.readout, labelling.choice
         if readout is None or read_batch is False or (readout.has_new_labels and not read_batch):
@@ -193,10 +205,12 @@ class LabellingSteps(CellPasses):
         total = choice.report["cells"]["cells"]
         if readout.has_new_labels:
             if total < MIN_BATCH:
-                logger.warning(f"{total} cells are too few to correct labels by; read_batch needs {MIN_BATCH}.")
+                logger.warning(
+                    f"read_batch needs {MIN_BATCH} cells and the file has {total}: untrained labels are not corrected."
+                )
                 return labelling
             cells = _cells_all_over(adata, choice, READ_CELLS, 1)
-            logger.info(f"{len(cells)} cells of the file corrected labels that were never trained (read_batch).")
+            logger.info(f"{len(cells)} cells of the file corrected the untrained labels (read_batch).")
             return replace(labelling, readout=readout.read_batch(cells), batch_read=True)
         novelty = labelling.novelty if total >= MIN_BATCH else None
         has_neighbours = novelty is not None and novelty.batch_unit is not None
@@ -215,13 +229,14 @@ class LabellingSteps(CellPasses):
         return labelling if total < MIN_BATCH else self._with_prior(labelling, cells)
 
     def _with_prior(self, labelling: "Labelling", cells: Cells) -> "Labelling":
-        """The same with the tissues that the cells of a file are like, where all labels of the checkpoint compete.
+        """The labelling with [`tissue_prior`], if all labels of the checkpoint are candidates.
 
-        Scores must be those of the readout alone, which has learned every label as equally common.
+        The readout alone must give the scores: it learned all labels as equally common.
         """
         stored, settings, readout = self.model.config.annotation or {}, labelling.settings, labelling.readout
-        names, alone = labelling.candidates.names, stored.get("similarity_weight") == 0 == settings["matching_weight"]
-        if readout is None or not alone or not stored.get("tissues") or set(names) != set(stored["labels"]):
+        names = labelling.candidates.names
+        readout_alone = stored.get("similarity_weight") == 0 == settings["matching_weight"]
+        if readout is None or not readout_alone or not stored.get("tissues") or set(names) != set(stored["labels"]):
             return labelling
         logits = settings["readout_temperature"] * readout(cells)
         scale, doubt = 1 / settings["temperature"], stored.get("doubt", 0.0)
@@ -230,13 +245,13 @@ class LabellingSteps(CellPasses):
         return replace(labelling, prior=tissue_prior(probabilities, labels, stored["tissues"]))
 
     def with_file(self, labelling: "Labelling", file: FileMeans) -> "Labelling":
-        """The same with a readout that the cells of the file refined."""
+        """The labelling with a readout that is refined by cells of the file."""
         readout, labels = labelling.readout, self._labels_of_file(labelling)
         if readout is None or labels is None:
             return labelling
         panel = file.refine(self._bridge().label_readout, readout.panel, labels)
         readout = replace(readout, panel=panel, scores=panel)
-        novelty, profiled = labelling.novelty, labelling.profiled  # which share the scores of the panel
+        novelty, profiled = labelling.novelty, labelling.profiled  # both share the cached scores of the panel
         if novelty is not None and novelty.panel is not None:
             novelty = replace(novelty, panel=panel)
         if profiled is not None:
@@ -244,9 +259,9 @@ class LabellingSteps(CellPasses):
         return replace(labelling, readout=readout, novelty=novelty, profiled=profiled, file=file)
 
     def _labels_of_file(self, labelling: "Labelling") -> list[int] | None:
-        """Positions of the candidates in the label readout; None where no file refines it.
+        """Positions in the label readout of the labels that the file may refine; None if refinement is off.
 
-        That is so for checkpoints without `refines`, and where types that have a profile alone are candidates.
+        Refinement is off if the checkpoint has no `refines`, or if an untrained label or profiled type is a candidate.
         """
         readout = labelling.readout
         if readout is None or readout.has_new_labels or not (self.model.config.annotation or {}).get("refines"):
@@ -258,29 +273,33 @@ class LabellingSteps(CellPasses):
     def label_cells(
         self, adata: Any, labelling: "Labelling", batch_size: int | None = None
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Columns of `obs` and probabilities `(n_obs, n_labels)` of cells: all of the data of a choice, or a part."""
+        """Columns of `obs` and probabilities `(n_obs, n_labels)` of the cells of `adata`.
+
+        `adata` is the data that the labelling was made for, or a part of them.
+        """
         scores = self._scores(adata, labelling, batch_size)
         return annotate_scores(*scores, labelling, self.model.config.annotation or {})
 
     def called_types(
         self, adata: Any, choice: InputChoice, key: str = "scmmgpt", columns: dict[str, np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
-        """What cells are called: `cell_type`, and `by_profile` where types have profiles.
+        """Labels of the cells: `cell_type`, and `by_profile` if profiled types may name cells.
 
-        Columns of `obs` that [`ScMMGPTPipeline.annotate`] added, else `columns`, by default what it adds by default.
+        The labels are the columns that [`ScMMGPTPipeline.annotate`] added to `obs`. Without these columns they are
+        `columns`, and without `columns` they are computed with the settings of the checkpoint.
         """
         if f"{key}_cell_type" in adata.obs:
             receipt = recorded(adata, key, "annotate").get("receipt", {})
             if receipt.get("weights", now := self.signer.sign("annotate")["weights"]) != now:
                 logger.warning(
                     f"obs['{key}_cell_type'] has labels of another checkpoint ({receipt.get('checkpoint')}), and the "
-                    "results are of them. Annotate the cells again for labels of this one."
+                    "results are for these labels. Annotate the cells again for labels of this checkpoint."
                 )
             names = words_of(adata.obs, f"{key}_cell_type")
-            found = {"cell_type": np.where(names == MISSING, UNKNOWN, names)}  # missing where files were joined
+            stored = {"cell_type": np.where(names == MISSING, UNKNOWN, names)}  # joined files have missing labels
             if f"{key}_by_profile" in adata.obs:
-                found["by_profile"] = words_of(adata.obs, f"{key}_by_profile") == "True"
-            return found
+                stored["by_profile"] = words_of(adata.obs, f"{key}_by_profile") == "True"
+            return stored
         if columns is not None:
             return columns
         choice = uncounted(choice)
@@ -296,7 +315,16 @@ class LabellingSteps(CellPasses):
         clusters: np.ndarray | None = None,
         key_added: str = "scmmgpt",
     ) -> Any:
-        """Add the results of [`label_cells`] for all cells to `adata`, with the votes of clusters and the summary."""
+        """Add the results of [`label_cells`] for all cells to `adata`, with votes of clusters and a summary.
+
+        Args:
+            adata: The data.
+            labelling: The decisions for this data.
+            columns: Columns of `obs`, each `(n_obs,)`.
+            probabilities: `(n_obs, n_labels)`: an array, or blocks of rows.
+            clusters: str `(n_obs,)`: clusters that vote, or None.
+            key_added: Prefix of the names in `obs`, `obsm` and `uns`.
+        """
         settings, candidates, stored = labelling.settings, labelling.candidates, self.model.config.annotation or {}
         if clusters is not None:
             columns = {**columns, "cell_type_majority": majority_vote(columns["cell_type"], clusters)}
@@ -318,7 +346,7 @@ class LabellingSteps(CellPasses):
         adata.obsm[f"{key_added}_probabilities"] = probabilities
         if stale := superseded(adata, key_added):
             logger.warning(
-                f"The file has results of {' and '.join(stale)} for other labels than these: compute them again."
+                f"The results of {' and '.join(stale)} in this file are for other labels: compute them again."
             )
         done = {
             "labels": np.asarray(candidates.names, dtype=object),
@@ -337,7 +365,7 @@ class LabellingSteps(CellPasses):
     def summarize(
         self, labelling: "Labelling", columns: dict[str, np.ndarray], probabilities: Any = None
     ) -> tuple[dict[str, Any], list[str]]:
-        """Numbers of an annotation; warnings of an unlikely one, and of labels whose decisive genes the file lacks."""
+        """Summary of an annotation, and warnings: unlikely results, and labels whose decisive genes the file lacks."""
         annotation = self.model.config.annotation or {}
         stored, texts = annotation.get("labels", {}), labelling.candidates.texts
         least = labelling.min_score if labelling.fitted_score is None else labelling.fitted_score or None
@@ -355,26 +383,26 @@ class LabellingSteps(CellPasses):
             counts: Counter[str] = Counter()
             for label, total in totals.items():
                 counts.update(dict.fromkeys(labelling.candidates.meant.get(label) or [label], total))
-            asked = [text for text, label in label_of.items() if label not in stored]
-            trained = [*self.model.config.label_readout["texts"], *asked]
+            profiled = [text for text, label in label_of.items() if label not in stored]
+            trained = [*self.model.config.label_readout["texts"], *profiled]
             names = [label_of.get(text, text) for text in trained if text in texts]
             weak, more = labelling.readout.weak_labels(names, counts, self.processor.gene_symbols)
             summary, warnings = {**summary, "weak_labels": np.asarray(weak, dtype=object)}, [*warnings, *more]
         return summary, warnings
 
     def need_trained(self, labels: Mapping[str, str]) -> None:
-        """Refuse labels (label -> text) of which the label readout knows some and not all.
+        """Check that the label readout knows all of the labels (label -> text), or none.
 
         Raises:
-            ValueError: That names some that it does not know: no cell would get them.
+            ValueError: If the readout knows some labels and not others: no cell would get an unknown label.
         """
         trained = (self.model.config.label_readout or {}).get("texts", [])
         new = [label for label, text in labels.items() if text not in trained]
         if new and len(new) < len(labels):
             raise ValueError(
-                f"{len(new)} of {len(labels)} labels are none that the checkpoint was trained on, such as {new[0]!r}: "
-                "calibration fits how sure a checkpoint is, and teaches no label. Run "
-                "`python -m scmmgpt.train finetune` on these cells."
+                f"The checkpoint was not trained on {len(new)} of {len(labels)} labels, such as {new[0]!r}. "
+                "Calibration fits the probabilities of trained labels and teaches no label: run `python -m "
+                "scmmgpt.train finetune` on these cells."
             )
 
     def fit_settings(
@@ -386,35 +414,44 @@ class LabellingSteps(CellPasses):
         settings: dict[str, Any],
         batch_size: int | None = None,
     ) -> tuple[dict[str, Any], dict[str, float]]:
-        """What [`calibrate`] stores, from labelled `cells` of `adata`, and the `nll` and `accuracy` of the fit."""
+        """The annotation settings that [`calibrate`] stores, and the `nll` and `accuracy` of the fit.
+
+        Args:
+            adata: The data that `cells` are part of.
+            cells: Raw counts of labelled cells.
+            truth: str `(n_cells,)`: the true labels.
+            choice: Matrix and genes of `adata`.
+            settings: The result of [`annotation_settings`].
+            batch_size: Cells per batch.
+        """
         texts = list(settings["labels"].values())
         names = list(settings["labels"])
         readout = self._text_scores(texts, np.zeros(len(texts), bool), choice)
-        refined = self.read_batch(adata, self.labelling(choice, settings)).readout  # as `annotate` has it
+        refined = self.read_batch(adata, self.labelling(choice, settings)).readout  # `annotate` refines, too
         if readout is not None and refined is not None and len(refined.panel.bias) == len(readout.panel.bias):
             readout = replace(readout, panel=refined.panel, scores=refined.panel)
         similarity, match, _ = self._label_scores([cells], len(cells), texts, settings, batch_size, readout=readout)
         target = np.asarray([names.index(label) for label in truth])
         before = dict(self.model.config.annotation or {})
-        doubt = before.get("doubt", 0.0)  # of datasets left out: one dataset does not tell it
+        doubt = before.get("doubt", 0.0)  # fitted on left-out datasets, which one dataset cannot replace
         best = fit_mixture(similarity, match, target, settings["temperature"], doubt)
         cl_ids = {name: i for name, i in settings["cl_ids"].items() if name in settings["labels"]}
         fitted: dict[str, Any] = {name: best[name] for name in ("temperature", "matching_weight")}
-        before.pop("min_score", None)  # of another temperature
-        if set(np.unique(target)) == set(range(len(names))):  # else a type without a cell would seem new
+        before.pop("min_score", None)  # fitted at another temperature
+        if set(np.unique(target)) == set(range(len(names))):  # else a type without cells would seem novel
             vocab_size = self.model.config.cell_config.vocab_size
             novelty = fit_novelty(cells, target, choice.match.measured, vocab_size)
-            kept = {k: v for k, v in (before.get("novelty") or {}).items() if k.endswith("_unit")}  # the readout's own
-            fitted |= {} if novelty is None else {"novelty": {**kept, **novelty}}
+            units = {k: v for k, v in (before.get("novelty") or {}).items() if k.endswith("_unit")}  # of the readout
+            fitted |= {} if novelty is None else {"novelty": {**units, **novelty}}
         options: dict[str, Any] = {
             "logit_scale": 1 / best["temperature"],
             "matching_weight": best["matching_weight"],
             "doubt": doubt,
         }
         fitted["label_sets"] = fit_label_sets(label_probabilities(similarity, match, **options), target)
-        for said in advice_on_sets(len(target), (before.get("label_sets") or {}).get("n_cells", 0)):
-            logger.warning(said)
-        # What other commands stored stays: terms and bonus of fine-tuning.
+        for advice in advice_on_sets(len(target), (before.get("label_sets") or {}).get("n_cells", 0)):
+            logger.warning(advice)
+        # Values that other commands stored stay, such as the terms of fine-tuning.
         return {**before, **settings, "cl_ids": cl_ids, **fitted}, best
 
     def _novelty(
@@ -424,13 +461,13 @@ class LabellingSteps(CellPasses):
         readout: TextScores | None,
         terms: Sequence[Mapping[str, Any]],
     ) -> Novelty | None:
-        """Novelty for the genes of the file; None without a threshold, or where the file measures too few genes."""
-        # Cells of a label that was never trained may be among the readout's cells of no label: the gate decides there.
+        """Novelty for the genes of the file; None if none is stored, or if the file measures too few genes."""
+        # Reference profiles of other cells may include an untrained label, so the gate decides alone on such labels.
         panel = None if readout is None or readout.has_new_labels else readout.panel
         members: list[list[int]] = []
-        if panel is not None:  # a term is an answer if candidates are below it
-            known, texts = self.model.config.label_readout, set(candidates.texts)  # the panel has some of the labels
-            pairs = zip(known.get("labels", []), known["texts"], strict=False)
+        if panel is not None:  # only terms with candidates below them are answers
+            stored_readout, texts = self.model.config.label_readout, set(candidates.texts)
+            pairs = zip(stored_readout.get("labels", []), stored_readout["texts"], strict=False)
             trained = members_of_terms(terms, [label for label, text in pairs if text in texts])
             chosen = members_of_terms(terms, candidates.names)
             members = [labels if below else [] for labels, below in zip(trained, chosen, strict=True)]
@@ -440,7 +477,7 @@ class LabellingSteps(CellPasses):
     def _scores(
         self, adata: Any, labelling: "Labelling", batch_size: int | None
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray]:
-        """Similarity, matching and novelty of cells, and whether each expresses no gene; see [`annotate_scores`]."""
+        """Similarity, matching and novelty of cells, and whether a cell is empty: arguments of [`annotate_scores`]."""
         novelty_of: Any = labelling.novelty
         if novelty_of is not None:
             novelty_of = replace(novelty_of, neighbours=labelling.neighbours)
@@ -462,9 +499,9 @@ class LabellingSteps(CellPasses):
     def _text_scores(
         self, texts: Sequence[str], unseen: np.ndarray, choice: InputChoice, profiled: Mapping[str, int] | None = None
     ) -> TextScores | None:
-        """The label readout's scores of texts for the genes of a file, or None if it cannot score them.
+        """The label readout's scores of texts for the genes of a file; None without a readout that can score them.
 
-        `profiled` are the numbers of the profiles of texts that have one, see [`TextScores.of`].
+        `profiled` is as in [`TextScores.of`].
         """
         readout = getattr(self._bridge(), "label_readout", None)
         if readout is None:
@@ -487,10 +524,10 @@ class LabellingSteps(CellPasses):
         novelty_of: Callable[[Cells], np.ndarray] | None = None,
         readout: TextScores | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Similarity, matching and novelty of all cells, or `None` in place of one; see [`LabelScorer`]."""
+        """Similarity, matching and novelty of all cells, or `None` for an absent one; see [`LabelScorer`]."""
         weight = (self.model.config.annotation or {}).get("similarity_weight", 0.0)
         scorer = LabelScorer(self._bridge(), self.processor, texts, settings, weight, readout, novelty_of)
-        # Each cell is matched with each of its candidates: the pairs of these cells fill a batch.
+        # Matching compares each cell with each candidate, and a batch counts pairs.
         is_padded = not scorer.readout_alone
         batch_size = self._batch_size(batch_size, 64 if is_padded else LINEAR_BATCH)
         batch_size = max(batch_size // max(scorer.num_candidates, 1), 1)
@@ -498,12 +535,14 @@ class LabellingSteps(CellPasses):
 
 
 def read_ranges(adata: Any, choice: InputChoice, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int, Cells]]:
-    """The ranges of rows that can be read, with their cells. The pass over all cells says what is wrong with others.
+    """Read the cells of ranges of rows: `(start, stop, cells)` of each range that can be read.
+
+    A range that cannot be read is left out here; the later pass over all cells reports the error.
 
     Raises:
-        ValueError: That of a range, if none can be read.
+        ValueError: If no range can be read: the error of the last range.
     """
-    found: list[tuple[int, int, Cells]] = []
+    parts_read: list[tuple[int, int, Cells]] = []
     failed: ValueError | None = None
     for start, stop in ranges:
         try:
@@ -511,14 +550,14 @@ def read_ranges(adata: Any, choice: InputChoice, ranges: Sequence[tuple[int, int
         except ValueError as error:
             failed = error
         else:
-            found.append((start, stop, type(parts[0]).concatenate(parts)))
-    if failed is not None and not found:
+            parts_read.append((start, stop, type(parts[0]).concatenate(parts)))
+    if failed is not None and not parts_read:
         raise failed
-    return found
+    return parts_read
 
 
 def _cells_all_over(adata: Any, choice: InputChoice, most: int, at_once: int) -> Cells:
-    """All cells of the data, or `most` of them, `at_once` neighbours at a time, without a pass over all."""
+    """All cells, or about `most` of them in runs of `at_once` adjacent rows, evenly spaced over the data."""
     total, ranges = choice.report["cells"]["cells"], [(0, adata.shape[0])]
     if total > most:
         starts = np.linspace(0, total - at_once, most // at_once).astype(np.int64).tolist()
@@ -528,5 +567,5 @@ def _cells_all_over(adata: Any, choice: InputChoice, most: int, at_once: int) ->
 
 
 def _sum_of_rows(matrix: Any) -> np.ndarray:
-    """The sum over all rows that have numbers, of an array or of one that comes in blocks of rows."""
+    """Column sums without NaN rows, of an array or of an array in blocks of rows."""
     return np.sum(matrix.totals if hasattr(matrix, "totals") else np.nansum(matrix, axis=0, keepdims=True), axis=0)

@@ -1,6 +1,6 @@
-"""Labels in any words: which labels of training they mean, and the texts that are scored for them.
+"""Labels in any words: the trained labels that a label means, and the texts that are scored for the label.
 
-A checkpoint keeps its labels, and the terms above them, in `config.annotation`.
+`config.annotation` stores the trained labels and the ontology terms above them.
 """
 
 import math
@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 
-UNKNOWN = "Unknown"  # the label of a cell that gets none
-MOST_LABELS = 0.9  # of a term that is an answer: "eukaryotic cell" excludes next to none
-CL_ID = re.compile(r"CL[:_]\d+", re.IGNORECASE)  # of the Cell Ontology
-# Short forms that files use and the names of terms lack; a word of several meanings is left out ("HSC": of the blood,
-# or of the liver; "EC", "PC"). Sources: the labels of Azimuth's references of blood (Hao et al. 2021, Cell 184:3573;
-# "Mono", "Eryth") and motor cortex (Bakken et al. 2021, Nature 598:111; "Astro", "Oligo", "OPC", "Endo"); of a kidney
-# (Stewart et al. 2019, Science 365:1461; "MNP"); the others are the type in one word, or a plural of CL:0000192.
+UNKNOWN = "Unknown"  # the label of a cell without a cell type
+CL_ID = re.compile(r"CL[:_]\d+", re.IGNORECASE)  # an id of the Cell Ontology
+MOST_LABELS = 0.9  # a term with a greater share of the labels, such as "eukaryotic cell", is no answer
+# Abbreviations in files that are no ontology synonyms. Ambiguous abbreviations are left out ("HSC" of blood or liver,
+# "EC", "PC"). Sources: Azimuth references of blood (Hao et al. 2021, Cell 184:3573; "Mono", "Eryth") and motor cortex
+# (Bakken et al. 2021, Nature 598:111; "Astro", "Oligo", "OPC", "Endo"); a kidney atlas (Stewart et al. 2019, Science
+# 365:1461; "MNP"). "smc" is the singular of a synonym of CL:0000192; "tcell" and "bcell" are names in one word.
 ABBREVIATIONS = {
     "mono": "monocyte",
     "eryth": "erythroid lineage cell",
@@ -34,7 +34,7 @@ ABBREVIATIONS = {
 
 
 def normalize_label(label: str) -> str:
-    """Reduce a label to lower-case words, so that spelling variants compare equal.
+    """Reduce a label to its words in lower case, so that spelling variants compare equal.
 
     >>> normalize_label("CD4+ T-cell, (naïve)") == normalize_label("CD4-positive T cell naïve")
     True
@@ -44,9 +44,14 @@ def normalize_label(label: str) -> str:
 
 
 def labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dict[str, str]) -> dict[str, str]:
-    """Label -> text that describes it: the given text, else the stored one, else the label itself.
+    """Label -> text that describes the label: the given text, else the stored text, else the label itself.
 
-    Given labels that differ in case alone are one, in the stored spelling or else the first.
+    Labels that differ in case only are merged into one label, in the stored spelling or else the first spelling.
+
+    Raises:
+        TypeError: If `labels` is a string.
+        ValueError: If there is no label, a text is empty, a label is "Unknown", or spellings of one label have
+            different texts.
     """
     if isinstance(labels, str):
         raise TypeError(f"labels is the one string {labels!r}; pass a list of labels, or a dict label -> text.")
@@ -59,10 +64,10 @@ def labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dic
     if not labels:
         raise ValueError("There are no labels to choose from; pass a list of labels, or a dict label -> text.")
     if reserved := [label for label in labels if label.strip().casefold() == UNKNOWN.casefold()]:
-        raise ValueError(f"{reserved[0]!r} is the answer for cells of no label; leave it out of the labels.")
+        raise ValueError(f"{reserved[0]!r} is reserved for cells without a label; remove it from the labels.")
     empty = [label for label, text in labels.items() if not text.strip()]
     if empty:
-        raise ValueError(f"The text of {len(empty)} labels is empty: {empty[:5]}. Describe each, or leave it out.")
+        raise ValueError(f"The text of {len(empty)} labels is empty: {empty[:5]}. Describe or remove each label.")
     spellings: dict[str, list[str]] = {}
     for label in labels:
         spellings.setdefault(label.casefold(), []).append(label)
@@ -70,27 +75,31 @@ def labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dic
     for same in spellings.values():
         name = next((label for label in same if label in stored), same[0])
         if len({labels[label] for label in same if labels[label] != label}) > 1:
-            raise ValueError(f"{same} differ in case alone and have texts that differ; leave out all but one.")
+            raise ValueError(f"{same} differ in case only and have different texts; remove all but one.")
         merged[name] = next((labels[label] for label in [name, *same] if labels[label] != label), name)
     return merged
 
 
 def ids_of_labels(names: Sequence[str], given: dict[str, str], terms: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Label -> Cell Ontology id: the given one, else that of the stored term that the label means."""
-    found = {name: term_of(name, terms) for name in names}
-    return {name: term["id"] for name, term in found.items() if term is not None} | given
+    """Label -> Cell Ontology id: the given id, else the id of the stored term that the label means."""
+    meant = {name: term_of(name, terms) for name in names}
+    return {name: term["id"] for name, term in meant.items() if term is not None} | given
 
 
 def trained_labels_of(
     label: str, cl_id: str | None, trained: Sequence[str], terms: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """Trained labels that a label stands for: the label that it spells otherwise, or all its subtypes.
+    """Trained labels that a label means: the same label in another spelling, or all its subtypes.
 
-    The label's id decides, then its words: name, synonym, spelling, plural and case do not matter.
+    The Cell Ontology id decides first, then the words. Synonyms, plurals and case are matched.
 
-    `cl_id` is the Cell Ontology id of a label, if known; `terms` are those of the trained labels and all ancestors:
-    `id`, `names` (normalised) and `labels` (trained ones, at or below it). A term with a `text` is a type that has a
-    profile alone ([`with_types`]): its label means all labels of the term.
+    Args:
+        label: The label.
+        cl_id: Cell Ontology id of the label, if known.
+        trained: The trained labels.
+        terms: Terms of the trained labels and of all their ancestors. A term has an `id`, normalised `names`, and
+            `labels`, the trained labels at or below the term. A term with a `text` is a profiled type
+            ([`with_types`]), and means all labels of the term.
 
     >>> terms = [{"id": "CL:0000084", "names": ["t cell", "t lymphocyte"], "labels": ["CD4 T", "CD8 T"]}]
     >>> trained_labels_of("T-lymphocytes", None, ["CD4 T", "CD8 T", "B"], terms)
@@ -107,7 +116,10 @@ def trained_labels_of(
 
 
 def term_of(label: str, terms: Sequence[Mapping[str, Any]], cl_id: str | None = None) -> Mapping[str, Any] | None:
-    """The term of an id, or that a label names, in any spelling; None if there is none."""
+    """The term with this id, else the term that the label names in any spelling, else None.
+
+    A `label` may itself be an id.
+    """
     wanted = (cl_id or label).strip().upper().replace("CL_", "CL:")
     by_id = (term for term in terms if term["id"] == wanted)
     by_name = (term for term in terms if _spellings(label) & set(term["names"]))
@@ -115,7 +127,7 @@ def term_of(label: str, terms: Sequence[Mapping[str, Any]], cl_id: str | None = 
 
 
 def with_types(terms: Sequence[Mapping[str, Any]], types: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Terms with those of types that have a profile alone, which mean the trained labels below them as well.
+    """Terms of trained labels and of profiled types. A profiled type also means the trained labels below it.
 
     >>> known = {"id": "CL:0000165", "names": ["neuroendocrine cell"]}
     >>> terms = [{**known, "labels": ["D cell"]}]
@@ -123,7 +135,10 @@ def with_types(terms: Sequence[Mapping[str, Any]], types: Sequence[Mapping[str, 
     ['neuroendocrine cell', 'D cell']
     """
     below = {term["id"]: term["labels"] for term in terms}
-    merged = {known["id"]: {**known, "labels": [*known["labels"], *below.get(known["id"], [])]} for known in types}
+    merged = {
+        profiled["id"]: {**profiled, "labels": [*profiled["labels"], *below.get(profiled["id"], [])]}
+        for profiled in types
+    }
     return [*(term for term in terms if term["id"] not in merged), *merged.values()]
 
 
@@ -133,23 +148,23 @@ def profiled_types(
     trained: Collection[str],
     types: Sequence[Mapping[str, Any]],
 ) -> dict[str, int]:
-    """Text -> position in `types`, of the types that labels mean, but for those that a trained label is.
+    """Text -> position in `types`, of the profiled types that labels mean; types that are trained labels are left out.
 
     Args:
         labels: Label -> text.
-        cl_ids, trained: As for [`candidate_columns`].
-        types: Terms of types that have a reference profile and no cells, each with a `text`.
+        cl_ids, trained: As in [`candidate_columns`].
+        types: Terms of the profiled types, each with a `text`.
 
     >>> liver = {"id": "CL:0000182", "name": "hepatocyte", "names": ["hepatocyte"], "text": "A liver cell."}
     >>> profiled_types({"Hepatocytes": "Hepatocytes"}, {}, {}, [liver])
     {'A liver cell.': 0}
     """
-    numbers = {known["id"]: number for number, known in enumerate(types)}
+    numbers = {profiled["id"]: number for number, profiled in enumerate(types)}
     ids = {cl_ids.get(name) for name in trained}
     new = (name for name in labels if not trained_labels_of(name, None, list(trained), []))
-    found = (term_of(name, types, cl_ids.get(name)) for name in new)
-    asked = sorted(numbers[term["id"]] for term in found if term is not None and term["id"] not in ids)
-    return {types[number]["text"]: number for number in asked}
+    meant = (term_of(name, types, cl_ids.get(name)) for name in new)
+    places = sorted(numbers[term["id"]] for term in meant if term is not None and term["id"] not in ids)
+    return {types[number]["text"]: number for number in places}
 
 
 def terms_of_kinds(
@@ -159,15 +174,15 @@ def terms_of_kinds(
     terms: Sequence[Mapping[str, Any]],
     kinds: Sequence[Mapping[str, Any]],
 ) -> list[Mapping[str, Any]]:
-    """Terms of those labels that stand for the trained label that they are a kind of, `name` being the label.
+    """Terms of the labels that are scored as the trained label above them; `name` of a term is the label.
 
-    A label that means no trained one stands for it if no other label means the same: what tells apart two kinds of it,
-    or a kind and all others, the trained cells do not say.
+    "Kupffer cell" is below the trained label "macrophage" and can be scored as "macrophage", if no other label means
+    "macrophage" or a kind of it: training cells cannot distinguish two kinds, or a kind from the whole.
 
     Args:
         labels: The labels to choose from.
-        cl_ids, trained, terms: As for [`candidate_columns`].
-        kinds: Terms below trained labels, each with the `labels` that it is a kind of.
+        cl_ids, trained, terms: As in [`candidate_columns`].
+        kinds: Terms below trained labels, each with its `labels`, the trained labels above the term.
 
     >>> kupffer = {"id": "CL:0000091", "names": ["kupffer cell"], "labels": ["macrophage"]}
     >>> terms_of_kinds(["Kupffer cells", "B cell"], {}, ["macrophage", "B cell"], [], [kupffer])[0]["name"]
@@ -179,15 +194,15 @@ def terms_of_kinds(
     """
     meant = {name: trained_labels_of(name, cl_ids.get(name), trained, terms) for name in labels}
     kinds = [term for term in kinds if set(term["labels"]) <= set(trained)]
-    found = {name: term_of(name, kinds, cl_ids.get(name)) for name in labels if not meant[name]}
-    below = {name: term for name, term in found.items() if term is not None}
+    kind_of = {name: term_of(name, kinds, cl_ids.get(name)) for name in labels if not meant[name]}
+    below = {name: term for name, term in kind_of.items() if term is not None}
     taken = [label for wanted in meant.values() for label in wanted]
     taken += [label for term in below.values() for label in term["labels"]]
     return [{**term, "name": name} for name, term in below.items() if [taken.count(x) for x in term["labels"]] == [1]]
 
 
 def names_known_type(text: str, trained: Sequence[str], terms: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a sentence names a trained label, or a term above one that is not above all.
+    """Whether a sentence names a trained label, or a term above some but not all trained labels.
 
     >>> names_known_type("Two NK cells from blood.", ["natural killer cell"], [])
     False
@@ -202,32 +217,40 @@ def names_known_type(text: str, trained: Sequence[str], terms: Sequence[Mapping[
 
 
 def _spellings(label: str) -> set[str]:
-    """A label's words, and the same in the singular."""
+    """The normalised label, and its singular."""
     words = normalize_label(label)
     return {words, words.removesuffix("s")}
 
 
 def broader_labels(label: str, trained: Collection[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The trained labels of the narrowest term that a label's words end with: "monocyte" of "classical monocyte"."""
+    """Trained labels of the narrowest term that the label ends with: those of "monocyte" for "classical monocyte"."""
     spellings = tuple(f" {words}" for words in _spellings(label))
     named = [({normalize_label(name)}, [name]) for name in trained] + [(t["names"], t["labels"]) for t in terms]
-    found = [v for names, v in named if any(s.endswith(f" {n}") for n in names if len(n) > 3 for s in spellings)]
-    found = [labels for labels in found if len(labels) < len(trained) and "non" not in spellings[0].split()]
-    return min(found, key=len, default=[])
+    ends = [v for names, v in named if any(s.endswith(f" {n}") for n in names if len(n) > 3 for s in spellings)]
+    ends = [labels for labels in ends if len(labels) < len(trained) and "non" not in spellings[0].split()]
+    return min(ends, key=len, default=[])
 
 
 @dataclass
 class Candidates:
-    """The texts that each cell is compared with, and the label that each text stands for."""
+    """The texts that are scored for each cell, and the label of each text.
 
-    names: list[str]  # the labels to choose from
-    texts: list[str]  # (n_texts,) what is scored; every trained text is among them
-    owners: np.ndarray  # int64 (n_texts,): position in `names`, or -1 for a trained label that is not a candidate
-    unseen: np.ndarray  # bool (n_texts,): the label means no trained one
-    meant: dict[str, list[str]]  # label -> the trained labels that it means
+    Args:
+        names: The labels to choose from.
+        texts: The texts that are scored, trained texts included.
+        owners: int64 `(n_texts,)`: position in `names`, or -1 for a trained label that is no candidate.
+        unseen: bool `(n_texts,)`: whether the label means no trained label.
+        meant: Label -> the trained labels that the label means.
+    """
+
+    names: list[str]
+    texts: list[str]
+    owners: np.ndarray
+    unseen: np.ndarray
+    meant: dict[str, list[str]]
 
     def pool(self, probabilities: np.ndarray) -> np.ndarray:
-        """`(n_cells, n_texts)` probabilities -> those of the labels, `(n_cells, n_names)`, which sum to 1 or less."""
+        """Add the probabilities of texts, `(n_cells, n_texts)`, by label: `(n_cells, n_names)`, rows of sum <= 1."""
         pooled = np.zeros((len(probabilities), len(self.names)), dtype=probabilities.dtype)
         for text, owner in enumerate(self.owners):
             if owner >= 0:
@@ -235,10 +258,10 @@ class Candidates:
         return pooled
 
     def doubt_parts(self) -> np.ndarray:
-        """Parts of the doubt of which each text gets one, int64 `(n_texts,)`: every label has the same share of it.
+        """Divisors of the doubt for each text, int64 `(n_texts,)`, so that every label gets an equal share.
 
-        A known label that is no candidate counts as a label. Else "T cell", which means three trained labels, would
-        get the cells of which no score speaks for a candidate.
+        A known label that is no candidate counts as one label. Equal shares of texts would favour a label of many
+        texts: "T cell", which means three trained labels, would get the cells without evidence for any candidate.
         """
         owned = self.owners >= 0
         texts_of = np.bincount(self.owners[owned], minlength=1)
@@ -252,20 +275,20 @@ def candidate_columns(
     cl_ids: Mapping[str, str],
     terms: Sequence[Mapping[str, Any]],
 ) -> Candidates:
-    """The texts to score for some labels: theirs, and those of all trained labels.
+    """The texts to score for some labels: texts of these labels, and of all trained labels.
 
-    A label that means trained ones gets their texts' probability. Where two labels mean one trained label, it belongs
-    to the narrower. A trained label that no candidate means competes too, so that a cell may be none of the labels,
-    unless it is broader than an untrained label ("T cell" beside "gamma-delta T cell").
+    A label gets the probability of the trained labels that it means. A trained label that two labels mean belongs to
+    the narrower label. A trained label that no label means competes, too, so that a cell may get none of the labels.
+    A trained label does not compete with its own untrained kind ("T cell" with "gamma-delta T cell").
 
     Args:
-        labels: Label -> text; the text of a label alone is the label itself, or that of training.
+        labels: Label -> text; for a label without a description, the label itself or the trained text.
         trained: Label -> text of the trained labels.
-        cl_ids: Label -> Cell Ontology id, where known.
-        terms: As for [`trained_labels_of`].
+        cl_ids: Label -> Cell Ontology id, if known.
+        terms: As in [`trained_labels_of`].
 
     Raises:
-        ValueError: If a label is an id of the Cell Ontology that means no trained label: no text stands for it.
+        ValueError: If a label is a Cell Ontology id of no trained label: the id has no text.
     """
     names = list(labels)
     meant = {name: trained_labels_of(name, cl_ids.get(name), list(trained), terms) for name in names}
@@ -282,7 +305,7 @@ def candidate_columns(
         elif label not in broader:
             owner_of.setdefault(text, (-1, False))
     for number, (name, text) in enumerate(labels.items()):
-        # The words of a label that means a trained one add nothing; a description of it, given by the user, may.
+        # A label that means a trained one needs a text of its own only if the user describes it.
         if text not in owner_of and not (meant[name] and text == name):
             owner_of[text] = number, not meant[name]
     owners, unseen = zip(*owner_of.values(), strict=True)
@@ -290,6 +313,6 @@ def candidate_columns(
 
 
 def members_of_terms(terms: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[int]]:
-    """Positions of each term's labels in `names`; none for a term that is no answer, of one label or of nearly all."""
-    found = [[place for place, name in enumerate(names) if name in term["labels"]] for term in terms]
-    return [members if 1 < len(members) <= MOST_LABELS * len(names) else [] for members in found]
+    """Positions of each term's labels in `names`; empty for a term with one label or more than `MOST_LABELS`."""
+    positions = [[place for place, name in enumerate(names) if name in term["labels"]] for term in terms]
+    return [members if 1 < len(members) <= MOST_LABELS * len(names) else [] for members in positions]

@@ -1,11 +1,11 @@
-"""How far a cell is from all that a checkpoint knows, and what a cell that is far may still be called.
+"""Novelty: how far a cell is from all known cell types, and the broader term that a novel cell still gets.
 
-A cell of a type that was never seen expresses genes that no known type does ([`novelty_of`], fitted by
-[`fit_novelty`]), and its label does not lead over the reference profiles of other cells, where the readout has them
-(`readout_scmmgpt.PanelReadout.novelty`). [`Novelty`] is both for the genes of a file.
+A cell of an unseen type expresses genes that no known type expresses ([`novelty_of`], fitted by [`fit_novelty`]). If
+the readout has reference profiles of other cells, the label of an unseen cell also fails to lead over these profiles
+(`readout_scmmgpt.PanelReadout.novelty`). [`Novelty`] combines both measures for the genes of a file.
 
-One cell is noisy evidence, and cells of a new type come in numbers. With other cells of the file at hand, a cell is
-judged with the cells that have the most similar scores: [`Neighbours`].
+A single cell is noisy evidence, and a file usually has many cells of a new type. If other cells of the file are given,
+novelty is averaged with the cells of the most similar label scores: [`Neighbours`].
 """
 
 import base64
@@ -23,46 +23,56 @@ from .cells_scmmgpt import COUNTS_PER_10K, Cells, permutation, segment
 
 logger = logging.get_logger(__name__)
 
-# Novelty. The values are those that told apart known and new cell types best on cells of other laboratories, over six
-# training sets (`train/LOG.md`).
-ABSENT_BELOW = 0.3  # counts per 10,000: a gene below it in every known cell type is absent from them
-HELD_OUT_QUANTILE, MARGIN = 0.98, 1.6  # other laboratories differ more than held-out cells of the same one
-MIN_UNIT = 0.02  # for known cells without a single count in an absent gene
+# These constants separated known from new cell types best on cells of other laboratories, over six training sets
+# (`train/LOG.md`).
+ABSENT_BELOW = 0.3  # CP10k: a gene whose mean is lower in every known cell type counts as absent
+# The unit is this quantile over held-out cells, times a margin, as laboratories differ more than held-out cells do.
+HELD_OUT_QUANTILE, MARGIN = 0.98, 1.6
+MIN_UNIT = 0.02  # lower bound of the unit, in case no held-out cell has a count in an absent gene
 NOVELTY_FOLDS = 5
-MIN_NOVELTY_CELLS = 100  # with fewer cells, too few genes are seen to call the others absent
-ABSENT_WEIGHT = 0.1  # of the share of absent genes, in its unit, beside the missing lead over other cells
-BROADER_NOVELTY = 0.1  # at most, of a broader term that a novel cell gets
-N_NEIGHBOURS, NEIGHBOUR_WEIGHT = 12, 0.8  # cells of similar scores, and the weight of the mean of their novelty
-# In panels of so many genes leads of known cells vary more, and what a lead lacks counts less. With fewer genes than
-# those all leads are small, and cells are called wrongly rather than novel.
+MIN_NOVELTY_CELLS = 100  # fewer cells express too few genes to call all other genes absent
+ABSENT_WEIGHT = 0.1  # weight of the share of absent genes, beside the missing lead over other cells
+BROADER_NOVELTY = 0.1  # highest novelty, in units, of a broader term that names a novel cell
+N_NEIGHBOURS, NEIGHBOUR_WEIGHT = 12, 0.8  # nearest neighbours by label scores, and the weight of their mean novelty
+# In a panel of this many genes, the leads of known cells vary more, so a missing lead is multiplied by the weight. In
+# a smaller panel all leads are small, and a new cell is given a wrong label more often than it is called novel.
 PANEL_GENES, PANEL_WEIGHT = range(500, 2000), 0.85
-SCORE_STEPS, MOST_STEPS = 256, 512  # whole steps of a score: sums of products of up to 64 labels are exact in float32
-# `others_unit` was the unit of a lead that was neither brought to the scale of a panel nor divided by its spread.
+SCORE_STEPS, MOST_STEPS = 256, 512  # rounded scores, at most 2: products over up to 64 labels are exact in float32
+# `others_unit` divided a lead that was neither on the scale of the panel nor divided by its spread.
 OLD_UNIT = (
-    "The checkpoint has `others_unit`, the unit of an earlier measure of novelty (scmmgpt-human 0.3.0), which this "
-    "code does not compute: novelty is judged by the genes that no known type expresses, and by nothing else. Use the "
-    "checkpoint of this repository, or build one with `python -m scmmgpt.train release`."
+    "The checkpoint stores `others_unit`, the unit of an earlier measure of novelty (scmmgpt-human 0.3.0), which this "
+    "code does not compute. Novelty therefore rests on genes that no known type expresses, and on nothing else. Use "
+    "the checkpoint of this repository, or build one with `python -m scmmgpt.train release`."
 )
-MIN_MEASURED = 0.5  # share of the genes that known cells express: below it, a panel is no evidence of novelty
+MIN_MEASURED = 0.5  # a file with a smaller share of the genes that known cells express cannot show absent genes
 
 
 def novelty_of(cells: Cells, absent: np.ndarray) -> np.ndarray:
-    """Share of each cell in absent genes, float32 `(n_cells,)`, 0 to 1; each gene counts by the root of its count.
+    """Share of each cell's expression that lies in absent genes, by square roots of counts.
 
-    A cell of a type that was never seen expresses genes that no known type does, and a type keeps its silent genes
-    from laboratory to laboratory, while distances between cells grow: see `train/LOG.md`. `absent` is bool
-    `(n_genes,)`, by vocabulary id.
+    The measure transfers between laboratories: a cell type keeps its silent genes, while distances between cells grow
+    (`train/LOG.md`).
+
+    Args:
+        cells: Raw counts.
+        absent: bool `(n_genes,)`, by vocabulary id.
+
+    Returns:
+        float32 `(n_cells,)`, from 0 to 1; 0 for a cell without counts.
     """
-    roots, kept = np.sqrt(cells.counts, dtype=np.float64), np.flatnonzero(absent[cells.gene_ids])
+    roots, in_absent = np.sqrt(cells.counts, dtype=np.float64), np.flatnonzero(absent[cells.gene_ids])
     total = segment(np.add, roots, cells.indptr)
-    novel = segment(np.add, roots[kept], np.searchsorted(kept, cells.indptr))
+    novel = segment(np.add, roots[in_absent], np.searchsorted(in_absent, cells.indptr))
     return (novel / np.maximum(total, 1e-9)).astype(np.float32)
 
 
 def absent_genes(cells: Cells, targets: np.ndarray, n_genes: int) -> np.ndarray:
-    """Genes below `ABSENT_BELOW` counts per 10,000 in the mean of every label, bool `(n_genes,)`.
+    """Genes whose mean CP10k is below `ABSENT_BELOW` in every label, bool `(n_genes,)`.
 
-    `targets` are the labels of the cells, int `(n_cells,)`.
+    Args:
+        cells: Raw counts.
+        targets: int `(n_cells,)`: the number of each cell's label.
+        n_genes: Size of the vocabulary.
     """
     rows = cells.rows()
     sizes = np.maximum(np.bincount(rows, weights=cells.counts, minlength=len(cells)), 1e-9)
@@ -77,33 +87,38 @@ def absent_genes(cells: Cells, targets: np.ndarray, n_genes: int) -> np.ndarray:
 
 
 def fit_novelty(cells: Cells, targets: np.ndarray, measured: np.ndarray, n_genes: int) -> dict[str, Any] | None:
-    """Values by which `annotate` recognises cells that resemble no known type; `None` for too few cells.
+    """Fit the values by which `annotate` recognises cells that resemble no known type.
 
-    `targets` are the labels of the cells, int `(n_cells,)`, and `measured` vocabulary ids of their genes.
+    Args:
+        cells: Raw counts of training cells.
+        targets: int `(n_cells,)`: the number of each cell's label.
+        measured: Vocabulary ids of the genes that the file measures.
+        n_genes: Size of the vocabulary.
 
     Returns:
-        `absent_genes` and `expressed_genes` (a bit a gene, packed, in base64), and `unit`: the share of absent genes
-        above which a cell is novel, from cells that were left out when the absent genes were found.
+        `absent_genes` and `expressed_genes` (one bit per gene, packed, in base64), and `unit`, the share of absent
+        genes above which a cell is novel, from cross-validation in `NOVELTY_FOLDS` folds. None with fewer than
+        `MIN_NOVELTY_CELLS` cells, and if no gene is absent or none is expressed.
     """
     if len(cells) < MIN_NOVELTY_CELLS:
         return None
     fold = permutation(len(cells), NOVELTY_FOLDS) % NOVELTY_FOLDS
-    known = np.zeros(n_genes, dtype=bool)
-    known[measured] = True
+    is_measured = np.zeros(n_genes, dtype=bool)
+    is_measured[measured] = True
     shares = np.empty(len(cells), dtype=np.float32)
     for part in range(NOVELTY_FOLDS):
         absent = absent_genes(cells[fold != part], targets[fold != part], n_genes)
-        shares[fold == part] = novelty_of(cells[fold == part], absent & known)
+        shares[fold == part] = novelty_of(cells[fold == part], absent & is_measured)
     unit = max(float(np.quantile(shares, HELD_OUT_QUANTILE)) * MARGIN, MIN_UNIT)
-    absent = absent_genes(cells, targets, n_genes) & known
-    expressed = known & ~absent
+    absent = absent_genes(cells, targets, n_genes) & is_measured
+    expressed = is_measured & ~absent
     if not absent.any() or not expressed.any():
         return None
     return {"absent_genes": _pack(absent), "expressed_genes": _pack(expressed), "unit": round(unit, 6)}
 
 
 def _pack(mask: np.ndarray) -> str:
-    """A bool array as text: a bit each, in base64."""
+    """A bool array as base64 text, one bit per element."""
     return base64.b64encode(np.packbits(mask).tobytes()).decode("ascii")
 
 
@@ -114,58 +129,70 @@ def _unpack(text: str, n_genes: int) -> np.ndarray:
 
 @dataclass
 class Neighbours:
-    """Cells of a file, by which [`Novelty`] judges its cells.
+    """Cells of a file among which [`Novelty`] looks for nearest neighbours.
 
     Args:
-        scores: int16 `(n_cells, n_labels)`, as [`of_scores`] makes them.
-        novelty: float32 `(n_cells,)`, of each cell alone and not yet over the unit.
-        types: Scores of labels and of types that have a profile alone (`profiles_scmmgpt`), float32 `(n_cells, n)`.
+        scores: int16 `(n_cells, n_labels)`: centred label scores in steps, from [`of_scores`].
+        novelty: float32 `(n_cells,)`: novelty of each cell alone, before division by the unit.
+        types: float32 `(n_cells, n_labels + n_types)`: scores of the labels, then of types without training cells
+            (`profiles_scmmgpt`). None unless needed.
     """
 
     scores: np.ndarray
     novelty: np.ndarray
     types: np.ndarray | None = None
-    _last: Any = field(default=None, init=False, repr=False)  # the last scores, with the answer of [`nearest`]
+    _last: Any = field(default=None, init=False, repr=False)  # the last argument of [`nearest`], and its result
 
     @functools.cached_property
     def _steps(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scores, and half the squared length of those of each cell; multiples of a half, exact in float32."""
+        """Steps, and half the squared norm of each cell's steps: multiples of a half, which float32 holds exactly."""
         steps = self.scores.astype(np.float32)
         return steps, (steps**2).sum(axis=1) / 2
 
     @staticmethod
     def of_scores(scores: np.ndarray) -> np.ndarray:
-        """Scores of labels around their mean over the labels of a cell, in whole steps."""
+        """Label scores, minus their mean over the labels of a cell, in steps of 1 / `SCORE_STEPS`, int16."""
         around = scores - scores.mean(axis=1, keepdims=True, dtype=np.float64)
         return np.rint(SCORE_STEPS * around).clip(-MOST_STEPS, MOST_STEPS).astype(np.int16)
 
     def nearest(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The cells of the most similar scores: the first place of each cell in the second array, and positions.
+        """Nearest neighbours of cells: the `N_NEIGHBOURS` smallest Euclidean distances between steps, with all ties.
 
-        Of equal distances all count, so that a cell has the same ones in any batch. `scores` are float32
-        `(n_cells, n_labels)`; the answer for the last array is kept.
+        Ties count in full, so that a cell has the same neighbours in any batch. The result is cached for the last
+        array of scores.
+
+        Args:
+            scores: float32 `(n_cells, n_labels)`.
+
+        Returns:
+            Offset of each cell's neighbours in the second array, int64 `(n_cells,)`; positions of the neighbours.
         """
         if self._last is None or self._last[0] is not scores:
             steps, half = self._steps
             last, gaps = min(N_NEIGHBOURS, len(steps)), self.of_scores(scores).astype(np.float32) @ steps.T
-            np.subtract(half, gaps, out=gaps)  # half of the squared distance, less the length of the cell
+            np.subtract(half, gaps, out=gaps)  # half the squared distance, minus half the squared norm of the cell
             farthest = torch.from_numpy(gaps).topk(last, dim=1, largest=False).values[:, -1:].numpy()
             rows, near = np.divmod(np.flatnonzero(gaps <= farthest), len(steps))
             self._last = scores, np.searchsorted(rows, np.arange(len(scores))), near
         return self._last[1:]
 
     def means(self, scores: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Means of `values`, `(n_neighbours, ...)`, over the nearest of each cell, `(n_cells, ...)`."""
+        """Means over the nearest neighbours of each cell, `(n_cells, ...)`.
+
+        Args:
+            scores: float32 `(n_cells, n_labels)`.
+            values: `(len(self.scores), ...)`: a value for each cell that may be a neighbour.
+        """
         starts, near = self.nearest(scores)
         sizes = np.diff([*starts, len(near)]).reshape(-1, *[1] * (values.ndim - 1))
         return np.add.reduceat(values[near], starts, axis=0) / sizes if len(starts) else values[:0]
 
     def difference(self, scores: np.ndarray, novelty: np.ndarray) -> np.ndarray:
-        """What neighbours add to the novelty of cells, float32 `(n_cells,)`: the same for a cell in any batch.
+        """Change of each cell's novelty towards the mean of its neighbours, float32 `(n_cells,)`.
 
         Args:
             scores: float32 `(n_cells, n_labels)`.
-            novelty: float32 `(n_cells,)`, of each cell alone.
+            novelty: float32 `(n_cells,)`: novelty of each cell alone, before division by the unit.
         """
         mean = self.means(scores, self.novelty.astype(np.float64))
         return (NEIGHBOUR_WEIGHT * (mean - novelty)).astype(np.float32)
@@ -173,14 +200,24 @@ class Neighbours:
 
 @dataclass
 class Novelty:
-    """The stored result of [`fit_novelty`] and the unit of novelty by other cells, if any, for the genes at hand."""
+    """Novelty of cells, for the genes of one file.
 
-    absent: np.ndarray | None  # bool (n_genes,); None where too few genes are measured
+    Args:
+        absent: bool `(n_genes,)`: genes that no known type expresses; None if the file measures too few genes.
+        unit: Share of absent genes above which a cell is novel.
+        panel: `readout_scmmgpt.PanelReadout` with reference profiles of other cells, or None.
+        lead_unit: Missing lead over the other cells above which a cell is novel (fitted by `train.left_out`).
+        terms: Labels of each broader term, as positions in the panel; the preferred terms first.
+        batch_unit: Replaces `lead_unit` if neighbours are given.
+        neighbours: Cells of the file, or None.
+    """
+
+    absent: np.ndarray | None
     unit: float
-    panel: Any = None  # of a readout with other cells (`readout_scmmgpt.PanelReadout`)
-    lead_unit: float = 1.0  # of the missing lead over other cells (`train.left_out` fits it)
-    terms: Sequence[Sequence[int]] = ()  # labels of the panel in broader terms, the preferred terms first
-    batch_unit: float | None = None  # in place of `lead_unit`, with neighbours
+    panel: Any = None
+    lead_unit: float = 1.0
+    terms: Sequence[Sequence[int]] = ()
+    batch_unit: float | None = None
     neighbours: Neighbours | None = None
 
     @classmethod
@@ -192,9 +229,18 @@ class Novelty:
         panel: Any = None,
         terms: Sequence[Sequence[int]] = (),
     ) -> "Novelty | None":
-        """None if the checkpoint has none, or if `measured`, vocabulary ids, are too few of the expressed genes.
+        """Novelty for a file.
 
-        With other cells in the readout, whose `panel` for `measured` is given, no genes are too few.
+        Args:
+            stored: `config.annotation["novelty"]`.
+            measured: Vocabulary ids of the genes that the file measures.
+            n_genes: Size of the vocabulary.
+            panel: The readout for `measured`, if the checkpoint has one.
+            terms: As in the class.
+
+        Returns:
+            None if the checkpoint stores no novelty. Also None if the file measures less than `MIN_MEASURED` of the
+            expressed genes, unless the panel has other cells.
         """
         if not stored:
             return None
@@ -213,8 +259,8 @@ class Novelty:
     def __call__(self, cells: Cells) -> np.ndarray:
         """Novelty of each cell, float32 `(n_cells,)`; a cell above 1 resembles no known type.
 
-        With `terms`, `(n_cells, 2)`: beside the novelty the first term above the best label that is no more novel than
-        `BROADER_NOVELTY`, of a cell above 1; else -1.
+        With `terms` the result is `(n_cells, 2)`. The second column holds, for cells above 1, the first term that
+        includes the best label and has a novelty of at most `BROADER_NOVELTY`; else -1.
         """
         if self.panel is None and self.absent is not None:
             return novelty_of(cells, self.absent) / np.float32(self.unit)
@@ -230,24 +276,24 @@ class Novelty:
         return np.stack([novelty.clip(min=0), broader], axis=1)
 
     def with_neighbours(self, cells: Cells) -> "Neighbours | None":
-        """The cells as neighbours of others; None where novelty is not by other cells, or no unit is stored."""
+        """Neighbours made of `cells`; None if the readout has no other cells, or no `batch_unit` is stored."""
         if self.panel is None or self.batch_unit is None:
             return None
         return Neighbours(Neighbours.of_scores(self.panel.scores(cells)), self.raw(cells)[:, 0])
 
     def raw(self, cells: Cells, terms: Sequence[Sequence[int]] = ()) -> np.ndarray:
-        """Novelty for labels and for `terms`, `(n_cells, 1 + n_terms)`, not yet over the unit."""
+        """Novelty by the best label, then by `terms`, `(n_cells, 1 + n_terms)`, before division by the unit."""
         return self._share(cells) if self.panel is None else self._missing_lead(cells, terms) + self._share(cells)
 
     def _missing_lead(
-        self, cells: Cells, terms: Sequence[Sequence[int]] = (), asked: np.ndarray | None = None
+        self, cells: Cells, terms: Sequence[Sequence[int]] = (), is_novel: np.ndarray | None = None
     ) -> np.ndarray:
-        """As `readout_scmmgpt.PanelReadout.novelty`, less in a panel of few genes."""
-        missing = self.panel.novelty(cells, terms, asked)
+        """`readout_scmmgpt.PanelReadout.novelty`, times `PANEL_WEIGHT` in a panel of `PANEL_GENES`."""
+        missing = self.panel.novelty(cells, terms, is_novel)
         return missing * np.float32(PANEL_WEIGHT if len(self.panel.gene_ids) in PANEL_GENES else 1)
 
     def _share(self, cells: Cells) -> np.ndarray:
-        """Novelty by absent genes, float32 `(n_cells, 1)`, 0 where too few are measured; with a panel, its part."""
+        """Novelty by absent genes, float32 `(n_cells, 1)`, times `ABSENT_WEIGHT` if there is a panel."""
         if self.absent is None:
             return np.zeros((len(cells), 1), dtype=np.float32)
         share = novelty_of(cells, self.absent)[:, None] / np.float32(self.unit)
@@ -255,9 +301,11 @@ class Novelty:
 
 
 def first_term(novelty: np.ndarray, unit: float) -> np.ndarray:
-    """The first term that is no more novel than `BROADER_NOVELTY`, int `(n_cells,)`; -1 for none.
+    """Position of the first term with a novelty of at most `BROADER_NOVELTY`, int `(n_cells,)`; -1 for none.
 
-    `novelty` is `(n_cells, n_terms)`, not yet over the unit.
+    Args:
+        novelty: `(n_cells, n_terms)`, before division by the unit.
+        unit: The unit.
     """
     fits = novelty <= BROADER_NOVELTY * unit
     return np.where(fits.any(axis=1), fits.argmax(axis=1), -1) if fits.shape[1] else np.full(len(fits), -1)

@@ -1,6 +1,6 @@
-"""A pass over the cells of an AnnData, batch by batch, with the checkpoint that reads them.
+"""Passes of a checkpoint over the cells of an AnnData, batch by batch.
 
-The results of a cell are those of the cell alone: a batch takes cells of like length, whatever their place.
+The result of a cell does not depend on the batch, so a batch takes cells of similar length, in any order.
 """
 
 import copy
@@ -26,13 +26,13 @@ from .records_scmmgpt import record
 logger = logging.get_logger(__name__)
 
 
-CellFunction = Callable[[Cells], tuple[torch.Tensor, ...]]  # a batch of cells -> tensors with one row a cell
-SORTED_CELLS = 4096  # cells in memory at a time; a batch takes those of like length, so that little is padded
-LINEAR_BATCH = 512  # cells of a batch where nothing is padded: as many as are read at a time
+CellFunction = Callable[[Cells], tuple[torch.Tensor, ...]]  # a batch of cells -> tensors with one row per cell
+SORTED_CELLS = 4096  # cells that are sorted by length together, so that batches need little padding
+LINEAR_BATCH = 512  # cells of a batch without padding: the size of a chunk of a file
 
 
 class CellPasses:
-    """A checkpoint on a device, and passes of it over cells. [`ScMMGPTPipeline`] has the arguments."""
+    """A checkpoint on a device, with passes over cells. [`ScMMGPTPipeline`] documents the arguments."""
 
     def __init__(
         self,
@@ -50,15 +50,15 @@ class CellPasses:
         self.signer = Signer(self.model, processor)
 
     def _bridge(self) -> ScMMGPTBridgeModel:
-        """Cell model, Q-Former, contrast and matching, the part that both kinds of checkpoint have."""
+        """The part that both kinds of checkpoint share: cell model, Q-Former, contrast and matching."""
         return cast(ScMMGPTBridgeModel, getattr(self.model, "model", self.model))
 
     def _language_model(self, verb: str) -> ScMMGPTForConditionalGeneration:
-        """The model, which must have a language model for `verb`."""
+        """The model; ValueError if it has no language model, which `verb` needs."""
         if not hasattr(self.model, "generate_cells"):
             by_counts = "; `proof=True` describes by counts" if verb == "describe" else ""
             raise ValueError(
-                f"This checkpoint has no language model (it is of `align` or `finetune`), so it cannot {verb}"
+                f"This checkpoint comes from `align` or `finetune` and has no language model, so it cannot {verb}"
                 f"{by_counts}. Train stage 2 with `python -m scmmgpt.train tune`."
             )
         return cast(ScMMGPTForConditionalGeneration, self.model)
@@ -74,7 +74,7 @@ class CellPasses:
         return dict(self.processor(cells=cells).to(self.device))
 
     def _chunks(self, adata: Any, choice: InputChoice) -> Iterator[Cells]:
-        """The cells of an AnnData, as they are read."""
+        """The cells of an AnnData in chunks; after the last chunk, their hash is in the report of `choice`."""
         cells_hash = CellsHash()
         for part in choice.iter_cells(adata):
             cells_hash.update(part)
@@ -84,7 +84,7 @@ class CellPasses:
     def _batches(
         self, chunks: Iterable[Cells], batch_size: int, what: str, total: int, alike: bool = True
     ) -> Iterator[tuple[np.ndarray, Cells]]:
-        """Row numbers and cells of each batch: cells that are alike in length, the longest first; or in order."""
+        """Row numbers and cells of each batch: cells of similar length, longest first; in order without `alike`."""
         first = 0
         with logging.tqdm(desc=what, unit="cell", total=total, delay=3) as progress:
             for chunk in _joined(chunks) if alike else chunks:
@@ -104,9 +104,9 @@ class CellPasses:
         total: int,
         alike: bool = True,
     ) -> list[np.ndarray]:
-        """Apply `function` to all cells, batch by batch; float32 arrays in the cells' order.
+        """Apply `function` to all cells, batch by batch; float32 arrays in the order of the cells.
 
-        `alike` is for functions that pad cells; without it, nothing is moved.
+        `alike` puts cells of similar length into a batch, for functions that pad cells.
         """
         rows, results = [], []
         for numbers, cells in self._batches(chunks, batch_size, what, total, alike):
@@ -118,7 +118,7 @@ class CellPasses:
         return [part[order] for part in joined] if alike else joined
 
     def _readout_columns(self) -> dict[str, int]:
-        """Trained label -> its column of the label readout, in the readout's order."""
+        """Trained label -> column of the label readout, in the order of the columns."""
         texts, stored = (
             self.model.config.label_readout["texts"],
             (self.model.config.annotation or {}).get("labels", {}),
@@ -129,28 +129,33 @@ class CellPasses:
     def meanings(
         self, sets: Sequence[str], called: Sequence[str] | None = None
     ) -> tuple[np.ndarray, dict[str, int], list[Mapping[str, Any]], list[int]]:
-        """What labels in any words mean; types that have a profile alone are sought in `called`, by default `sets`.
+        """The labels of the readout that labels in any words mean.
+
+        Args:
+            sets: Labels in any words.
+            called: Labels that may name profiled types; by default `sets`.
 
         Returns:
-            `members`, bool `(len(sets), n_labels)`; label -> its column, trained ones and then the types that `sets`
-            name by a profile alone; terms as for [`trained_labels_of`]; the numbers of the profiles.
+            `members`, bool `(len(sets), n_labels)`: which labels each of `sets` means; label -> column, for trained
+            labels and then for profiled types that are named; terms as in [`trained_labels_of`]; the numbers of these
+            profiled types.
         """
-        known, stored = self._readout_columns(), self.model.config.annotation or {}
+        columns, stored = self._readout_columns(), self.model.config.annotation or {}
         terms, types = stored.get("terms", []), stored.get("profiles", [])
         labels = {name: name for name in (sets if called is None else called)}
-        asked = list(profiled_types(labels, stored.get("cl_ids", {}), known, types).values())
-        known |= {types[number]["name"]: len(known) + place for place, number in enumerate(asked)}
-        terms = with_types(terms, [types[number] for number in asked])
-        return label_members(sets, known, terms, stored), known, terms, asked
+        numbers = list(profiled_types(labels, stored.get("cl_ids", {}), columns, types).values())
+        columns |= {types[number]["name"]: len(columns) + place for place, number in enumerate(numbers)}
+        terms = with_types(terms, [types[number] for number in numbers])
+        return label_members(sets, columns, terms, stored), columns, terms, numbers
 
     def _record(self, adata: Any, key: str, report: dict[str, Any] | None, **done: Any) -> Any:
-        """Add the settings of a verb, the checkpoint and the report of what was read to `uns`."""
+        """Add the settings of a verb, the checkpoint, and the report of the input to `uns`."""
         return record(adata, key, report, **done, checkpoint=str(self.model.config._name_or_path or ""))
 
 
 def _joined(chunks: Iterable[Cells]) -> Iterator[Cells]:
-    """The cells of chunks, in order, `SORTED_CELLS` at a time at most, unless one chunk has more."""
-    # The class is the processor's: a checkpoint may load each file twice.
+    """The cells of chunks in order, joined to at most `SORTED_CELLS` cells, unless one chunk has more."""
+    # `type(part)` and not `Cells`: a checkpoint may load each file twice.
     parts: list[Cells] = []
     for part in chunks:
         parts.append(part)
@@ -162,5 +167,5 @@ def _joined(chunks: Iterable[Cells]) -> Iterator[Cells]:
 
 
 def uncounted(choice: InputChoice) -> InputChoice:
-    """A copy of a choice with a report of its own, for a second pass over the cells."""
+    """A copy of a choice with a copy of the report, so that a second pass does not count the cells twice."""
     return replace(choice, report=copy.deepcopy(choice.report))

@@ -1,16 +1,16 @@
-"""The tasks of scMMGPT over AnnData: annotate, describe, generate, embed and search cells.
+"""The tasks of scMMGPT over AnnData: annotate, explain, audit, describe, generate, embed and search cells.
 
 Each task is a verb of [`ScMMGPTPipeline`]. A verb adds its results to the AnnData under names that begin with
-`scmmgpt`, drops nothing and returns the same object:
+`scmmgpt`, and removes nothing:
 
 >>> pipeline = ScMMGPTPipeline.from_pretrained("path/to/checkpoint")  # doctest: +SKIP
 >>> pipeline.annotate(adata).obs["scmmgpt_cell_type"]  # doctest: +SKIP
 
-Through transformers the same object is `pipeline("cell-annotation", model=path, trust_remote_code=True)`.
+In transformers, `pipeline("cell-annotation", model=path, trust_remote_code=True)` returns the same object.
 
-`adata.uns["scmmgpt"]` holds the matrix and the genes that were read, the evidence for that choice, and the settings
-and the receipt of each verb (`receipt_scmmgpt`). The result of a cell does not depend on its batch or its place, and
-that of `annotate` on other cells only as `read_batch` says.
+`adata.uns["scmmgpt"]` holds the choice of matrix and genes with the evidence for this choice, and the settings and the
+receipt of each verb (`receipt_scmmgpt`). The result of a cell does not depend on its batch or position. In `annotate`
+it may depend on other cells of the file, see `read_batch`.
 """
 
 import os
@@ -52,14 +52,14 @@ from .searching_scmmgpt import SearchSteps
 
 logger = logging.get_logger(__name__)
 
-READ_OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of `read_cells`, taken by every verb
+READ_OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # options of `read_cells`, for every verb
 
 
 class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
     """A model and its processor, with every task as a verb over AnnData.
 
-    A verb is a few lines here. The steps of the verbs, which are public for commands that compute a part of the cells
-    at a time, are in the classes below. The call path of `annotate(adata)`, file by file:
+    A verb has a few lines in this file. The base classes have the steps of the verbs, which are public for commands
+    that compute partitions of the cells. The call path of `annotate(adata)`, file by file:
 
         choose_input              reading_scmmgpt: which matrix and genes, and a report of the choice
                                       -> matrices_scmmgpt: the kind of each matrix
@@ -78,14 +78,14 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         with_receipt              receipt_scmmgpt: what the result was computed from
 
     Args:
-        model: [`ScMMGPTForConditionalGeneration`]; or [`ScMMGPTForCellTextAlignment`], a checkpoint of stage 1, which
-            annotates, embeds and searches, but has no language model for `describe` and `generate`.
+        model: [`ScMMGPTForConditionalGeneration`], or [`ScMMGPTForCellTextAlignment`], a checkpoint of stage 1, which
+            has no language model for `describe` and `generate`.
         processor: The processor that was saved with the model.
-        task: The verb of a call of the pipeline itself, one of `PIPELINE_TASKS`. Every verb works with every task.
-        device: By default CUDA, else Apple's MPS, else the CPU.
-        batch_size: Cells per batch, for every verb; each verb has a default of its own. It changes no result: lower it
-            where memory runs out.
-        dtype: Passed by `transformers.pipeline`, which has loaded the model with it; not used here.
+        task: The verb that a call of the pipeline runs, one of `PIPELINE_TASKS`. Every verb works with every task.
+        device: By default CUDA, else MPS of Apple, else the CPU.
+        batch_size: Cells per batch, for every verb; by default each verb has its own value. The batch size does not
+            change results: lower it if memory runs out.
+        dtype: Ignored; `transformers.pipeline` passes the dtype with which it has loaded the model.
     """
 
     # `transformers.pipeline` loads the parts that are `True` and passes them to `__init__`.
@@ -117,10 +117,17 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> "ScMMGPTPipeline":
-        """Load a checkpoint, a folder or a model id on the Hub. No code of the checkpoint is run.
+        """Load a checkpoint from a folder or the Hub. No code of the checkpoint is run.
 
-        `dtype` is by default that of the checkpoint, or float32 on a CPU that is slower in it. `kwargs` go to
-        `from_pretrained` of model and processor (`revision`, `token`, ...); the others are as for the class.
+        Args:
+            checkpoint: Folder, or model id on the Hub.
+            dtype: By default the dtype of the checkpoint, or float32 on a CPU that is faster in float32.
+            device, task, batch_size: As in the class.
+            kwargs: Options of `from_pretrained` of model and processor (`revision`, `token`, ...).
+
+        Raises:
+            FileNotFoundError: If the folder has no checkpoint.
+            ValueError: If the checkpoint holds another kind of model.
         """
         checkpoint = os.fspath(checkpoint)
         is_folder = Path(checkpoint).is_absolute() or checkpoint.startswith(".")
@@ -142,7 +149,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         return getattr(self, PIPELINE_TASKS[self.task])(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Save model and processor as one checkpoint, which transformers loads without this package too."""
+        """Save model and processor as one checkpoint, which transformers also loads without this package."""
         self.model.save_pretrained(save_directory)
         self.processor.save_pretrained(save_directory)
 
@@ -168,54 +175,52 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         batch_size: int | None = None,
         **read_kwargs: Any,
     ) -> Any:
-        """Annotate every cell with the candidate label whose text fits the cell best.
+        """Annotate every cell with the candidate label that fits the cell best.
 
-        A label may be in other words than those of training: a synonym, a spelling, a plural, an id of the Cell
-        Ontology, or a broader type, whose probability is the sum over its kinds. The labels that the checkpoint knows
-        compete even if they are not candidates, so a cell that is none of the candidates has a low score. A cell that
-        is like no known type is `"Unknown"`, if `finetune` or `calibrate` stored what no known type expresses. A
-        checkpoint of `release` names such a cell by the reference profile of a type that no training cell had, if one
-        leads by far; in `labels` these types are candidates by their profiles, other types by their texts.
+        A label may be in other words than in training: a synonym, a spelling, a plural, an id of the Cell Ontology, or
+        a broader type, whose probability is the sum over its kinds. Known labels that are no candidates compete, too,
+        so a cell of none of the candidates has a low score. A cell that resembles no known type is `"Unknown"`, if the
+        checkpoint stores novelty. A checkpoint of `release` names such a cell by a profiled type, a type with a
+        reference profile and no training cells, if this type leads clearly (`profiles_scmmgpt`).
 
         Args:
             adata: AnnData with any matrix and gene names that [`read_cells`] understands.
-            labels: Label -> text that describes it, or labels alone; by default those stored with the checkpoint. The
-                text of a label alone is the one stored with the checkpoint, else the label itself.
-            tissue: Choose from the checkpoint's labels that its training cells of this tissue had, or those of blood.
-                The others compete all the same, so that a cell of another tissue has a low score.
-            cl_ids: Label -> Cell Ontology id, beside those stored with the checkpoint.
-            cluster_key: Column of `obs` with clusters; adds the commonest label of each cell's cluster, and to `uns`
+            labels: Label -> description, or labels alone; by default the labels of the checkpoint. A label without a
+                description has the text of the checkpoint, else the label itself. Labels of profiled types are scored
+                by profile, and labels of other untrained types by text.
+            tissue: Candidates are the checkpoint's labels of this tissue. Other labels compete, too, so a cell of
+                another tissue has a low score.
+            cl_ids: Label -> Cell Ontology id, in addition to the ids of the checkpoint.
+            cluster_key: Column of `obs` with clusters. Adds the commonest label of each cluster to `obs`, and to `uns`
                 the narrowest type of each cluster with the votes of its cells.
-            min_score: Cells whose best label is less probable get the narrowest broader type that is probable enough,
-                if the labels are those of the checkpoint, else `"Unknown"`. With 0 every cell gets a label. By
-                default the value stored with the checkpoint, for its labels, if there is one; it then grows with
-                novelty.
-            error_rate: Add the set of labels that holds the true one but for this share of cells, if the cells are
-                like those that `finetune` or [`calibrate`] held out. Only with the labels of the checkpoint.
+            min_score: A cell with a lower score gets the narrowest broader type that is probable enough, if the labels
+                are those of the checkpoint, else `"Unknown"`. With 0 every cell gets a label. By default, for the
+                labels of the checkpoint, the stored value, which grows with novelty.
+            error_rate: Add label sets that miss the true label in at most this share of cells, if the cells are
+                exchangeable with the cells that `finetune` or [`calibrate`] held out. Needs the checkpoint's labels.
             matching_weight: Weight of matching against similarity, 0 to 1.
-            matching_candidates: Labels of each cell, the most similar ones, that are matched with it.
-            temperature: Temperature of the softmax over labels. [`calibrate`] stores the defaults of these three.
-            unseen_bonus: Calibrated stacking: added to the similarity of a label that means no label of fine-tuning,
-                since cells lie near the texts of training. By default the value stored with older checkpoints; others
-                have a fitted gate in its place (`unseen_scmmgpt`).
-            read_batch: Look at the other cells before the first is annotated; the result of a cell then depends on
-                them. With True, the place of each label that was never trained is corrected by the cells that are most
-                like it. By default, where the checkpoint is one of `release`, the cells of a file of `MIN_FILE` or
-                more refine the labels (`refinement_scmmgpt`), and from `MIN_BATCH` cells on novelty is judged with
-                those of the most similar scores, and labels are weighed by the tissues that the cells are like
-                (`tissues_scmmgpt`). With False each cell is alone.
+            matching_candidates: Number of labels, the most similar ones, that are matched with each cell.
+            temperature: Temperature of the softmax over labels. [`calibrate`] stores this and the two values above.
+            unseen_bonus: Calibrated stacking: added to the similarity of an untrained label, as cells are more similar
+                to trained texts. By default the value of an older checkpoint; newer ones have a fitted gate instead
+                (`unseen_scmmgpt`).
+            read_batch: Read a sample of the file first, so that labels depend on other cells. With True, the cells
+                most similar to an untrained label correct its predicted profile. By default, a file of `MIN_FILE`
+                cells refines the labels of a checkpoint of `release` (`refinement_scmmgpt`). From `MIN_BATCH` cells
+                on, novelty is averaged over nearest neighbours, and the cells give a prior of labels by tissue
+                (`tissues_scmmgpt`). With False each cell is labelled independently.
             key_added: Prefix of the added names.
             batch_size: Cells per batch, 64 by default.
-            read_kwargs: For [`read_cells`]: `layer`, `assume`, `gene_column`, `organism`, `force`.
+            read_kwargs: Options of [`read_cells`]: `layer`, `assume`, `gene_column`, `organism`, `force`.
 
         Returns:
-            The same `adata`, with `obs`: `{key}_cell_type`, `{key}_cl_id`, `{key}_score` (probability of the label),
-            `{key}_margin` (of the best candidate over the runner-up), `{key}_entropy` (0 certain .. 1 uniform) and
-            `{key}_novelty` (above 1 the cell is like no known type; NaN if too few genes are measured), by default
-            `{key}_by_profile` (whether the label rests on a reference profile and no training cell), with `error_rate`
-            `{key}_label_set` (joined by " | ", the most probable first);
-            `obsm["{key}_probabilities"]` `(n_obs, n_labels)` in the order of `uns["{key}"]["annotate"]["labels"]`. A
-            row that sums to less than 1 leaves the rest to known labels that are not candidates.
+            `adata` with new columns in `obs`: `{key}_cell_type`, `{key}_cl_id`, `{key}_score` (probability of the
+            label), `{key}_margin` (of the best candidate over the second), `{key}_entropy` (0 certain .. 1 uniform),
+            `{key}_novelty` (above 1 the cell resembles no known type; NaN if too few genes are measured); by default
+            `{key}_by_profile` (whether a profiled type names the cell); with `error_rate` `{key}_label_set` (labels
+            joined by " | ", the most probable first). `obsm["{key}_probabilities"]` `(n_obs, n_labels)` is in the
+            order of `uns["{key}"]["annotate"]["labels"]`; the rest of a row that sums to less than 1 belongs to known
+            labels that are no candidates.
         """
         clusters = None if cluster_key is None else clusters_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
@@ -238,21 +243,19 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
     ) -> Evidence:
         """Find the genes that speak for the label of each cell, against the runner-up.
 
-        The runner-up of a label of [`annotate`] is one of its candidates; else any label that the checkpoint knows.
-
-        Terms are those of the label readout, exact and gene by gene (`evidence_scmmgpt`). Similarities and matching,
-        where a checkpoint uses them too, are not part of them.
+        The runner-up of a label of [`annotate`] is one of the candidates; else any label of the checkpoint. The terms
+        are the exact terms of the label readout (`evidence_scmmgpt`), without similarity and matching.
 
         Args:
-            label_key: Column of `obs` with labels: those of [`annotate`], or others that the checkpoint knows, in any
-                words. Cells of labels that it does not know get no evidence.
-            cluster_key: Column of `obs` with clusters; the commonest label of each is explained, too.
-            adata, key_added, batch_size, read_kwargs: As for [`annotate`]; 512 cells a batch by default.
+            label_key: Column of `obs` with labels in any words. A cell with a label that the checkpoint does not know
+                gets no evidence.
+            cluster_key: Column of `obs` with clusters; the commonest label of each cluster is explained, too.
+            adata, key_added, batch_size, read_kwargs: As in [`annotate`]; 512 cells per batch by default.
 
         Returns:
-            [`Evidence`], whose `group_rows` and `cell_rows` are tables. `obs` gets `{key}_evidence` (genes, the most
-            important first), `{key}_rival` (the runner-up) and `{key}_marker_support` (share of the markers of its
-            label that a cell expresses); `uns["{key}"]["explain"]` has the genes of each label.
+            [`Evidence`] with the tables `group_rows` and `cell_rows`. `obs` gets `{key}_evidence` (genes, the largest
+            term first), `{key}_rival` (the runner-up) and `{key}_marker_support` (share of the label's markers that a
+            cell expresses). `uns["{key}"]["explain"]` gets the genes of each label.
 
         Raises:
             ValueError: If the checkpoint has no label readout.
@@ -276,21 +279,20 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         batch_size: int | None = None,
         **read_kwargs: Any,
     ) -> Audit:
-        """Judge the labels that cells were given, by the file, the model and markers, and rank the doubtful ones.
+        """Check the given labels of cells by file, model and markers, and rank the doubtful labels.
 
-        A label of the file may be in any words, or broader than those of training; cells of labels that the checkpoint
-        does not know are judged by the other cells of the file alone (`audit_scmmgpt`). Results of [`annotate`] stay
-        as they are.
+        A given label may be in any words, and broader than trained labels. If the checkpoint does not know a label,
+        the other cells of the file alone judge its cells (`audit_scmmgpt`). Results of [`annotate`] do not change.
 
         Args:
             label_key: Column of `obs` with the given labels.
-            cluster_key: Column of `obs` with clusters, which are ranked too.
-            adata, key_added, batch_size, read_kwargs: As for [`annotate`].
+            cluster_key: Column of `obs` with clusters, which are ranked, too.
+            adata, key_added, batch_size, read_kwargs: As in [`annotate`].
 
         Returns:
-            [`Audit`], whose `group_rows` and `cell_rows` are tables. `obs` gets `{key}_audit` (verdict),
-            `{key}_audit_score` (log odds, the larger the more doubtful), `{key}_audit_suggested` (the best other
-            label) and `{key}_audit_genes` (genes that speak for the other label and against the given one).
+            [`Audit`] with the tables `group_rows` and `cell_rows`. `obs` gets `{key}_audit` (verdict),
+            `{key}_audit_score` (log odds; larger is more doubtful), `{key}_audit_suggested` (the best other label) and
+            `{key}_audit_genes` (genes that speak for the other label against the given label).
         """
         given = words_of(adata.obs, label_key)
         clusters = None if cluster_key is None else clusters_of(adata.obs, cluster_key)
@@ -311,16 +313,16 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         batch_size: int | None = None,
         **read_kwargs: Any,
     ) -> dict[str, Any]:
-        """Fit matching weight and temperature on labelled *validation* cells, never on test cells, and store them.
+        """Fit matching weight and temperature on labelled *validation* cells, never on test cells, and store both.
 
-        Both minimise the negative log-likelihood of the true labels, on a grid. The model's configuration stores both,
-        with the labels and their texts, as the defaults of [`annotate`]. Where `finetune` or `release` chose the label
-        readout alone, the network stays out, and the temperature alone is fitted.
+        Both minimise the negative log-likelihood of the true labels on a grid. The configuration of the model stores
+        both as the defaults of [`annotate`], with the labels and their texts. If `finetune` or `release` chose the
+        label readout alone, only the temperature is fitted.
 
         Args:
             adata: AnnData of validation cells.
-            label_key: Column of `obs` with the true labels. Cells whose label is not among `labels` are left out.
-            labels, cl_ids, batch_size, read_kwargs: As for [`annotate`].
+            label_key: Column of `obs` with the true labels. Cells with a label outside `labels` are left out.
+            labels, cl_ids, batch_size, read_kwargs: As in [`annotate`].
 
         Returns:
             The stored settings, `nll`, `accuracy`, `n_cells` and `n_left_out`.
@@ -358,29 +360,30 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
     ) -> Any:
         """Describe every cell in words.
 
-        Descriptions keep to the types that [`annotate`] gave the cells, in `obs["{key}_cell_type"]`, or would give
-        them by default: the language model describes cells of trained labels, and is not asked about a cell that is
-        `"Unknown"`, or of a broader type or a type with a profile alone.
+        A description agrees with the cell type in `obs["{key}_cell_type"]`, or with the default result of
+        [`annotate`].
+        The language model describes cells of trained labels only: it does not run for cells that are `"Unknown"`, or
+        have a broader or a profiled type.
 
         Args:
             prompt: A question about one cell; by default the prompt of training. `<cell>` in the prompt stands for the
                 cell; a prompt without `<cell>` follows the cell.
             max_new_tokens: Longest description, in tokens.
-            proof: Describe by counts in place of the language model: type, what is notable against the other cells of
-                the file, and the alternative, each with the genes and counts that show it (`proof_scmmgpt`).
-            cluster_key: Column of `obs` with clusters to describe too, with `proof`.
-            adata, key_added, batch_size: As for [`annotate`]; 16 cells a batch by default.
-            kwargs: For [`read_cells`], as for [`annotate`]; the others for the model's `generate` (`num_beams`,
-                `do_sample`, `temperature`, ...). Decoding is greedy by default.
+            proof: Describe by counts instead of the language model: the type, notable genes compared with other cells
+                of the file, and alternatives, each with the genes and counts that support it (`proof_scmmgpt`).
+            cluster_key: Column of `obs` with clusters, which are described, too; needs `proof`.
+            adata, key_added, batch_size: As in [`annotate`]; 16 cells per batch by default.
+            kwargs: Options of [`read_cells`], as in [`annotate`], and of `generate` of the language model
+                (`num_beams`, `do_sample`, `temperature`, ...). Decoding is greedy by default.
 
         Returns:
-            The same `adata`, with `obs["{key}_description"]`. With `proof`, `uns["{key}"]["describe"]` has the tables
-            `clauses` (a row for each gene of each clause of each cell) and `groups` (of types and clusters).
+            `adata` with `obs["{key}_description"]`. With `proof`, `uns["{key}"]["describe"]` gets the tables `clauses`
+            (a row for each gene of each clause of each cell) and `groups` (types and clusters).
         """
         if proof:
             strange = {"prompt": prompt, **kwargs}.items() - {("prompt", None)}
             if given := sorted(name for name, _ in strange if name not in READ_OPTIONS):
-                raise ValueError(f"{given} are for the language model, which a description with proof does not ask.")
+                raise ValueError(f"{given} are options of the language model, which proof=True does not use.")
             return self._describe_with_proof(adata, cluster_key, key_added, self._batch_size(batch_size, 512), kwargs)
         if cluster_key is not None:
             raise ValueError("Clusters are described by counts: pass `proof=True`.")
@@ -420,29 +423,30 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         """Generate expression profiles of cells from descriptions in words.
 
         Args:
-            prompts: Descriptions of cells; or label -> description, whose labels are kept in `obs["cell_type"]`.
+            prompts: Descriptions of cells; or label -> description, with the labels in `obs["cell_type"]`.
             n_cells: Cells per prompt.
             genes: Symbols, aliases or Ensembl ids; by default the whole gene vocabulary.
-            library_size: Counts of a sampled cell over all genes, a number or `(n_cells,)`; by default drawn with the
-                state of the cell, or, for a checkpoint without states, those of a typical training cell.
-            do_sample: Draw counts, by default wherever the checkpoint predicts a distribution (it has states of cells,
-                or `expression_head` is `nb` or `zinb`). Without sampling every cell is the mean of its prompt.
-            seed: Seed of the draws, together with the prompt and the cell's number.
-            max_genes: Genes that are decoded in one turn, by default as many as in training, by a checkpoint without
-                states. The prediction of a gene depends a little on the other genes of its turn, and so on `genes`.
-            key_added, batch_size: As for [`annotate`]; 32 cells a batch by default.
+            library_size: Total counts of a sampled cell over all genes, a number or `(n_cells,)`. By default the size
+                is drawn with the cell state; a checkpoint without cell states uses the size of a typical training
+                cell.
+            do_sample: Sample counts; by default if the checkpoint predicts a distribution (it has cell states, or
+                `expression_head` is `nb` or `zinb`). Without sampling every cell is the mean of its prompt.
+            seed: Seed of the draws, together with the prompt and the number of the cell.
+            max_genes: Genes that a checkpoint without cell states decodes in one turn; by default as many as in
+                training. The prediction of a gene depends slightly on the other genes of the turn, and so on `genes`.
+            key_added, batch_size: As in [`annotate`]; 32 cells per batch by default.
 
         Returns:
-            A new `AnnData` `(len(prompts) * n_cells, n_genes)`: `X` is log1p of counts per 10,000; with sampling,
-            `layers["counts"]` has the counts; `obs["prompt"]`; `var_names` are the model's gene symbols. Where the
-            checkpoint keeps states of training cells, `obs["training_distance"]` and the `diversity` of each prompt in
-            `uns[key_added]["generate"]` compare the cells with these (see [`compare_cells`]).
+            A new `AnnData` `(len(prompts) * n_cells, n_genes)`. `X` is log1p(CP10k); with sampling, `layers["counts"]`
+            has the counts. `obs["prompt"]` has the prompts, and `var_names` are gene symbols. If the checkpoint stores
+            states of training cells, `obs["training_distance"]`, and `diversity` of each prompt in
+            `uns[key_added]["generate"]`, compare the cells with training cells (see [`compare_cells`]).
         """
         try:
             from anndata import AnnData
             from scipy.sparse import csr_matrix, vstack  # most values of a cell are zero
         except ImportError as error:
-            raise ImportError("Generated cells are an AnnData; install it with `pip install anndata`.") from error
+            raise ImportError("generate returns an AnnData; install anndata with `pip install anndata`.") from error
 
         model, config = self._language_model("generate"), self.model.config
         labels, prompts = labels_and_prompts(prompts)
@@ -459,7 +463,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
             options = (do_sample, seed, self._batch_size(batch_size, 32))
             blocks = decode_cells(model, self.processor, prompts, gene_ids, turns, size, *options)
         else:
-            # Each prompt is encoded alone, since padding changes bits.
+            # One prompt at a time: padding changes the last bits of features.
             features = torch.cat([encode_texts(self._bridge(), self.processor, [prompt]) for prompt in prompts])
             turns = turns[:1]
             if do_sample:
@@ -472,7 +476,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         rows = np.repeat(np.arange(len(prompts)), n_cells)
         if states is not None and do_sample and genes is None:
             warn_of_panels(values, sizes)
-        # The library size counts all genes of the cell; `genes` may be some of them.
+        # The library size includes all genes of the model, also genes outside `genes`.
         generated = AnnData(X=log1p_cp10k(values, sizes) if do_sample else values[rows])
         generated.obs_names = [f"prompt{p}-cell{i}" for p in range(len(prompts)) for i in range(n_cells)]
         generated.var_names = self.processor.gene_symbols(gene_ids)
@@ -502,22 +506,22 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         """Embed every cell.
 
         Args:
-            of: `"cell-text"` is the mean of the cell's queries in the shared space, `projection_dim` wide; `"cell"` is
-                the cell model's own embedding (the `<cls>` state, as scGPT's), `hidden_size` wide; `"profile"` is the
-                cell's place among the groups of the label readout ([`ProfileEmbedding`], in a closed form without
-                the network), `num_groups` wide. All are L2-normalised. By default `config.cell_embedding`.
+            of: `"cell-text"`: the mean of the cell's queries in the shared space, of width `projection_dim`. `"cell"`:
+                the embedding of the cell model (the `<cls>` state, as in scGPT), of width `hidden_size`. `"profile"`:
+                the position among the groups of the label readout ([`ProfileEmbedding`], a closed form without the
+                network), of width `num_groups`. All are L2-normalised. By default `config.cell_embedding`.
             key_added: Name in `obsm`.
-            adata, batch_size, read_kwargs: As for [`annotate`].
+            adata, batch_size, read_kwargs: As in [`annotate`].
 
         Returns:
-            The same `adata`, with the float32 embedding in `obsm[key_added]`.
+            `adata` with the float32 embedding in `obsm[key_added]`.
         """
         choice = self.processor.choose_input(adata, **read_kwargs)
         embedding = self.embed_cells(adata, choice, of, batch_size)
         return self.add_embedding(adata, choice, embedding, of, key_added)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings of texts in the space of [`embed`]'s `"cell-text"`, float32 `(n_texts, projection_dim)`."""
+        """Embeddings of texts in the space of `embed(of="cell-text")`, float32 `(n_texts, projection_dim)`."""
         if not len(texts) or not all(text.strip() for text in texts):
             raise ValueError("The text to search for is empty; describe the wanted cells.")
         return encode_texts(self._bridge(), self.processor, texts).float().cpu().numpy()
@@ -535,37 +539,39 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         batch_size: int | None = None,
         **read_kwargs: Any,
     ) -> list:
-        """Find the cells that a text describes best, or that are most like some cells.
+        """Find the cells that fit a text best, or that are most similar to example cells.
 
         Args:
-            text: Description of the wanted cells, one text or several. What follows "without", "lacking", "but not"
-                or ", not", and what "-negative" follows, counts against a cell: a gene by its expression, other words
-                by their similarity. Genes and programmes after "high", "low" or in "more CD8A than CD4" count by their
-                expression (`query_scmmgpt`).
+            text: Description of the wanted cells, one text or several. Words after "without", "lacking", "but not" or
+                ", not", and before "-negative", count against a cell: genes by expression, other words by similarity.
+                Genes and programmes after "high" or "low", and in "more CD8A than CD4", count by expression
+                (`query_scmmgpt`).
             top_k: Cells to return per text.
-            like: In place of a text, the name of a cell, or names of several: the others are ordered by the cosine
-                similarity of their embedding ([`embed`]) with that of the cell, or with the mean of several.
-            by: `"similarity"` of cell and text in the shared space; where fine-tuning chose the readout alone, of the
-                text and the texts of the labels, weighted by the cell's probabilities. Or `"genes"`: the expression of
-                the genes whose own texts are nearest, which finds conditions that no cell of training shows. It needs
-                a checkpoint that was trained with `gene_texts`.
-            key_added: Column of `obs` to add every cell's similarity as (one text only).
-            adata, batch_size, read_kwargs: As for [`annotate`].
+            like: Instead of a text, names of one or more example cells. Other cells are ranked by the cosine
+                similarity of their embedding ([`embed`]) with the mean embedding of the example cells.
+            by: `"similarity"`: similarity of cell and text in the shared space. If fine-tuning chose the readout
+                alone, similarity of the text with the texts of the labels, weighted by the cell's probabilities.
+                `"genes"`: expression of the genes whose own texts are most similar, which finds conditions that no
+                training cell shows; needs a checkpoint that was trained with `gene_texts`.
+            key_added: New column of `obs` with the score of every cell (one text only).
+            adata, batch_size, read_kwargs: As in [`annotate`].
 
         Returns:
-            Hits, best first, each with `rank`, `cell` (its name), `index` (its row), `score` (cosine similarity, -1 to
-            1, which has no zero that means "no match", plus the probability of a type that the text names and that has
-            a profile alone; by genes, in standard deviations of training cells; where the text denies or compares
-            something, in standard deviations of these cells) and `z` (standard deviations of the score above the mean
-            of these cells); for several texts, a list of such lists.
+            Hits, best first; for several texts, a list of such lists. A hit has `rank`, `cell` (name), `index` (row),
+            `score`, and `z` (standard deviations above the mean score of these cells). The score is a cosine, -1 to 1
+            (0 does not mean "no match"), plus the probability of a profiled type that the text names. Scores by genes
+            are in standard deviations of training cells; with denials or comparisons, of these cells.
+
+        Raises:
+            ValueError: If not exactly one of `text` and `like` is given, or an option does not apply.
         """
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be at least 1.")
         if (text is None) == (like is None):
-            raise ValueError("Say which cells are wanted: either a text, or cells that they are like.")
+            raise ValueError("Pass either text or like, to say which cells are wanted.")
         if text is None:
             if by != "similarity":
-                raise ValueError(f"by is {by!r}, which is for texts; cells are compared by similarity.")
+                raise ValueError(f"by={by!r} needs a text; like compares cells by similarity.")
             like = [like] if isinstance(like, str) else list(like or ())
             choice = self.processor.choose_input(adata, **read_kwargs)
             columns = self.compare_with_cells(adata, choice, self.places_named(adata, choice, like), batch_size)
@@ -577,14 +583,9 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         hits = self.add_search(adata, choice, columns, text, top_k, by, key_added)
         return hits[0] if isinstance(text, str) else hits
 
-    # -- shared -------------------------------------------------------------------------------------------------------
-
-
-# -- small parts ------------------------------------------------------------------------------------------------------
-
 
 def _dtype_on_cpu(given: torch.dtype | None, stored: str | torch.dtype | None) -> torch.dtype | None:
-    """The given precision, with a warning where it is slow, else float32 where the stored one is slow."""
+    """The given dtype, with a warning if it is slow on this CPU; else float32 if the stored dtype is slow."""
     stored = getattr(torch, stored) if isinstance(stored, str) else stored
     dtype = given or stored
     if dtype is None or cpu_dtype(dtype) == dtype:
@@ -592,8 +593,8 @@ def _dtype_on_cpu(given: torch.dtype | None, stored: str | torch.dtype | None) -
     name, wide = str(dtype).removeprefix("torch."), cpu_dtype(dtype)
     if given is None:
         logger.info(
-            f"This CPU is faster in float32 than in {name}, the precision of the checkpoint: it runs in float32."
+            f"This CPU is faster in float32 than in {name}, the checkpoint's dtype: the model runs in float32."
         )
         return wide
-    logger.warning(f"This CPU is slower in {name} than in float32, often many times; leave dtype out, or pass {wide}.")
+    logger.warning(f"This CPU is slower in {name} than in float32, often many times: omit dtype, or pass {wide}.")
     return given

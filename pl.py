@@ -1,4 +1,4 @@
-"""Plots of results in the manner of scverse; each returns its figure. Needs the extra `eval`."""
+"""Plots of results in the style of scverse. Each function returns a figure. Needs the extra `eval`."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,19 +9,22 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_POINTS = 20_000  # cells that UMAP places; the others are left out of the picture
-N_COMPONENTS = 30  # principal components, where nothing was embedded
+MAX_POINTS = 20_000  # most cells of a computed UMAP; further cells are left out
+N_COMPONENTS = 30  # principal components for a UMAP without an embedding
 
 
 def coordinates(adata: Any, seed: int = 0) -> tuple[np.ndarray, np.ndarray, str]:
-    """Places of cells on a plane.
+    """Coordinates of cells in two dimensions.
 
-    They are `obsm["X_umap"]` if it has two columns of finite numbers, else UMAP of `obsm["X_scmmgpt"]`, else UMAP of
-    principal components of log1p(CP10k) of `X`. Computed places of all cells are kept in
-    `obsm["X_umap"]`, if it is free.
+    The coordinates are `obsm["X_umap"]`, if it has at least two columns of finite numbers. Otherwise they are a UMAP
+    of `obsm["X_scmmgpt"]`, or else of principal components of log1p(CP10k) of the first matrix (`X`, layers, `raw`).
+    Computed coordinates of all cells are stored in `obsm["X_umap"]`, if it does not exist.
 
     Returns:
-        float32 `(n, 2)`, the rows of these cells, int64 `(n,)`, and what the places are of.
+        Coordinates `(n, 2)`; the rows of these cells, int64 `(n,)`; the source of the coordinates in words.
+
+    Raises:
+        ValueError: If there is no matrix, or a UMAP is needed for fewer than 5 cells.
     """
     from scmmgpt.eval.figures import umap_coordinates
 
@@ -35,10 +38,10 @@ def coordinates(adata: Any, seed: int = 0) -> tuple[np.ndarray, np.ndarray, str]
         points, what = np.asarray(adata.obsm["X_scmmgpt"])[rows], "UMAP of the embedding"
     else:
         matrices = [adata.X, *adata.layers.values(), *([] if adata.raw is None else [adata.raw.X])]
-        there = [matrix for matrix in matrices if matrix is not None]
-        if not there:
+        present = [matrix for matrix in matrices if matrix is not None]
+        if not present:
             raise ValueError("The data have no matrix: X, layers and raw are empty. Write the file with its counts.")
-        points, what = _components(there[0][rows], seed), "UMAP of principal components"
+        points, what = _components(present[0][rows], seed), "UMAP of principal components"
     if len(rows) < 5:
         raise ValueError(f"There are {len(rows)} cells; a UMAP needs 5 or more.")
     places = umap_coordinates(points, seed=seed)
@@ -48,7 +51,7 @@ def coordinates(adata: Any, seed: int = 0) -> tuple[np.ndarray, np.ndarray, str]
 
 
 def _components(matrix: Any, seed: int) -> np.ndarray:
-    """Principal components of a matrix of any kind: counts are normalised, other values taken as they are."""
+    """Principal components of a matrix: counts become log1p(CP10k), other values are used unchanged."""
     from sklearn.decomposition import TruncatedSVD
 
     from scmmgpt.cells_scmmgpt import log1p_cp10k
@@ -60,7 +63,7 @@ def _components(matrix: Any, seed: int) -> np.ndarray:
 
 
 def umap(adata: Any, color: str | Sequence[str] = "scmmgpt_cell_type", *, seed: int = 0) -> "Figure":
-    """Cells on a plane, coloured by columns of `obs`, a panel each; see [`coordinates`]."""
+    """Scatter plots of cells at [`coordinates`], one panel for each column of `obs`, which gives the colours."""
     from scmmgpt.eval.figures import scatter_figure
     from scmmgpt.records_scmmgpt import need_columns
 
@@ -71,9 +74,13 @@ def umap(adata: Any, color: str | Sequence[str] = "scmmgpt_cell_type", *, seed: 
 
 
 def evidence(adata: Any, labels: Sequence[str] | None = None, *, key: str = "scmmgpt") -> "Figure":
-    """The genes that speak for each label against the runner-up, by `uns[key]["explain"]`, the commonest labels first.
+    """Bars of the genes that speak for each label, from `uns[key]["explain"]`, the commonest labels first.
 
-    The length of a bar is the term of the gene in the log odds, its shade the share of cells that express the gene.
+    The length of a bar is the gene's term in the log odds against the rival. The shade of a bar is the share of cells
+    that express the gene.
+
+    Raises:
+        ValueError: If there is no evidence, or none for a label.
     """
     from scmmgpt.eval.figures import evidence_figure
 
@@ -94,14 +101,14 @@ def _explained(adata: Any, key: str) -> Mapping[str, np.ndarray]:
 
 
 def confusion(adata: Any, label_key: str, predicted: str = "scmmgpt_cell_type") -> "Figure":
-    """Counts of given labels (down) by predicted ones (across), shaded by the share of the given label."""
+    """Confusion matrix: given labels in rows, predicted labels in columns, shaded by the share of the row."""
     from scmmgpt.eval.figures import confusion_figure
     from scmmgpt.records_scmmgpt import need_columns, words_of
 
     need_columns(adata.obs, label_key, predicted)
-    given, found = (words_of(adata.obs, name) for name in (label_key, predicted))
-    rows, columns = np.unique(given), np.unique(found)
+    given, called = (words_of(adata.obs, name) for name in (label_key, predicted))
+    rows, columns = np.unique(given), np.unique(called)
     columns = np.asarray([*(name for name in rows if name in columns), *(c for c in columns if c not in rows)])
-    counts = [[int(((given == row) & (found == column)).sum()) for column in columns] for row in rows]
+    counts = [[int(((given == row) & (called == column)).sum()) for column in columns] for row in rows]
     about = {"rows_are": "given label", "labels": rows.tolist(), "columns": columns.tolist(), "counts": counts}
     return confusion_figure(about)

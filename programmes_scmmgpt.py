@@ -1,6 +1,6 @@
-"""Published short lists of genes: programmes that a cell may show, and genes of one lineage.
+"""Published short lists of genes: programmes that a cell may express, and genes of one lineage.
 
-A description of a cell names them (`proof_scmmgpt`), and so may a search (`query_scmmgpt`).
+Descriptions of cells (`proof_scmmgpt`) and searches (`query_scmmgpt`) use these lists.
 """
 
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Programme:
-    """A short published list of genes.
+    """A short published list of genes that rise together in a state of a cell.
 
     Args:
-        phrase: What a cell shows that expresses them; begins the clause.
+        phrase: Name of the state; the clause of a description starts with the phrase.
         genes: Symbols; no gene is in two lists.
-        source: Where the list, or the longer list that these are of, was published.
-        words: Other names of it, for searches.
-        within: Cell Ontology ids of the types for which it has a meaning; none stands for all.
+        source: Publication of the list, or of the longer list that these genes are taken from.
+        words: Other names of the state, for searches.
+        within: Cell Ontology ids of the types in which the state is meaningful; empty for all types.
     """
 
     phrase: str
@@ -83,12 +83,12 @@ PROGRAMMES = (
 
 @dataclass(frozen=True)
 class Lineage:
-    """Genes that hardly any cell outside of a lineage expresses.
+    """A lineage, with genes that hardly any cell outside the lineage expresses.
 
     Args:
-        name: Its cells, in words.
-        term: Its Cell Ontology id.
-        genes: Symbols. Those of T and B cells are chains of the receptor complexes that define these terms.
+        name: The cells of the lineage in words.
+        term: Cell Ontology id of the lineage.
+        genes: Symbols. The genes of T cells and of the B lineage encode receptor complexes that define these terms.
     """
 
     name: str

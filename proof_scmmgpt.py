@@ -1,23 +1,23 @@
-"""Descriptions whose every clause is counted: what a cell is, what is notable in it, what else it may be.
+"""Descriptions of cells in which counts support every clause: the type, notable genes, and alternatives.
 
     A B cell from blood, shown by MS4A1 (4 counts), CD79A (3) and CD19 (1). Interferon response: ISG15 (9), MX1 (2)
     and IFIT3 (1), more of these genes than 93 % of the 138 other cells of its kind. Unusually high for its kind:
     IGLC2 (9).
 
-Nothing is generated: the model proposes (label, runner-up, genes), and the counts of the file decide. A clause that
-they do not support is left out.
+No text is generated: the model proposes labels and genes, and the counts of the file decide. A clause without support
+in the counts is left out.
 
-| clause | genes | when it is written |
+| clause | genes | condition |
 | --- | --- | --- |
-| type | expressed markers and evidence of the label | higher in the cells of the label than in the others |
-| against | those of another lineage (`LINEAGES`) | at least two, too many to be from other cells |
-| programme | those of a published list (`PROGRAMMES`) | several, and far more than in the lower quarter of its kind |
-| unusual | any | several times the mean of its kind, above nearly all of it, and no trace of another type |
-| alternative | evidence for the runner-up | higher in the runner-up's cells than in those of the label |
-| undecided | evidence for both kinds of a broad type | likewise |
+| type | expressed markers and evidence of the label | higher in the cells of the label than in other cells |
+| against | genes of another lineage (`LINEAGES`) | at least two, and more than ambient RNA explains |
+| programme | genes of a published list (`PROGRAMMES`) | several, and far above the lower quartile of the kind |
+| unusual | any | several times the mean of the kind, above nearly all of its cells, no trace of another type |
+| alternative | evidence for the runner-up | higher in the runner-up's cells than in the label's cells |
+| undecided | evidence for both kinds of a broad type | higher in the cells of each kind than in the other's |
 
-The **kind** of a cell is the other cells of the file with the same type clause. A percentile is the share of cells
-that express less, in counts per 10,000.
+The **kind** of a cell consists of the cells of the file with the same type clause. A percentile is the share of cells
+with a lower expression, in CP10k.
 """
 
 import re
@@ -35,18 +35,19 @@ from .programmes_scmmgpt import LINEAGES, PROGRAMMES, Lineage, Programme
 from .proposals_scmmgpt import Other, Proposals
 
 
-# Genes that show a lineage, and the fold of the file's mean that each and all need: less may be from the fluid.
+# An opposing lineage needs this number of expressed genes. Each gene, and their sum, needs this fold of the file's
+# mean: ambient RNA may explain less.
 MIN_LINEAGE_GENES, LINEAGE_FOLD = 2, 0.5
 
 NO_TYPE = "No type is shown by its counts; the model proposes {}."
-MIN_SCORE = 0.5  # a label of a lower probability gives way to a broader type
-MIN_KIND, MIN_RIVAL = 20, 10  # cells, to say what is usual of a type, and to know that it has more of a gene
-TYPE_FOLD, TYPE_SHARE = 2.0, 0.1  # of a gene of a type: fold of mean expression, and cells that express it
-APART, PSEUDORATE = 1.25, 0.05  # fold of the genes of a type together over any other; counts per 10,000
-N_TYPE_GENES, N_GENES = 4, 3  # named in a clause
+MIN_SCORE = 0.5  # a label of a lower probability is replaced by a broader type
+MIN_KIND, MIN_RIVAL = 20, 10  # cells that a kind needs to define what is usual, and to be compared with other kinds
+TYPE_FOLD, TYPE_SHARE = 2.0, 0.1  # a gene of a type: least fold over other cells, least share of expressing cells
+APART, PSEUDORATE = 1.25, 0.05  # least fold of a type's genes together over each other type; pseudocount in CP10k
+N_TYPE_GENES, N_GENES = 4, 3  # most genes of a clause
 MIN_PROGRAMME_GENES, PROGRAMME_FOLD, PROGRAMME_PERCENTILE = 3, 3.0, 50
 UNUSUAL_COUNT, UNUSUAL_FOLD, UNUSUAL_PERCENTILE = 3, 4.0, 95
-# Of another type's expression, from the fluid around a cell or from its neighbours on a slide; and genes of all types.
+# Shares of another type's mean that ambient RNA, or a neighbour on a slide, may leave; fold of a gene of one type.
 TRACE, TRACE_ON_SLIDE, OF_ANY_TYPE = 0.2, 1.0, 2.0
 GROUP_SHARE, GROUP_FOLD = 0.1, 2.0  # of cells: what is said of a group
 SURPRISE = 15.0  # Poisson deviance of a count: one in 10,000
@@ -58,7 +59,7 @@ B_LINEAGE = "CL:0000945"  # of immunoglobulins alone
 
 @dataclass(frozen=True)
 class Clause:
-    """A sentence about a cell, and the genes that it rests on.
+    """A sentence about a cell, and the genes that support the sentence.
 
     Args:
         kind: "type", "against", "programme", "unusual", "alternative" or "undecided".
@@ -156,7 +157,7 @@ class Proof:
         return clauses + self.alternative_clauses(cell, others, place)
 
     def group_by(self, kinds: np.ndarray) -> None:
-        """Make these the kinds of the cells."""
+        """Set the kinds of the cells, and compute sums, shares and rivals of each kind."""
         self.kinds = kinds
         self.names = sorted(set(kinds.tolist()) - {""})
         number = {name: i for i, name in enumerate(self.names)}
@@ -166,7 +167,7 @@ class Proof:
         self.sums = self.expression.totals(self.group, len(self.names), self.expression.rates.data)
         self.shares = self.expression.totals(self.group, len(self.names)) / self.n[:, None].clip(min=1)
         self.total = np.asarray(self.expression.rates.sum(axis=0), dtype=np.float64).ravel()
-        # A mean cell of the file is added to each kind, so that what few cells share weighs less.
+        # One mean cell of the file joins each kind: it shrinks the means of small kinds.
         counts = self.expression.totals(self.group, len(self.names), self.expression.counts.data)
         sizes = np.bincount(self.group[self.group >= 0], self.expression.sizes[self.group >= 0], len(self.names))
         means = (self.sums + self.total / len(kinds)) / (self.n[:, None] + 1)
@@ -180,7 +181,7 @@ class Proof:
         self.expression.sorted.clear()
 
     def excludes(self, one: int, other: int) -> bool:
-        """Whether a cell of one group is none of the other: neither is above the other."""
+        """Whether two groups exclude each other: neither type is above the other."""
         above, below = (self.within.get(self.names[group], frozenset({self.names[group]})) for group in (one, other))
         return not above <= below and not below <= above
 
@@ -242,7 +243,7 @@ class Proof:
         return found
 
     def mean(self, group: int) -> np.ndarray:
-        """Mean rates of a group, `(n_genes,)`."""
+        """Mean rates of a group, CP10k, `(n_genes,)`."""
         return self.sums[group] / max(self.n[group], 1)
 
     def type_clause(self, cell: int) -> Clause:
@@ -254,7 +255,7 @@ class Proof:
         return Clause("type", words, tuple(genes))
 
     def against_clauses(self, cell: int) -> list[Clause]:
-        """Lineages that the type of a cell excludes and its genes show."""
+        """Clauses of lineages that the type of a cell excludes, and that genes of the cell show."""
         clauses, expression = [], self.expression
         for lineage in self.excluded.get(self.names[self.group[cell]], ()):
             columns = [expression.column_of[gene] for gene in lineage.genes if gene in expression.column_of]
@@ -307,7 +308,7 @@ class Proof:
         return found
 
     def traces(self, group: int) -> np.ndarray:
-        """Rates of genes up to which the cells of a group may have them from cells of other types, `(n_genes,)`."""
+        """Rates up to which a gene in a cell of a group may come from cells of other types, CP10k, `(n_genes,)`."""
         rivals = self.rivals[group]
         rates = (self.sums[rivals] / self.n[rivals, None]).max(axis=0, initial=0.0)
         others = (self.total - self.sums[group]) / max(len(self.kinds) - self.n[group], 1)
@@ -347,8 +348,8 @@ class Proof:
             if name and (theirs := self.genes_for(name, against, other.genes[place])):
                 named.append((name, theirs))
         words = [
-            f"{name}, for which {self.expression.named(theirs, cell)} speak{'s'[: len(theirs) == 1]}"
-            for name, theirs in named
+            f"{name}, for which {self.expression.named(genes_of, cell)} speak{'s'[: len(genes_of) == 1]}"
+            for name, genes_of in named
         ]
         genes = tuple(gene for _, part in named for gene in part)
         if not self.proposals.is_broad[cell]:
@@ -358,7 +359,7 @@ class Proof:
         return [Clause("undecided", f"It is undecided between {words[0]}, and {words[1]}.", genes)]
 
     def genes_for(self, name: str, against: str, candidates: np.ndarray) -> list[int]:
-        """Candidates that are higher in the cells of a type than in those of another, none without a known marker."""
+        """Candidates that are higher in the cells of a type than in cells of another; empty without a known marker."""
         if name not in self.names or against not in self.names:
             return []
         pair = self.names.index(name), self.names.index(against)
@@ -375,7 +376,7 @@ class Proof:
         return np.array([" ".join(clause.words for clause in clauses) for clauses in found], dtype=object)
 
     def group_rows(self, level: str, groups: np.ndarray) -> Iterator[dict[str, Any]]:
-        """A row for each group of cells, str `(n_cells,)`: `level`, `name`, `cells` and `text`."""
+        """A row of `level`, `name`, `cells` and `text` for each group; `groups` is str `(n_cells,)`."""
         names, numbers = np.unique(groups.astype(str), return_inverse=True)
         n_cells = np.bincount(numbers)
         expressing = self.expression.totals(numbers, len(names))
@@ -392,7 +393,7 @@ class Proof:
                 for k in np.argsort(-counts, kind="stable")[:2]
                 if kinds[k] and counts[k] >= GROUP_SHARE * n
             ]
-            first = kinds[counts.argmax()] if 2 * counts.max() >= n else ""  # a mixture has no genes of its own
+            first = kinds[counts.argmax()] if 2 * counts.max() >= n else ""  # a mixture has no typical genes
             of_first = np.flatnonzero(mine & (self.kinds == first) & bool(first))
             said = self.shown[of_first][self.shown[of_first] != NONE]
             genes, times = np.unique(said, return_counts=True)
@@ -423,8 +424,8 @@ class Proof:
     def rows(self, names: Sequence[str], rows: Iterable[int] | None = None) -> Iterator[dict[str, Any]]:
         """A row for each gene of each clause of cells, by default of all; `names` are those of all cells.
 
-        `cell`, `clause` (its number), `kind`, `text`, `gene`, `count`, `percentile` (among the cells of the file) and
-        `percentile_of_kind` (among those of its kind).
+        `cell`, `clause` (a number), `kind`, `text`, `gene`, `count`, `percentile` (among the cells of the file) and
+        `percentile_of_kind` (among the cells of the kind).
         """
         rows = list(range(len(self.kinds)) if rows is None else rows)
         everything = np.arange(len(self.kinds))
@@ -445,7 +446,7 @@ class Proof:
 
 
 def terms_above(members: np.ndarray, known: Mapping[str, int], terms: Sequence[Mapping[str, Any]]) -> frozenset[str]:
-    """Ids of the terms whose labels include all of a type's, bool `(n_labels,)`."""
+    """Ids of the terms whose labels include all labels of a type; `members` is bool `(n_labels,)`."""
     mine = {name for name, column in known.items() if members[column]}
     return frozenset(term["id"] for term in terms if mine and mine <= set(term["labels"]))
 
@@ -453,9 +454,9 @@ def terms_above(members: np.ndarray, known: Mapping[str, int], terms: Sequence[M
 def excluded_lineages(
     members: np.ndarray, known: Mapping[str, int], terms: Sequence[Mapping[str, Any]]
 ) -> tuple[Lineage, ...]:
-    """Lineages that the ontology's terms keep apart from a type with labels `members`, bool `(n_labels,)`.
+    """Lineages whose terms share no label with a type; `members`, bool `(n_labels,)`, are the labels of the type.
 
-    None for a type of which no term knows all labels.
+    Empty for a type that no term includes.
     """
     mine = {name for name, column in known.items() if members[column]}
     if not terms_above(members, known, terms):
@@ -465,7 +466,7 @@ def excluded_lineages(
 
 
 def tissues_of(obs: Any) -> np.ndarray:
-    """The tissue of each cell in words, where `obs` has one, str `(n_cells,)`."""
+    """The column `tissue` of `obs`, str `(n_cells,)`; "" for an unknown or missing tissue."""
     if "tissue" not in obs:
         return np.full(len(obs), "", dtype=object)
     words = [str(word) for word in obs["tissue"].astype(object).fillna("")]

@@ -1,14 +1,14 @@
-"""A text to search for, in what cells should be, what they should lack, and what should be high or low in them.
+"""Search texts, split into wanted cells, denials, and levels of genes and programmes.
 
-An embedding of "T cells without CD8" is near the very cells that it excludes, and that of "T cells with high
-interferon" near all T cells. Such words are therefore scored apart: genes and programmes by their expression, anything
-else by its similarity. All terms are in standard deviations over the searched cells.
+The embedding of "T cells without CD8" is near the cells that the text excludes, and the embedding of "T cells with
+high interferon" is near all T cells. Denials and levels are therefore scored separately: genes and programmes by
+expression, other words by similarity. All scores are in standard deviations over the searched cells.
 
 | words | score |
 | --- | --- |
-| without, lacking, but not, `, not`, `-negative` | less of a gene or programme; or of a text, where it fits better |
-| high, higher, more, strong; low, lower, less, fewer X | more or less of a gene or a programme |
-| more X than Y | the difference of two; with "than" of other words ("than usual"), X alone |
+| without, lacking, but not, `, not`, `-negative` | minus a gene or programme; minus another text, if it fits better |
+| high, higher, more, strong; low, lower, less, fewer X | plus or minus a gene or a programme |
+| more X than Y | X minus Y; X alone if Y is no gene or programme ("than usual") |
 | more like X than Y | the difference of two similarities |
 """
 
@@ -48,13 +48,13 @@ LEVEL = re.compile(
 )
 DENIED_LEVEL = re.compile(rf"(?P<level>{ANY_LEVEL})\s+(?:(?:expression|levels?)\s+of\s+)?(?P<what>.+)", re.IGNORECASE)
 SYMBOL = re.compile(r"(?=.*\d)[A-Z][A-Z0-9-]{2,}")
-# What may surround the name of a programme: "a type I interferon response".
+# Words around the name of a programme: "a type I interferon response".
 AROUND = re.compile(r"^type i |[ -](?:response|signature|programme|program|signall?ing|genes|activity|expression)$")
 COUNTS_PER_10K = 1e4
 WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
-STEM = 6  # letters: "antibodies" is "antibody"
-MIN_VOCABULARY = 500  # words of a checkpoint, below which a word that it lacks says nothing
-# Words of the texts about types that stand beside any noun, and letters that are cells only in capitals ("A cell").
+STEM = 6  # letters of a stem, so that "antibodies" equals "antibody"
+MIN_VOCABULARY = 500  # a checkpoint with fewer words cannot tell that a word is unknown
+# Words without meaning for a search. "a" is an article: the A cell needs a capital letter.
 COMMON = frozenset(
     """a after al all also an and any are as at be been before being between both but by can cell cells do each
     end few for from get had has have having he high higher how if in into is it its kind kinds lacking less
@@ -62,17 +62,18 @@ COMMON = frozenset(
     that the their them these they this those through to top two type types us via was we were what when where
     which who whose why with within without you""".split()
 )
-# Words of no name of a type: states, and the labels of captions of training that are no type of the checkpoint.
+# Words of states, and of training captions, that are in no name of a type.
 STATES = frozenset("cancer tumour tumor malignant neoplastic dividing ilc".split())
-LETTERS = ("b", "d", "t")  # of types, which people write in lower case, too
+LETTERS = ("b", "d", "t")  # names of types that users also write in lower case
 
 
 @dataclass(frozen=True)
 class Level:
-    """What should be high, and what should be low against it; "" for nothing.
+    """A comparison: `high` should exceed `low`.
 
     Args:
-        high, low: Genes, programmes, or with `is_text` other words.
+        high, low: Genes or programmes, or other words if `is_text`; "" for nothing.
+        is_text: Whether similarities are compared, not expression.
     """
 
     high: str
@@ -82,12 +83,12 @@ class Level:
 
 @dataclass(frozen=True)
 class Query:
-    """What a text asks for.
+    """A search text in parts.
 
     Args:
         wanted: The text without its denials and levels; "" for any cells.
         denied: Terms that the cells should lack.
-        levels: Terms that should be high or low.
+        levels: Comparisons.
     """
 
     wanted: str
@@ -96,16 +97,16 @@ class Query:
 
 
 def _ordered(level: str, what: str, than: str, *, denied: bool) -> tuple[str, str]:
-    """What should be high and what low: "more A than B", or the other way round if it is denied."""
+    """`high` and `low` of a [`Level`]: in order for "more A than B", reversed for "less", and again if denied."""
     return (what, than) if (LEVELS[level.casefold()] > 0) != denied else (than, what)
 
 
 def read_query(text: str, is_expressed: Callable[[str], bool] = lambda term: False) -> Query:
-    """Split a text into what is wanted, what is denied, and what should be high or low.
+    """Split a search text into wanted cells, denials and levels.
 
     Args:
-        is_expressed: Whether a term names genes or a programme that cells can be compared by. Other words after "high"
-            stay in the text.
+        text: The search text.
+        is_expressed: Whether a term names measured genes or a programme. Other words after "high" stay in the text.
 
     >>> read_query("T cells without CD8 or CD25, high interferon")
     Query(wanted='T cells, high interferon', denied=('CD8', 'CD25'), levels=())
@@ -113,7 +114,7 @@ def read_query(text: str, is_expressed: Callable[[str], bool] = lambda term: Fal
     Query(wanted='T cells', denied=(), levels=(Level(high='CD8A', low='CD4', is_text=False),))
 
     Raises:
-        ValueError: If nothing is wanted.
+        ValueError: If the text has denials only.
     """
     denied, levels = [], []
     for match in DENIAL.finditer(text):
@@ -137,23 +138,28 @@ def read_query(text: str, is_expressed: Callable[[str], bool] = lambda term: Fal
     rest = LEVEL.sub(take, rest)
     wanted = " ".join(rest.split()).strip(" ,;.") if denied or levels else text
     if not wanted and not levels:
-        raise ValueError(f"{text!r} says what cells lack, and not which cells are wanted: write 'cells without ...'.")
+        raise ValueError(f"{text!r} names only what cells lack: name the wanted cells, as in 'cells without ...'.")
     wanted = "" if (denied or levels) and ANY_CELL.fullmatch(wanted) else wanted
     return Query(wanted, tuple(denied), tuple(levels))
 
 
 @dataclass
 class Part:
-    """The terms of a text, as positions among the texts and the groups of genes of a [`Search`]."""
+    """The terms of one search text, as positions in `texts` and `genes` of a [`Search`]."""
 
     wanted: int | None = None
     denied_texts: list[int] = field(default_factory=list)
     denied_genes: list[int] = field(default_factory=list)
-    similar: list[tuple[int | None, int | None]] = field(default_factory=list)  # more like, less like
-    expressed: list[tuple[int | None, int | None]] = field(default_factory=list)  # high, low
+    similar: list[tuple[int | None, int | None]] = field(default_factory=list)  # pairs of texts: high, low
+    expressed: list[tuple[int | None, int | None]] = field(default_factory=list)  # pairs of groups of genes: high, low
 
     def score(self, similarity: np.ndarray, expressed: np.ndarray) -> np.ndarray:
-        """Scores of cells from similarities `(n_cells, n_texts)` and expression `(n_cells, n_groups)`."""
+        """Scores of cells, float32 `(n_cells,)`.
+
+        Args:
+            similarity: `(n_cells, n_texts)`.
+            expressed: `(n_cells, n_groups)`: the result of [`Search.expression`].
+        """
         if self == Part(self.wanted) and self.wanted is not None:
             return similarity[:, self.wanted]
         nothing = np.zeros(len(similarity))
@@ -169,17 +175,23 @@ class Part:
 
 
 class Search:
-    """The scores of several texts for the cells of one file.
+    """The scores of several search texts for the cells of one file.
 
     Args:
-        texts: What is searched for.
+        texts: The search texts.
         gene_index: Genes of the model.
         measured: Vocabulary ids of the genes that the file measures; by default all.
+
+    Attributes:
+        texts: Texts whose similarity with cells is needed.
+        genes: Groups of genes (vocabulary ids) whose expression is needed.
+        absent: Words that name genes of the model, none of which the file measures.
+        unknown: Words that look like genes and are no gene of the model.
     """
 
     def __init__(self, texts: Sequence[str], gene_index: GeneIndex, measured: np.ndarray | None = None) -> None:
-        self.texts: list[str] = []  # to embed
-        self.genes: list[np.ndarray] = []  # to look at together, a group for each term that names some
+        self.texts: list[str] = []
+        self.genes: list[np.ndarray] = []
         self.gene_index, self.measured = gene_index, measured
         self.queries = [read_query(text, lambda term: len(self.genes_of(term)) > 0) for text in texts]
         self.absent = sorted({word.strip(",.;") for word in " ".join(texts).split() if self._is_absent(word)})
@@ -202,7 +214,7 @@ class Search:
             self._parts.append(part)
 
     def genes_of(self, term: str) -> np.ndarray:
-        """Measured genes, vocabulary ids, that a term names: those of a programme, or genes in capitals."""
+        """Vocabulary ids of the measured genes that a term names: the genes of a programme, or symbols."""
         words = AROUND.sub("", AROUND.sub("", term.casefold().strip()))
         symbols = next((programme.genes for programme in PROGRAMMES if words in programme.words), ())
         ids = [self.gene_index.lookup(symbol)[0] for symbol in symbols]
@@ -213,12 +225,12 @@ class Search:
         return genes if self.measured is None else np.intersect1d(genes, self.measured)
 
     def _is_absent(self, word: str) -> bool:
-        """Whether a word names genes of the model of which the file measures none."""
+        """Whether a word names genes of the model, and the file measures none of these genes."""
         genes = list(named_genes(word, self.gene_index))
         return self.measured is not None and bool(genes) and not np.isin(genes, self.measured).any()
 
     def _unknown(self, word: str) -> str:
-        """What of a word looks like a gene ("CD300X") and is none of the model; "" for nothing."""
+        """The part of a word that looks like a gene symbol and is no gene of the model ("CD300X"); "" for none."""
         stem = re.sub(r"-?(negative|positive|low|high|dim)\b.*", "", word.strip(",.;()"), flags=re.IGNORECASE)
         return stem if SYMBOL.fullmatch(stem) and not named_genes(stem, self.gene_index) else ""
 
@@ -228,7 +240,7 @@ class Search:
         return len(items) - 1
 
     def expression(self, cells: Cells) -> np.ndarray:
-        """log1p of the counts per ten thousand of each group of genes, float32 `(n_cells, n_groups)`."""
+        """log1p(CP10k) of the sum of each group of genes, float32 `(n_cells, n_groups)`."""
         rows, sizes = cells.rows(), cells.library_sizes().clip(min=1)
         groups = [np.isin(cells.gene_ids, genes) for genes in self.genes]
         counts = [np.bincount(rows[here], cells.counts[here], minlength=len(cells)) for here in groups]
@@ -236,17 +248,18 @@ class Search:
         return np.stack(columns, axis=1).astype(np.float32) if columns else np.zeros((len(cells), 0), np.float32)
 
     def scores(self, columns: np.ndarray) -> np.ndarray:
-        """Scores, float32 `(n_cells, n_texts)`: a similarity where a text asks for nothing else.
+        """Scores, float32 `(n_cells, n_texts)`; the score of a text without denials and levels is its similarity.
 
         Args:
-            columns: Similarities with `texts`, then results of [`expression`], of all cells.
+            columns: `(n_cells, len(texts) + len(genes))`: similarities with `texts`, then the result of
+                [`expression`].
         """
         similarity, expressed = np.split(columns, [len(self.texts)], axis=1)
         return np.stack([part.score(similarity, expressed) for part in self._parts], axis=1)
 
 
 def vocabulary_of(stored: Mapping[str, Any]) -> frozenset[str]:
-    """Stems of the words in the names and texts of what a checkpoint knows: types, tissues, programmes.
+    """Stems of the words in names and texts of the types, tissues and programmes that a checkpoint knows.
 
     Args:
         stored: `config.annotation`.
@@ -261,7 +274,7 @@ def vocabulary_of(stored: Mapping[str, Any]) -> frozenset[str]:
 
 
 def is_understood(text: str, vocabulary: Collection[str], gene_index: GeneIndex) -> bool:
-    """Whether a text has a word that the checkpoint knows, or a gene in capitals.
+    """Whether a text has a word that the checkpoint knows, or a gene symbol in capitals.
 
     >>> known = vocabulary_of({"labels": {"plasma cell": "A cell that secretes antibodies."}})
     >>> [is_understood(text, known, GeneIndex({"LYZ": 0})) for text in ("an antibody", "LYZ", "the weather")]
@@ -280,9 +293,9 @@ def is_understood(text: str, vocabulary: Collection[str], gene_index: GeneIndex)
 
 
 def _is_known(word: str, vocabulary: Collection[str]) -> bool:
-    """Whether a word, or a longer one that begins with it ("micro"), is known."""
+    """Whether the stem of a word is known; a stem of five letters ("micro") may be a prefix of a known stem."""
     stem = _stem(word)
-    return stem in vocabulary or (len(stem) == STEM - 1 and any(known.startswith(stem) for known in vocabulary))
+    return stem in vocabulary or (len(stem) == STEM - 1 and any(longer.startswith(stem) for longer in vocabulary))
 
 
 def _stem(word: str) -> str:
@@ -292,12 +305,13 @@ def _stem(word: str) -> str:
 def combine(wanted: np.ndarray, similar: Sequence[np.ndarray], expressed: Sequence[np.ndarray]) -> np.ndarray:
     """Scores of cells, float32 `(n_cells,)`, in standard deviations.
 
-    A gene that should be absent counts against a cell. A denied text counts against the cells that it fits better than
-    the wanted text does, by the difference: kinds of cells that are alike would else cancel.
+    Expression of a denied gene is subtracted. A denied text is subtracted only by how much better it fits a cell than
+    the wanted text: similar types of cells would otherwise cancel.
 
     Args:
-        wanted: Similarity with the wanted text, `(n_cells,)`.
-        similar, expressed: Similarities with denied texts, and expression of denied genes.
+        wanted: `(n_cells,)`: similarity with the wanted text.
+        similar: Similarities with the denied texts, each `(n_cells,)`.
+        expressed: Expression of the denied genes, each `(n_cells,)`.
     """
     score = fit = standardised(wanted)
     for values in similar:
@@ -308,6 +322,6 @@ def combine(wanted: np.ndarray, similar: Sequence[np.ndarray], expressed: Sequen
 
 
 def standardised(values: np.ndarray) -> np.ndarray:
-    """Deviations from the mean in standard deviations; 0 where all are equal."""
+    """Z-scores, float64; 0 if all values are equal."""
     values = values.astype(np.float64)
     return (values - values.mean()) / max(float(values.std()), 1e-12)

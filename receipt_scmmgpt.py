@@ -1,21 +1,22 @@
-"""The receipt of a result: which cells, weights, code, versions and options it came from.
+"""The receipt of a result: the cells, weights, code, versions and options that the result was computed from.
 
-Every verb of the pipeline adds `uns[key][verb]["receipt"]`. `scmmgpt verify` computes the results again and compares
-both results and receipts. A receipt guards against accidents (another checkpoint of the same name, an edited matrix, a
-new version), not against a forger, who could write a receipt of his own.
+Every verb of the pipeline adds `uns[key][verb]["receipt"]`. `scmmgpt verify` computes the results again, and compares
+results and receipts. A receipt guards against accidents (another checkpoint of the same name, an edited matrix, a new
+version). It does not guard against forgery.
 
-| entry | of what |
+| entry | hash of |
 | --- | --- |
-| `cells` | the cells as they were read: names, genes and counts; not their order, nor the format of the file |
-| `weights` | the tensors that read cells and texts, at float32; `language_model` the others, where a verb uses them |
-| `settings` | what `calibrate` and `finetune` stored: labels, texts, temperature, thresholds |
-| `vocabulary` | names of genes, their aliases, and the words of the tokenizers |
+| `cells` | names, genes and counts of the cells; the order of cells and the format of the file do not matter |
+| `weights` | all tensors except those of the language model, as float32 |
+| `language_model` | the tensors of the language model, for verbs that use the language model |
+| `settings` | values that `calibrate` and `finetune` stored: labels, texts, temperature, thresholds |
+| `vocabulary` | names and aliases of genes, and the words of the tokenizers |
 | `code` | the travelling files |
-| `labels` | the column of labels that descriptions and evidence are of, with the names of the cells; "" for none |
-| `n_cells` | how many cells these labels are of |
-| `checkpoint`, `device`, `dtype`, `versions`, `options` | in words; `options` are JSON, seeds included |
+| `labels` | the column of labels that was described or explained, and the names of the cells; "" for none |
 
-Hashes are the first 16 hexadecimal digits of SHA-256; that of cells is a sum of 64-bit mixes.
+`n_cells` is the number of cells of `labels`. `checkpoint`, `device`, `dtype` and `versions` are words. `options` is
+JSON and includes seeds. A hash is the first 16 hexadecimal digits of SHA-256; the hash of cells is a sum of 64-bit
+mixes.
 """
 
 import functools
@@ -38,12 +39,12 @@ from .records_scmmgpt import recorded
 P = ParamSpec("P")
 R = TypeVar("R")
 
-DIGITS = 16  # of a hash
+DIGITS = 16  # hexadecimal digits of a hash
 PACKAGES = ("scmmgpt", "torch", "transformers", "tokenizers", "numpy", "scipy", "anndata", "numba")
 LANGUAGE_VERBS = ("describe", "generate")  # verbs that run the language model
 LANGUAGE_PARTS = ("language_model.", "lm_head.")
-OF_LABELS = ("explain", "describe")  # verbs whose results are of a column of labels
-UNRECORDED = ("batch_size",)  # options that change no result
+OF_LABELS = ("explain", "describe")  # verbs that read a column of labels
+UNRECORDED = ("batch_size",)  # options that do not change the result
 
 
 # -- hashes -----------------------------------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def digest(parts: Iterable[bytes | str]) -> str:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """Values of a tensor, fractions at float32: a checkpoint in bfloat16 has one hash on every machine."""
+    """The bytes of a tensor; floats are converted to float32, so that the hash does not depend on the loaded dtype."""
     tensor = tensor.detach().cpu()
     tensor = tensor.float() if tensor.is_floating_point() else tensor
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data  # not a copy
@@ -82,18 +83,18 @@ def hash_code() -> str:
 
 @functools.cache
 def installed_versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
-    """Versions of Python and of packages, by default of those that results depend on."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of packages; by default the packages that affect results."""
+    versions = {"python": platform.python_version()}
     for name in packages:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def hash_json(value: Any) -> str:
-    """Hash of a value in JSON, whatever the order of its keys."""
+    """Hash of a value as JSON with sorted keys."""
     return digest([json.dumps(value, sort_keys=True, default=str)])
 
 
@@ -101,10 +102,10 @@ def hash_json(value: Any) -> str:
 
 
 class Signer:
-    """The part of a receipt that a checkpoint and this environment give, hashed once and again after a change.
+    """The part of a receipt that depends on checkpoint and environment. Hashes are cached until the weights change.
 
     Args:
-        model, processor: Those of a pipeline.
+        model, processor: The model and the processor of a pipeline.
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
@@ -114,16 +115,16 @@ class Signer:
     def sign(self, verb: str) -> dict[str, Any]:
         """The receipt of a verb, without `cells` and `options`."""
         config = self.model.config
-        found: dict[str, Any] = {
+        receipt: dict[str, Any] = {
             "checkpoint": str(config._name_or_path or ""),
             "weights": self._weights("weights", lambda name: not is_language(name)),
         }
         if verb in LANGUAGE_VERBS:
-            found["language_model"] = self._weights("language_model", is_language)
+            receipt["language_model"] = self._weights("language_model", is_language)
         device = self.model.device
         name = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
         return {
-            **found,
+            **receipt,
             "settings": self._settings(),
             "vocabulary": self._vocabulary(),
             "code": hash_code(),
@@ -134,7 +135,7 @@ class Signer:
 
     def _weights(self, part: str, belongs: Callable[[str], bool]) -> str:
         tensors = {name: value for name, value in self.model.state_dict().items() if belongs(name)}
-        # Training changes a tensor in place, which counts up its version.
+        # Training changes a tensor in place, which increments the version of the tensor.
         state = [(name, value.data_ptr(), value._version) for name, value in tensors.items()]
         if self.known.get(part, (None, ""))[0] != state:
             self.known[part] = state, hash_tensors(tensors)
@@ -145,27 +146,27 @@ class Signer:
         names = sorted(inspect.signature(type(extractor).__init__).parameters)
         of_cells = {name: getattr(extractor, name) for name in names if hasattr(extractor, name)}
         embedding = getattr(config, "cell_embedding", "cell-text")
-        changed = [] if embedding == "cell-text" else [embedding]  # so that receipts of before stay as they are
+        changed = [] if embedding == "cell-text" else [embedding]  # keeps the hash of older receipts
         return hash_json([config.annotation, getattr(config, "label_readout", None), of_cells, *changed])
 
     def _vocabulary(self) -> str:
         if "vocabulary" not in self.known:
             names = ("tokenizer", "qformer_tokenizer", "gene_tokenizer")
-            found = [getattr(self.processor, name, None) for name in names]
-            words = [None if tokenizer is None else tokenizer.get_vocab() for tokenizer in found]
+            tokenizers = [getattr(self.processor, name, None) for name in names]
+            words = [None if tokenizer is None else tokenizer.get_vocab() for tokenizer in tokenizers]
             self.known["vocabulary"] = None, hash_json([*words, self.processor.gene_aliases])
         return self.known["vocabulary"][1]
 
 
 def is_language(name: str) -> bool:
-    """Whether a tensor is of the language model, by its name."""
+    """Whether the name of a tensor is that of a part of the language model."""
     return name.startswith(LANGUAGE_PARTS) or any(f".{part}" in name for part in LANGUAGE_PARTS)
 
 
 def with_receipt(verb: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a verb of the pipeline that records its settings in `uns[key][verb]`: the receipt is added there.
+    """Decorate a verb of the pipeline: add a receipt to the settings that the verb records in `uns[key][verb]`.
 
-    A verb that records nothing (a search without `key_added`) gets none.
+    A call that records nothing, such as a search without `key_added`, gets no receipt.
     """
 
     @functools.wraps(verb)
@@ -178,7 +179,7 @@ def with_receipt(verb: Callable[P, R]) -> Callable[P, R]:
 
 
 def add_receipt(verb: Callable[..., Any], result: Any, *args: Any, **kwargs: Any) -> None:
-    """Add the receipt of a verb, called with these arguments, to its result, or to the AnnData that it changed."""
+    """Add the receipt of a call of a verb to the AnnData that the verb changed, or to the result of the verb."""
     signature, name = inspect.signature(verb), verb.__name__
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
@@ -188,7 +189,7 @@ def add_receipt(verb: Callable[..., Any], result: Any, *args: Any, **kwargs: Any
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             options |= options.pop(parameter.name)
     uns = (result if adata is None else adata).uns
-    # `embed` and `search` name their own place by `key_added`, and record under the package's name.
+    # In `embed` and `search`, `key_added` names a column or an embedding; both record in uns["scmmgpt"].
     key = "scmmgpt" if name in ("embed", "search") else options["key_added"]
     if options["key_added"] is not None:
         cells = {} if adata is None else {"cells": uns["scmmgpt"]["input"]["cells"].get("hash", "")}
@@ -198,39 +199,39 @@ def add_receipt(verb: Callable[..., Any], result: Any, *args: Any, **kwargs: Any
 
 
 def label_column(key: str, options: Mapping[str, Any]) -> str:
-    """The column of `obs` with the labels that a verb of `OF_LABELS` with these options is of."""
+    """The column of `obs` with the labels that a verb of `OF_LABELS` reads with these options."""
     return str(options.get("label_key", f"{key}_cell_type"))
 
 
 def hash_labels(adata: Any, column: str) -> str:
-    """Hash of the labels of cells and of their names, in any order of the cells; "" without the column."""
+    """Hash of the labels and names of all cells, independent of the order of the cells; "" without the column."""
     if column not in adata.obs:
         return ""
     return digest(sorted(f"{name}\t{label}" for name, label in zip(adata.obs_names, adata.obs[column], strict=True)))
 
 
 def superseded(adata: Any, key: str) -> list[str]:
-    """Verbs whose results in `uns[key]` are of other labels than those that `obs` has now.
+    """Verbs whose results in `uns[key]` were computed from other labels than `obs` has now.
 
-    Of some of the cells, or of joined files, the hash of the labels says nothing: such results count as theirs.
+    In a subset of the cells, and in joined files, the hash of the labels cannot match: such results are not listed.
     """
-    found = []
+    verbs = []
     for verb in OF_LABELS:
         receipt = recorded(adata, key, verb).get("receipt", {})
         if receipt.get("labels") and receipt.get("n_cells") == adata.n_obs:
             column = label_column(key, json.loads(receipt["options"]))
-            found += [verb] * (hash_labels(adata, column) != receipt["labels"])
-    return found
+            verbs += [verb] * (hash_labels(adata, column) != receipt["labels"])
+    return verbs
 
 
 def recorded_options(options: Mapping[str, Any]) -> str:
-    """Options as JSON: those that are given or have a default, without those that change no result."""
+    """Options that are not None as JSON, without the options that do not change the result."""
 
     def plain(value: Any) -> Any:
         return value.tolist() if hasattr(value, "tolist") else os.fspath(value)
 
-    kept = {name: value for name, value in options.items() if value is not None and name not in UNRECORDED}
+    recorded_values = {name: value for name, value in options.items() if value is not None and name not in UNRECORDED}
     try:
-        return json.dumps(kept, default=plain)
-    except TypeError:  # an object for the language model's `generate`, which no receipt can hold
-        return json.dumps(kept, default=repr)
+        return json.dumps(recorded_values, default=plain)
+    except TypeError:  # an object for `generate` of the language model, which JSON cannot hold
+        return json.dumps(recorded_values, default=repr)

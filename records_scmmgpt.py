@@ -1,4 +1,4 @@
-"""What a verb reads of `obs`, and what it adds to an AnnData: columns, tables, settings, and the report of the cells.
+"""Access to an AnnData: columns of `obs` that a verb reads; columns, tables, settings and reports that a verb adds.
 
 This file travels with the weights, so it imports neither AnnData nor pandas.
 """
@@ -14,46 +14,46 @@ import numpy as np
 
 
 logger = logging.getLogger(__name__)
-MISSING = "(missing)"  # in place of a label or a cluster
-MOST_CLUSTERS = 20  # that may have one cell each for the most part
-NAMED = 3  # names that a warning lists
-NEAR_ENDS, MOST_NEAR = 4, 10_000  # letters that a name like another shares at an end; names that are compared
+MISSING = "(missing)"  # stands for a missing label or cluster
+NAMED = 3  # most names that a warning lists
+MOST_CLUSTERS = 20  # a column with more values, most of them in one cell only, is no clustering
+NEAR_ENDS, MOST_NEAR = 4, 10_000  # letters that similar names share at one end; most names that are compared
 
 
 def need_columns(obs: Any, *names: str) -> None:
-    """Refuse `obs`, or another table, without some columns.
+    """Check that `obs`, or another table, has some columns.
 
     Raises:
-        ValueError: That names them, those that there are, and the one that may be meant.
+        ValueError: If a column is missing. The message names the missing columns, all columns, and a similar name.
     """
     missing = [name for name in names if name not in obs]
     if not missing:
         return
-    known = [str(name) for name in obs.columns]
-    given = [name for name in known if not name.startswith("scmmgpt_") or missing[0].startswith("scmmgpt")]
+    columns = [str(name) for name in obs.columns]
+    given = [name for name in columns if not name.startswith("scmmgpt_") or missing[0].startswith("scmmgpt")]
     near = difflib.get_close_matches(missing[0], given, n=1)
-    there = f"it has {known}" if known else "it has no columns"
+    available = f"it has {columns}" if columns else "it has no columns"
     which = f"column {missing[0]!r}" if len(missing) == 1 else f"columns {missing}"
-    raise ValueError(f"obs has no {which}; {there}." + (f" Do you mean {near[0]!r}?" if near else ""))
+    raise ValueError(f"obs has no {which}; {available}." + (f" Do you mean {near[0]!r}?" if near else ""))
 
 
 def words_of(obs: Any, key: str) -> np.ndarray:
-    """A column of `obs`, as str `(n_obs,)`: `MISSING` where it has no value, "3" for 3.0 among whole numbers."""
+    """A column of `obs` as str `(n_obs,)`; a missing value is `MISSING`, and 3.0 among whole numbers is "3"."""
     need_columns(obs, key)
     values, absent = obs[key], np.asarray(obs[key].isna())
     present = np.asarray(values[~absent])
     if present.dtype.kind == "f" and (np.isfinite(present) & (present == np.floor(present))).all():
-        present = present.astype(np.int64)  # numbers beside missing ones
+        present = present.astype(np.int64)  # integers with missing values are stored as floats
     words = np.full(len(values), MISSING, dtype=object)
     words[~absent] = present.astype(str)
     return words.astype(str)
 
 
 def clusters_of(obs: Any, key: str) -> np.ndarray:
-    """The clusters of a column of `obs`, as [`words_of`] has them.
+    """The clusters in a column of `obs`, from [`words_of`].
 
     Raises:
-        ValueError: If no cell has a cluster, or if the values are measurements or names: most cells have one alone.
+        ValueError: If no cell has a cluster, or if most values occur in one cell only, as measurements and names do.
     """
     clusters = words_of(obs, key)
     if len(clusters) and (clusters == MISSING).all():
@@ -70,48 +70,48 @@ def clusters_of(obs: Any, key: str) -> np.ndarray:
 
 
 def rows_named(names: Iterable[Any], wanted: Sequence[str]) -> np.ndarray:
-    """Rows of the cells that are wanted by name, int64, in order, each once.
+    """Rows of the cells with the `wanted` names, int64, ascending and unique.
 
     Args:
         names: Names of all cells.
-        wanted: Names of some.
+        wanted: Names to look for.
 
     Raises:
-        ValueError: If none is wanted, or a name is that of no cell, or of several.
+        ValueError: If `wanted` is empty, or if no cell or several cells have a wanted name.
     """
     rows: dict[str, list[int]] = {str(name): [] for name in wanted}
     if not rows:
-        raise ValueError("like names no cell; name one or more, as obs_names has them.")
+        raise ValueError("like is empty; name one cell or more, as in obs_names.")
     for row, name in enumerate(names):
         if str(name) in rows:
             rows[str(name)].append(row)
-    if missing := [name for name, found in rows.items() if not found]:
+    if missing := [name for name, rows_of in rows.items() if not rows_of]:
         near = names_near(missing[0], names)
         meant = f" Do you mean {' or '.join(map(repr, near))}?" if near else ""
         others = f" (nor {len(missing) - 1} others of the {len(rows)})" if len(missing) > 1 else ""
         raise ValueError(f"No cell is called {missing[0]!r}{others}.{meant or ' The names are those of obs_names.'}")
-    if repeated := [name for name, found in rows.items() if len(found) > 1]:
+    if repeated := [name for name, rows_of in rows.items() if len(rows_of) > 1]:
         raise ValueError(
-            f"{len(rows[repeated[0]])} cells are called {repeated[0]!r}: `adata.obs_names_make_unique()` tells them "
-            "apart."
+            f"{len(rows[repeated[0]])} cells are called {repeated[0]!r}: make names unique with "
+            "`adata.obs_names_make_unique()`."
         )
-    return np.unique(np.array([row for found in rows.values() for row in found], dtype=np.int64))
+    return np.unique(np.array([row for rows_of in rows.values() for row in rows_of], dtype=np.int64))
 
 
 def names_near(name: str, names: Iterable[Any]) -> list[str]:
-    """Up to three names that may be meant by one, the nearest first: they start or end as it does.
+    """Up to three similar names with the same first or last letters, the most similar first.
 
     >>> names_near("aaacct", ["AAACCT-1", "GGGTTT-1", "AAAGGT-1"])
     ['AAACCT-1']
     """
     word = name.casefold()
     ends = word[:NEAR_ENDS], word[-NEAR_ENDS:]
-    alike = (
+    similar = (
         str(other)
         for other in names
         if str(other).casefold().startswith(ends[0]) or str(other).casefold().endswith(ends[1])
     )
-    spelt = {other.casefold(): other for other in islice(alike, MOST_NEAR)}
+    spelt = {other.casefold(): other for other in islice(similar, MOST_NEAR)}
     return [spelt[near] for near in difflib.get_close_matches(word, spelt, n=3, cutoff=0.7)]
 
 
@@ -147,21 +147,21 @@ def in_few_lines(messages: Iterable[str]) -> list[str]:
 
 
 def add_column(adata: Any, name: str, values: np.ndarray) -> None:
-    """Add a column to `obs`; words as categories, as scanpy plots them."""
+    """Add a column to `obs`; strings become categories, which scanpy can plot."""
     adata.obs[name] = values
     if values.dtype.kind in "UO":
         adata.obs[name] = adata.obs[name].astype("category")
 
 
 def table_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Rows as columns that `.h5ad` files hold."""
+    """Rows -> columns of types that `.h5ad` files can store."""
     rows = list(rows)
     table = {name: np.asarray([row[name] for row in rows]) for name in (rows[0] if rows else ())}
     return {name: values.astype(object) if values.dtype.kind == "U" else values for name, values in table.items()}
 
 
 def storable(value: Any) -> Any:
-    """A part of a report in types that `.h5ad` files hold."""
+    """A part of a report in types that `.h5ad` files can store."""
     if isinstance(value, Mapping):
         return {str(k).replace("/", "_"): storable(v) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
@@ -170,7 +170,11 @@ def storable(value: Any) -> Any:
 
 
 def finish_report(report: dict[str, Any]) -> None:
-    """Add the warnings about the converted cells."""
+    """Add the warnings about the converted cells to the report, and log them.
+
+    Raises:
+        ValueError: If no cell expresses a gene of the vocabulary.
+    """
     cells, messages = report["cells"], []
     converted = cells.get("converted", 0)
     if cells.get("without_genes"):
@@ -180,12 +184,12 @@ def finish_report(report: dict[str, Any]) -> None:
                 "is zero. Pass another `layer=`."
             )
         messages.append(
-            f"{cells['without_genes']} of {converted} cells express no gene of the vocabulary; they stay, empty."
+            f"{cells['without_genes']} of {converted} cells express no gene of the vocabulary and stay as empty cells."
         )
     if cells.get("counts_not_recovered"):
         messages.append(
             f"In {cells['counts_not_recovered']} of {converted} cells the values are not multiples of one unit: these "
-            "cells keep their normalised values."
+            "cells keep the normalised values."
         )
     for message in messages:
         logger.warning(message)
@@ -193,20 +197,20 @@ def finish_report(report: dict[str, Any]) -> None:
 
 
 def record(adata: Any, key: str, report: dict[str, Any] | None, **done: Any) -> Any:
-    """Add the settings of a verb, and the report of what was read, to `uns`; entries of other verbs stay."""
+    """Add the settings of a verb, and the report of the input, to `uns`; entries of other verbs stay."""
     added = [(key, done)] if report is None else [("scmmgpt", {"input": storable(report)}), (key, done)]
     for name, entries in added:
         before = adata.uns.get(name, {})
         if not isinstance(before, Mapping):
-            logger.warning(f"uns[{name!r}] was {str(before)[:60]!r}; the results are now there.")
+            logger.warning(f"uns[{name!r}] was {str(before)[:60]!r}; the results replace this value.")
             before = {}
         adata.uns[name] = {**before, **entries}
     return adata
 
 
 def recorded(adata: Any, key: str, verb: str) -> Mapping[str, Any]:
-    """What [`record`] added to `uns[key]` for a verb; empty without it, and where others keep something else there."""
-    found: Any = adata.uns
+    """The entry of a verb in `uns[key]`, from [`record`]; empty if `uns[key]` holds no such entry."""
+    entry: Any = adata.uns
     for name in (key, verb):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found if isinstance(found, Mapping) else {}
+        entry = entry.get(name) if isinstance(entry, Mapping) else None
+    return entry if isinstance(entry, Mapping) else {}

@@ -1,12 +1,12 @@
-"""The cells of a file as one more dataset of the readout that names them.
+"""Refinement: the cells of a file as one more dataset of the label readout (self-training).
 
-A laboratory differs from another more than cells of one type differ, and the file to annotate comes from a laboratory
-that the readout has not seen. The cells of the file whose best label leads clearly are taken for cells of that label,
-and their mean profile joins the groups of the label in the regression ([`FileMeans`]). It has little weight: what
-several datasets agree on stays, and the file decides what they leave open. The result is one more set of weights, so
-that a cell still has the same answer in every batch and partition of its file.
+Differences between laboratories exceed differences between cells of one type, and a file usually comes from a
+laboratory that the readout has not seen. Cells of the file whose best label leads clearly are taken as cells of that
+label, and their mean profile joins the groups of the label in the regression ([`FileMeans`]). The file gets little
+weight: what several datasets agree on stays, and the file decides the rest. The result is one more set of weights, so
+a cell gets the same label in every batch and partition of the file.
 
-Of a narrow panel, whose few genes are chosen for what they tell, the likelihood of the counts is weighed in
+In a narrow panel, whose few genes were chosen as markers, the likelihood of the counts is added to the scores
 ([`log_shares`]).
 """
 
@@ -20,24 +20,24 @@ from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout
 from .regression_scmmgpt import solve_groups, with_groups
 
 
-# Chosen over datasets left out, with all genes and on panels (`train/LOG.md`).
-LEAST_LEAD = 0.1  # of the best label's score over every other, of a cell that stands for its label
-FILE_WEIGHT = 0.01  # of the file, beside all datasets that have the label, which are 1
-SHRINKING_CELLS = 3  # of a label at which the file has half of this weight
-MIN_FILE = 20  # cells: fewer leave the readout as it is
-NARROW = 2000  # genes of the readout: a panel with fewer is a narrow one
-LIKELIHOOD_WEIGHT = 0.5  # of a mean log likelihood, beside scores of about 1 for the right label and 0 for others
-BACKGROUND = 0.3  # of the mean over labels in the profile of each, and `LEAST_ROOT` of each gene
-LEAST_ROOT = 1e-3  # square root of CP10k
+# These constants were chosen on left-out datasets, with all genes and on panels (`train/LOG.md`).
+LEAST_LEAD = 0.1  # least lead of the best score over all others for a cell to join the mean of its best label
+FILE_WEIGHT = 0.01  # weight of the file for a label; all datasets that have the label weigh 1 together
+SHRINKING_CELLS = 3  # number of cells of a label at which the file has half of this weight
+MIN_FILE = 20  # a file with fewer cells does not refine the readout
+NARROW = 2000  # a panel with fewer genes of the readout is narrow
+LIKELIHOOD_WEIGHT = 0.5  # weight of the mean log-likelihood, added to scores of about 1 (right label) and 0 (others)
+BACKGROUND = 0.3  # share of the mean profile of all labels that is added to the profile of each label
+LEAST_ROOT = 1e-3  # square root of CP10k that is added to every gene: no logarithm of zero
 
 
 @dataclass
 class FileMeans:
-    """Mean profiles of the cells of a file that stand for a label.
+    """Mean profiles of the confidently labelled cells of a file.
 
     Args:
-        means: float32 `(n_labels, n_genes)`, log1p(CP10k) on the scale of the panel; 0 for a label without a cell.
-        n_cells: int64 `(n_labels,)`: the cells of each.
+        means: float32 `(n_labels, n_genes)`, log1p(CP10k) on the scale of the panel; 0 for a label without cells.
+        n_cells: int64 `(n_labels,)`: number of cells in each mean.
     """
 
     means: np.ndarray
@@ -45,27 +45,29 @@ class FileMeans:
 
     @classmethod
     def of(cls, panel: PanelReadout, cells: Cells) -> "FileMeans":
-        """Of the cells of a file, or of some from all over it; the labels are those of `panel`.
+        """Mean profiles by the labels of `panel`, of all cells of a file or of a sample from the whole file.
 
-        A cell without a count, whose scores are the bias of the labels, stands for none.
+        A cell without counts is left out, as its scores are the bias alone.
         """
         scores, (indptr, positions, values) = panel.scores(cells), panel.last_profiles(cells)
         best, (n_labels, n_genes) = scores.argmax(axis=1), panel.weights.T.shape
         ahead = np.sort(np.pad(scores, ((0, 0), (1, 0)), constant_values=-np.inf), axis=1)
         lengths = np.diff(indptr)
-        kept = (ahead[:, -1] - ahead[:, -2] >= LEAST_LEAD) & (lengths > 0)
-        n_cells = np.bincount(best[kept], minlength=n_labels)
-        entry, label = np.repeat(kept, lengths), np.repeat(best, lengths)
+        is_clear = (ahead[:, -1] - ahead[:, -2] >= LEAST_LEAD) & (lengths > 0)
+        n_cells = np.bincount(best[is_clear], minlength=n_labels)
+        entry, label = np.repeat(is_clear, lengths), np.repeat(best, lengths)
         places = label[entry] * n_genes + positions[entry]
         sums = np.bincount(places, weights=values[entry], minlength=n_labels * n_genes).reshape(n_labels, n_genes)
         return cls((sums / n_cells.clip(min=1)[:, None]).astype(np.float32), n_cells)
 
     def refine(self, readout: ScMMGPTLabelReadout, panel: PanelReadout, labels: Sequence[int]) -> PanelReadout:
-        """The panel with weights for probabilities from groups and file; scores and novelty stay.
+        """The panel with `file_weights` and `file_bias`, solved from the groups of the readout and these means.
+
+        Only the probabilities change. The scores of the labels, and so novelty, stay.
 
         Args:
-            readout: With groups; what `panel` was solved from.
-            panel: For the genes of the file.
+            readout: The readout that `panel` was solved from; it has groups.
+            panel: The readout for the genes of the file.
             labels: Positions in the readout of the labels of `panel`.
         """
         a = readout.arrays()
@@ -86,21 +88,24 @@ class FileMeans:
 
 
 def refine_by_cells(readout: ScMMGPTLabelReadout, panel: PanelReadout, cells: Cells) -> PanelReadout:
-    """The panel of all labels, refined by cells of one file; as it is for fewer than `MIN_FILE`."""
+    """The panel, which has all labels of the readout, refined by cells of one file; unchanged below `MIN_FILE`."""
     if len(cells) < MIN_FILE:
         return panel
     return FileMeans.of(panel, cells).refine(readout, panel, range(len(panel.bias)))
 
 
 def log_shares(a: dict[str, np.ndarray], here: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Weights of `regression_scmmgpt.root_shares`, float32 `(n_here, n_labels)`: the likelihood of a cell's counts.
+    """Weights of a multinomial log-likelihood of each label, for the profiles of `regression_scmmgpt.root_shares`.
 
-    It is multinomial, of the square roots of the counts, which few genes do not decide alone.
+    The likelihood is of the square roots of the counts, so that a few highly expressed genes do not decide alone.
 
     Args:
-        a: Of a readout with groups.
-        here: bool `(num_genes,)`: the genes of the panel.
-        labels: Positions of the labels.
+        a: The arrays of a readout with groups.
+        here: bool `(num_genes,)`: which genes of the readout the panel has.
+        labels: Positions of the labels in the readout.
+
+    Returns:
+        float32 `(n_here, n_labels)`: `LIKELIHOOD_WEIGHT` times the log share of each gene.
     """
     mentions = (a["group_labels"] * a["group_weights"][:, None])[:, labels].T
     means = mentions @ np.expm1(a["groups"][:, here]).clip(min=0) / mentions.sum(axis=1, keepdims=True)

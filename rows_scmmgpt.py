@@ -1,4 +1,4 @@
-"""Rows of the matrices of an AnnData, from any form of matrix: dense, sparse, on disk, lazy.
+"""Rows of a matrix of an AnnData, from any form of matrix: dense, sparse, on disk, lazy.
 
 This file travels with the weights, so it imports neither AnnData nor SciPy.
 """
@@ -13,10 +13,10 @@ from .cells_scmmgpt import segment
 from .kernels_scmmgpt import LARGEST_VALUE, find_entries, kernels_pay, name_genes
 
 
-N_SAMPLED_ROWS, N_BLOCKS = 512, 8  # a verdict rests on these rows, in blocks spread over the matrix
-N_SAMPLED_VALUES = 1_000_000  # of richer rows, fewer are sampled
-# A value in the place of zeros: the matrix has at most this share of zeros, and each of its rows has the value in this
-# share of the genes.
+N_SAMPLED_ROWS, N_BLOCKS = 512, 8  # rows of the sample that a verdict rests on, in blocks spread over the matrix
+N_SAMPLED_VALUES = 1_000_000  # most values of the sample: dense rows are sampled more sparsely
+# A matrix has a floor in place of zeros if at most this share of its values is zero, and if each row has the floor in
+# this share of the genes.
 MOST_ZEROS, FLOOR_SHARE = 0.001, 0.2
 COUNTED_SHARE, MIN_COUNTED_ROWS = 0.5, 10  # for integers, such as counts + 1
 
@@ -42,38 +42,38 @@ def matrix_of(adata: Any, source: str) -> Any:
 
 
 def totals_of(adata: Any, column: str | None) -> np.ndarray | None:
-    """The counts per cell over all genes that a column of `obs` states, float64 `(n_cells,)`."""
+    """Total counts per cell over all genes, float64 `(n_cells,)`, from a column of `obs`; None without a column."""
     return None if column is None else np.asarray(adata.obs[column]).astype(np.float64)
 
 
 @dataclass
 class CountRows:
-    """Rows of a sparse matrix without zeros: the three arrays of CSR and a shape."""
+    """Rows of a sparse matrix without stored zeros: the three arrays of CSR, and a shape."""
 
     indptr: np.ndarray
     indices: np.ndarray
     data: np.ndarray
     shape: tuple[int, int]
-    positions: np.ndarray | None = None  # int64 (n_rows,): row of the sampled matrix that each one was
-    sums: np.ndarray | None = None  # float64 (n_rows,), of all columns, if `indices` are the ids of genes
+    positions: np.ndarray | None = None  # int64 (n_rows,): row numbers in the sampled matrix
+    sums: np.ndarray | None = None  # float64 (n_rows,): sums over all columns, if `indices` are gene ids
 
     def entries(self, chosen: np.ndarray) -> "CountRows":
-        """The same rows with the entries where `chosen` (bool, `(nnz,)`) holds."""
-        kept = np.concatenate(([0], np.cumsum(chosen)))
-        return replace(self, indptr=kept[self.indptr], indices=self.indices[chosen], data=self.data[chosen])
+        """These rows with the entries in the mask `chosen`, bool `(nnz,)`."""
+        n_before = np.concatenate(([0], np.cumsum(chosen)))
+        return replace(self, indptr=n_before[self.indptr], indices=self.indices[chosen], data=self.data[chosen])
 
     def columns(self, keep: np.ndarray) -> "CountRows":
-        """The same rows with the entries of the columns where `keep` (bool, `(n_vars,)`) holds; the shape stays."""
+        """These rows with the entries of the columns in the mask `keep`, bool `(n_vars,)`; the shape stays."""
         return self if keep.all() else self.entries(keep[self.indices])
 
     def locate(self, wanted: np.ndarray) -> list[int]:
-        """Row (in the matrix that was sampled) and column of the first entry where `wanted` (bool `(nnz,)`) holds."""
+        """Row (in the sampled matrix) and column of the first entry in the mask `wanted`, bool `(nnz,)`."""
         entry = int(np.flatnonzero(wanted)[0])
         row = int(np.searchsorted(self.indptr, entry, side="right")) - 1
         return [row if self.positions is None else int(self.positions[row]), int(self.indices[entry])]
 
     def floor(self) -> float:
-        """The value that zeros have, such as log(0 + pseudo-count); 0 where zeros are zero.
+        """The value that stands for a count of zero, such as log(pseudocount); 0 if zero itself does.
 
         Most counts of a cell are zero: a matrix without zeros has another value in their place if the least value is
         the same in every row, and frequent. Integers are counts of at least one, as their genes were filtered, unless
@@ -92,19 +92,19 @@ class CountRows:
         return float(least) if (at_floor >= share * n_vars).all() else 0.0
 
     def above(self, floor: float) -> "CountRows":
-        """The same rows with `floor` as zero."""
+        """These rows minus `floor`, without the entries at the floor."""
         if not floor:
             return self
         return replace(self, data=self.data - self.data.dtype.type(floor)).entries(self.data != floor)
 
     def row_sums(self, values: np.ndarray | None = None) -> np.ndarray:
-        """Sum of each row's data, or of `values` in their place; float64 `(n_cells,)`."""
+        """Row sums of `data`, or of `values` `(nnz,)`, float64 `(n_rows,)`."""
         values = self.data if values is None else values
         return segment(np.add, values.astype(np.float64, copy=False), self.indptr)
 
 
 def row_major(matrix: Any) -> Any:
-    """The matrix in a form whose rows can be sliced; a new object if it had to be converted."""
+    """The matrix in a form whose rows can be sliced; a column-major sparse matrix is converted."""
     if getattr(matrix, "format", "csr") != "csr":
         if hasattr(matrix, "to_memory"):  # AnnData's view of a column-major matrix on disk
             matrix = matrix.to_memory()
@@ -113,7 +113,7 @@ def row_major(matrix: Any) -> Any:
 
 
 def is_in_memory(matrix: Any) -> bool:
-    """Whether the matrix is a NumPy array, or a SciPy matrix of such."""
+    """Whether the matrix is a NumPy array, or a SciPy matrix of NumPy arrays."""
     return isinstance(matrix, np.ndarray) or isinstance(getattr(matrix, "data", None), np.ndarray)
 
 
@@ -126,8 +126,13 @@ def is_expression(values: np.ndarray, *, signed: bool = False) -> bool:
 
 
 def read_rows(matrix: Any, start: int, stop: int) -> CountRows:
-    """Rows `start:stop` of a NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix: zeros dropped, type kept."""
-    if getattr(matrix, "format", None) == "csr" and is_in_memory(matrix):  # where SciPy would copy the entries
+    """Rows `start:stop` of a NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix: no zeros, same dtype.
+
+    Raises:
+        ValueError: If the matrix does not have two dimensions.
+        TypeError: If the matrix does not hold real numbers.
+    """
+    if getattr(matrix, "format", None) == "csr" and is_in_memory(matrix):  # a slice by SciPy would copy the entries
         entries = slice(matrix.indptr[start], matrix.indptr[stop])
         indptr = matrix.indptr[start : stop + 1].astype(np.int64) - entries.start
         rows = CountRows(indptr, matrix.indices[entries], matrix.data[entries], (stop - start, matrix.shape[1]))
@@ -142,24 +147,26 @@ def read_rows(matrix: Any, start: int, stop: int) -> CountRows:
     block = np.asarray(block)
     if block.ndim != 2:
         raise ValueError(f"The matrix has shape {block.shape}; expected two dimensions, (n_cells, n_genes).")
-    # Numba takes no half floats, no foreign byte order and no text.
-    is_known = block.dtype.isnative and (block.dtype.kind in "biu" or block.dtype in (np.float32, np.float64))
+    # Numba supports no half floats, no foreign byte order and no text.
+    is_supported = block.dtype.isnative and (block.dtype.kind in "biu" or block.dtype in (np.float32, np.float64))
     block = np.ascontiguousarray(block)
-    if not (is_known and kernels_pay(len(block))):
+    if not (is_supported and kernels_pay(len(block))):
         return _checked(CountRows(*_find_entries_numpy(block), block.shape))
     indptr, columns, data, *_ = find_entries(block, np.arange(block.shape[1], dtype=np.int32), *_room(block))
     return _checked(CountRows(indptr, columns, data, block.shape))
 
 
 def name_rows(matrix: Any, start: int, stop: int, ids: np.ndarray) -> CountRows | None:
-    """Rows `start:stop` of a matrix of counts in memory, named in one pass; else [`read_rows`] and `Cells.from_csr`.
+    """Rows `start:stop` of a matrix of counts in memory, with gene ids for columns, in one pass of a compiled loop.
 
     Args:
-        ids: int32 `(n_vars,)`: the gene of each column, none twice, or -1.
+        matrix: Counts, `(n_cells, n_vars)`.
+        start, stop: The rows.
+        ids: int32 `(n_vars,)`: the gene of each column, or -1; no gene may occur twice.
 
     Returns:
-        Rows with `sums` and with ids of genes for `indices`; entries without a gene are left out. `None` for a matrix
-        that takes more than one pass, such as short integers, and for values that cannot be counts.
+        Rows with `sums`, without the entries of columns without a gene. None if the loop does not support the matrix
+        (such as short integers), or if a value is not plausible as a count: use [`read_rows`] and `Cells.from_csr`.
     """
     data, is_sparse = getattr(matrix, "data", None), getattr(matrix, "format", None) == "csr"
     values = data if is_sparse else matrix
@@ -182,15 +189,15 @@ def name_rows(matrix: Any, start: int, stop: int, ids: np.ndarray) -> CountRows 
 
 
 def _room(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays for the entries of a dense matrix, sized by a sample of the rows, because fresh memory takes time."""
+    """Arrays for the entries of a dense matrix, sized by a sample of rows: allocating memory takes time."""
     some = block[:: 1 + len(block) // 128]
-    # Counting booleans is eight times faster than counting numbers.
+    # `count_nonzero` is eight times faster on booleans than on numbers.
     size = block.shape[1] + int(1.1 * len(block) * np.count_nonzero(some != 0) / max(1, len(some)))
     return np.empty(size, np.int32), np.empty(size, block.dtype)
 
 
 def _checked(rows: CountRows) -> CountRows:
-    """The rows, if they hold numbers."""
+    """The rows; bool becomes int8, and a dtype that is no real number raises TypeError."""
     if rows.data.dtype == bool:
         rows.data = rows.data.astype(np.int8)
     if not np.issubdtype(rows.data.dtype, np.number) or np.issubdtype(rows.data.dtype, np.complexfloating):
@@ -203,13 +210,13 @@ def _checked(rows: CountRows) -> CountRows:
 
 def _find_entries_numpy(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[`find_entries`] in NumPy."""
-    places = np.flatnonzero(matrix != 0)  # via booleans: several times faster than on numbers
+    places = np.flatnonzero(matrix != 0)  # several times faster on booleans than on numbers
     rows, columns = np.divmod(places, max(matrix.shape[1], 1))
     return np.searchsorted(rows, np.arange(len(matrix) + 1)), columns.astype(np.int32), matrix.ravel()[places]
 
 
 def sample_rows(matrix: Any) -> CountRows:
-    """About `N_SAMPLED_ROWS` rows, fewer if they are rich, in contiguous blocks spread evenly over the matrix."""
+    """About `N_SAMPLED_ROWS` rows in contiguous blocks, spread evenly over the matrix; fewer if rows are dense."""
     n_cells, n_vars = matrix.shape
     if n_cells <= N_SAMPLED_ROWS:
         starts, size = [0], n_cells
@@ -219,13 +226,13 @@ def sample_rows(matrix: Any) -> CountRows:
     parts = [read_rows(matrix, start, start + size) for start in starts]
     positions = np.concatenate([np.arange(start, start + size) for start in starts])
     lengths = np.concatenate([np.diff(part.indptr) for part in parts])
-    kept = np.zeros(len(lengths), dtype=bool)
-    kept[:: 1 + int(lengths.sum()) // N_SAMPLED_VALUES] = True
-    entries = np.repeat(kept, lengths)
+    sampled = np.zeros(len(lengths), dtype=bool)
+    sampled[:: 1 + int(lengths.sum()) // N_SAMPLED_VALUES] = True
+    entries = np.repeat(sampled, lengths)
     return CountRows(
-        np.concatenate(([0], np.cumsum(lengths[kept]))),
+        np.concatenate(([0], np.cumsum(lengths[sampled]))),
         np.concatenate([part.indices for part in parts])[entries],
         np.concatenate([part.data for part in parts])[entries],
-        (int(kept.sum()), n_vars),
-        positions[kept],
+        (int(sampled.sum()), n_vars),
+        positions[sampled],
     )

@@ -1,4 +1,4 @@
-"""Scores of labels for cells, a batch at a time: similarity with the labels' texts, matching, readout and novelty."""
+"""Scores of labels for a batch of cells: similarity with texts, matching, label readout and novelty."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +20,10 @@ TEXTS_AT_ONCE = 256
 def encode_texts(
     bridge: ScMMGPTBridgeModel, processor: ScMMGPTProcessor, texts: Sequence[str], *, projected: bool = True
 ) -> Tensor:
-    """Texts in the shared space, `(n_texts, projection_dim)`, L2-normalised; else their states, `(n_texts, width)`."""
+    """Features of texts in the shared space, `(n_texts, projection_dim)`, L2-normalised.
+
+    With `projected=False`, the states before the projection, `(n_texts, hidden_size)`.
+    """
     inputs = processor(qformer_text=list(texts)).to(bridge.device)
     with torch.inference_mode():
         ids, mask = inputs["qformer_input_ids"], inputs["qformer_attention_mask"]
@@ -32,8 +35,7 @@ def encode_texts(
 def text_states(bridge: ScMMGPTBridgeModel, processor: ScMMGPTProcessor, texts: Sequence[str]) -> np.ndarray:
     """States of texts before the projection, float64 `(n_texts, hidden_size)`, L2-normalised.
 
-    Texts that are alike to the BERT are alike here, also in what no training cell has shown. Texts of like length are
-    encoded together.
+    Before the projection, texts keep distinctions that no training cell shows. Texts of similar length share a batch.
     """
     order = np.argsort([len(text) for text in texts], kind="stable")
     pieces = [order[start : start + TEXTS_AT_ONCE] for start in range(0, len(order), TEXTS_AT_ONCE)]
@@ -53,16 +55,19 @@ def mean_similarity(
     trained: Sequence[str],
     panel: PanelReadout,
 ) -> Callable[[Cells], np.ndarray]:
-    """Cells -> similarity of each text with the texts of the labels, weighted by their probabilities, `(n, n_texts)`.
+    """A function of cells: expected similarity of each text with the text of the cell's label.
 
-    A cosine with a cell's place in the shared space forgets how far the cell is from the middle of all labels: of two
-    labels it keeps which one is nearer, and no more.
+    The expectation is over the label probabilities of the readout. A cosine with the features of a cell would lose how
+    certain a label is, as the features are normalised.
 
     Args:
         bridge, processor: The checkpoint.
-        texts: What is searched for.
-        trained: The texts of the readout's labels.
+        texts: The search texts.
+        trained: Texts of the labels of the readout.
         panel: The readout for the genes of the file.
+
+    Returns:
+        Cells -> float32 `(n_cells, n_texts)`.
     """
     similarity = text_states(bridge, processor, trained) @ text_states(bridge, processor, texts).T
 
@@ -73,19 +78,19 @@ def mean_similarity(
 
 
 class LabelScorer:
-    """Similarity of cells with texts, and matching and novelty where they are computed.
+    """Similarity of cells with texts; matching and novelty, if requested.
 
-    With `readout` its log probabilities take the place of similarities, plus similarities at `similarity_weight`; at
-    weight 0 without matching the transformer does not run. Both are multiplied by the temperature at which they were
-    fitted: `label_probabilities` divides by the temperature that the user or `calibrate` chose.
+    With a readout, the similarity is `readout_temperature * (log probability + similarity_weight * cosine)`.
+    `label_probabilities` divides by the temperature that the user or `calibrate` chose. The transformer does not run
+    if `similarity_weight` is 0 and there is no matching.
 
     Args:
         bridge, processor: The checkpoint.
         texts: The texts of the labels.
         settings: `readout_temperature`, `matching_weight` (0 for no matching) and `matching_candidates`.
-        similarity_weight: Weight of similarities beside the readout, which `finetune` chose.
+        similarity_weight: Weight of the cosine beside the readout, chosen by `finetune`.
         readout: Scores of the texts by the label readout, for the genes of the file.
-        novelty_of: A batch of cells -> novelty, float32 `(n_cells,)`.
+        novelty_of: Cells -> novelty, float32 `(n_cells,)` or `(n_cells, n_columns)`.
     """
 
     def __init__(
@@ -107,8 +112,11 @@ class LabelScorer:
             self.text_features = encode_texts(bridge, processor, texts)
 
     def __call__(self, cells: Cells) -> tuple[Tensor, ...]:
-        """Similarity `(n_cells, n_texts)`; matching, likewise, NaN for texts that are not candidates; novelty."""
-        # The readout keeps the scores of these cells, and the novelty of all starts from them: it comes second.
+        """Similarity and matching, `(n_cells, n_texts)`, and novelty of a batch of cells.
+
+        Matching is NaN for texts that are no candidates. Results that are not computed are left out; see [`name`].
+        """
+        # Novelty comes second: it reuses the scores that the readout has cached for these cells.
         from_readout = None if self.readout is None else torch.from_numpy(self.readout(cells))
         novelty = () if self.novelty_of is None else (torch.from_numpy(self.novelty_of(cells)),)
         if from_readout is not None and self.readout_alone:
@@ -128,7 +136,7 @@ class LabelScorer:
         return (similarity, match, *novelty)
 
     def name(self, scores: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Similarity, matching and novelty of all cells, None what is not computed, from the arrays of all calls."""
+        """Similarity, matching and novelty from the joined results of all calls; None for what is not computed."""
         return (
             scores[0],
             scores[1] if self.num_candidates else None,

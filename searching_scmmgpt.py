@@ -1,4 +1,4 @@
-"""Places of cells in the space that they share with texts, and searches in it."""
+"""The steps of `embed` (embeddings of cells) and of `search` (scores of cells for texts, or for example cells)."""
 
 import re
 import textwrap
@@ -33,7 +33,10 @@ class SearchSteps(CellPasses):
     def embed_cells(
         self, adata: Any, choice: InputChoice, of: str | None = None, batch_size: int | None = None
     ) -> np.ndarray:
-        """Embeddings of cells, float32: of all of the data that `choice` was made for, or of a part."""
+        """Embeddings of the cells of `adata`, float32 `(n_obs, width)`, L2-normalised.
+
+        `adata` is the data that `choice` was made for, or a part of the data; `of` is as in [`embedding_of`].
+        """
         of = self.embedding_of(of)
         profile = self._bridge().label_readout.embedding_for(choice.match.measured) if of == "profile" else None
         features_of = self.features_of(choice) if of == "cell-text" else None
@@ -54,14 +57,18 @@ class SearchSteps(CellPasses):
         return self._map_cells(embedding, chunks, batch_size, "Embedding", adata.shape[0], is_padded)[0]
 
     def embedding_of(self, of: str | None = None) -> str:
-        """What is embedded, see [`ScMMGPTPipeline.embed`]: as given, else as the checkpoint has it."""
+        """The kind of embedding, see [`ScMMGPTPipeline.embed`]; by default the one of the checkpoint.
+
+        Raises:
+            ValueError: If there is no such kind, or the checkpoint does not support it.
+        """
         of = self.model.config.cell_embedding if of is None else of
         if of not in CELL_EMBEDDINGS:
             raise ValueError(f"of is {of!r}; choose one of {CELL_EMBEDDINGS}.")
         if of == "profile" and not (self.model.config.label_readout or {}).get("num_groups"):
             raise ValueError(
-                "This checkpoint has no groups of cells to embed profiles by, which `release` fits; "
-                "choose 'cell-text' or 'cell'."
+                "This checkpoint has no groups of cells, which embeddings of profiles need and `release` fits; choose "
+                "'cell-text' or 'cell'."
             )
         return of
 
@@ -87,10 +94,18 @@ class SearchSteps(CellPasses):
         batch_size: int | None = None,
         places: Callable[[], np.ndarray] | None = None,
     ) -> np.ndarray:
-        """What [`add_search`] scores cells by, float32 `(n_cells, n_columns)`: all the data of a choice, or a part.
+        """The columns that [`add_search`] needs, float32 `(n_obs, n_columns)`, for all the data of a choice or a part.
 
-        `places` gives the result of [`place_cells`] for these cells, if the texts need it: searches of the same cells
-        may share it.
+        Args:
+            adata: The cells.
+            choice: Matrix and genes.
+            text: One search text or more.
+            by: "similarity" or "genes".
+            batch_size: Cells per batch.
+            places: Returns the result of [`place_cells`] for these cells. Searches of the same cells may share it.
+
+        Raises:
+            ValueError: If a text is empty, `by` is unknown, or the checkpoint has no texts of genes.
         """
         texts = [text] if isinstance(text, str) else [str(item) for item in text]
         if not texts or not all(item.strip() for item in texts):
@@ -99,7 +114,7 @@ class SearchSteps(CellPasses):
             raise ValueError(f"by is {by!r}; choose 'similarity' or 'genes'.")
         if by == "genes" and "text_width" not in (self.model.config.label_readout or {}):
             raise ValueError(
-                "This checkpoint has no texts about genes; train with gene_texts, or search by similarity."
+                "This checkpoint has no texts about genes; train with gene_texts, or pass by='similarity'."
             )
         score, place_texts = self._search_scores(texts, by, choice, placed=places is not None)
         batch_size = self._batch_size(batch_size, 64)
@@ -115,25 +130,27 @@ class SearchSteps(CellPasses):
         return self._map_cells(lambda cells: (features_of(cells),), chunks, batch_size, "Searching", adata.shape[0])[0]
 
     def places_named(self, adata: Any, choice: InputChoice, like: Sequence[str], of: str | None = None) -> np.ndarray:
-        """Embeddings of the cells with these names, float32 `(n, width)`; `of` is that of [`embed_cells`].
+        """Embeddings of the cells with the names `like`, float32 `(n, width)`, as from [`embed_cells`].
 
         Raises:
-            ValueError: As [`rows_named`].
+            ValueError: As in [`rows_named`].
         """
         rows, choice = rows_named(adata.obs_names, like), uncounted(choice)
-        runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)  # a file on disk is read by ranges of rows
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)  # files on disk are read by ranges of rows
         return np.concatenate([self.embed_cells(adata[int(run[0]) : int(run[-1]) + 1], choice, of) for run in runs])
 
     def compare_with_cells(
         self, adata: Any, choice: InputChoice, places: np.ndarray, batch_size: int | None = None
     ) -> np.ndarray:
-        """Cosine similarity of cells with the mean of `places`, float32 `(n_cells, 1)`: for [`add_search`].
+        """Cosine similarity of cells with the mean of `places`, float32 `(n_obs, 1)`: a column for [`add_search`].
 
         Args:
-            places: Of [`places_named`].
-            adata, choice: All the data of a choice, or a part.
+            adata: All the data of `choice`, or a part.
+            choice: Matrix and genes.
+            places: The result of [`places_named`].
+            batch_size: Cells per batch.
         """
-        # A sum for each cell, since a matrix product rounds a cell by its neighbours in memory.
+        # A sum per cell: rounding in a matrix product depends on the other cells of the batch.
         return (self.embed_cells(adata, choice, None, batch_size) * middle(places)).sum(axis=1, keepdims=True)
 
     def add_search(
@@ -147,10 +164,20 @@ class SearchSteps(CellPasses):
         key_added: str | None = None,
         like: Sequence[str] | None = None,
     ) -> list[list[dict[str, Any]]]:
-        """The hits of each text, from what [`search_cells`] gives for all cells; scores are added as `key_added`.
+        """The `top_k` hits of each text, or of example cells; scores of the first text are added as `obs[key_added]`.
 
-        Without a text, those of the cells that are `like` some, from what [`compare_with_cells`] gives: these are no
-        hits themselves.
+        Args:
+            adata: All the data.
+            choice: Matrix and genes.
+            columns: The result of [`search_cells`] for all cells; without a text, of [`compare_with_cells`].
+            text: The search texts; None to search by example cells.
+            top_k: Number of hits.
+            by: As in [`search_cells`].
+            key_added: Name of the new column, or None.
+            like: Names of the example cells, which are no hits.
+
+        Returns:
+            For each text a list of hits: `rank`, `cell`, `index`, `score`, `z`, and `warning` for an unknown text.
         """
         finish_report(choice.report)
         if text is None:
@@ -162,40 +189,42 @@ class SearchSteps(CellPasses):
         texts = [text] if isinstance(text, str) else list(text)
         plan = self._search_plan(texts, choice)
         if plan.absent:
-            logger.warning(f"The file does not measure {', '.join(plan.absent)}: the search cannot look at it.")
+            logger.warning(f"The file does not measure {', '.join(plan.absent)}: the search has no counts to compare.")
         if plan.unknown:
-            logger.warning(f"No gene of the checkpoint is called {', '.join(plan.unknown)}: the search reads a word.")
+            logger.warning(
+                f"The checkpoint has no gene {', '.join(plan.unknown)}: the search treats such a word as text."
+            )
         strange = self.warn_of_strange(texts)
         scores = columns if by == "genes" else plan.scores(columns)
         if key_added is not None:
             adata.obs[key_added] = scores[:, 0]
             done = {"text": texts[0], "by": by, "key": key_added}
             self._record(adata, "scmmgpt", choice.report, search=done)
-        found = [_best_hits(column, adata.obs.index, top_k) for column in scores.T]
-        warned = ((hits, strange.get(text)) for text, hits in zip(texts, found, strict=True))
-        return [[hit | {"warning": said} for hit in hits] if said else hits for hits, said in warned]
+        hits_of_texts = [_best_hits(column, adata.obs.index, top_k) for column in scores.T]
+        warned = ((hits, strange.get(text)) for text, hits in zip(texts, hits_of_texts, strict=True))
+        return [[hit | {"warning": warning} for hit in hits] if warning else hits for hits, warning in warned]
 
     def warn_of_strange(self, texts: Sequence[str]) -> dict[str, str]:
-        """Warn of texts of which the checkpoint knows no word: text -> what is said."""
+        """Log a warning for each text without a word that the checkpoint knows; return text -> warning."""
         known = vocabulary_of(self.model.config.annotation or {})
         if len(known) < MIN_VOCABULARY:
             return {}
-        said = {
+        warnings = {
             text: f"The checkpoint knows no word of {textwrap.shorten(text, SHOWN_TEXT, placeholder=' ...')!r}: no "
             "type, tissue or state, and no gene (genes are in capitals). The order of the cells may mean nothing."
             for text in texts
             if not is_understood(text, known, self.processor.gene_index)
         }
-        for message in said.values():
+        for message in warnings.values():
             logger.warning(message)
-        return said
+        return warnings
 
     def _markers_named(self, texts: list[str], measured: np.ndarray) -> list[np.ndarray]:
-        """Vocabulary ids of the markers of the type that each text names; none for a text that names no one type."""
+        """Vocabulary ids of the markers of the type that each text names; empty for a text that names no type."""
         members, _, _, profiles = self.meanings([ARTICLE.sub("", text.strip(" .")) for text in texts])
         explainer = Explainer.of(self._bridge().label_readout, measured, members, profiles)
-        found = explainer.markers[: len(texts)]
-        return [explainer.panel.gene_ids[row[row != NONE]] for row in found]
+        markers = explainer.markers[: len(texts)]
+        return [explainer.panel.gene_ids[row[row != NONE]] for row in markers]
 
     def _search_plan(self, texts: list[str], choice: InputChoice) -> Search:
         return Search(texts, self.processor.gene_index, choice.match.measured)
@@ -203,10 +232,10 @@ class SearchSteps(CellPasses):
     def _search_scores(
         self, texts: list[str], by: str, choice: InputChoice, placed: bool = False
     ) -> tuple[CellFunction, torch.Tensor | None]:
-        """Scores of texts by genes; or similarities and expression, from which a search is scored.
+        """The function of a batch of cells that gives the columns of [`search_cells`], and features of the texts.
 
-        If the cells are `placed` already, similarities in the shared space are left out: the second result has the
-        features of the texts for them, if the texts are compared there at all.
+        With `placed`, the function leaves out similarities in the shared space, and the features of the texts are
+        returned for the caller to add these similarities. The features are None if the search does not use the space.
         """
         if by == "genes":
             states = text_states(self._bridge(), self.processor, texts)
@@ -214,10 +243,10 @@ class SearchSteps(CellPasses):
             genes = GeneSearch.of(readout, measured, states, self._markers_named(texts, measured))
             return lambda cells: (torch.from_numpy(genes(cells)),), None
         plan, bridge = self._search_plan(texts, choice), self._bridge()
-        if not plan.texts:  # counts alone decide
+        if not plan.texts:  # expression alone decides
             return lambda cells: (torch.from_numpy(plan.expression(cells)),), None
         stored = self.model.config.annotation or {}
-        if bridge.config.profile_readout and stored.get("similarity_weight") == 0:  # the choice of fine-tuning
+        if bridge.config.profile_readout and stored.get("similarity_weight") == 0:  # fine-tuning chose the readout
             panel = bridge.label_readout.for_genes(choice.match.measured)
             trained = self.model.config.label_readout["texts"]
             of_labels = mean_similarity(bridge, self.processor, plan.texts, trained, panel)
@@ -226,18 +255,18 @@ class SearchSteps(CellPasses):
         features_of, of_types = self.features_of(choice), self._types_named(plan.texts, choice.match.measured)
 
         def similarity(cells: Cells) -> tuple[torch.Tensor, ...]:
-            found = of_types(cells)
+            score = of_types(cells)
             if not placed:
-                found = found.to(text_features) + cell_text_similarity(features_of(cells), text_features)
-            return found, torch.from_numpy(plan.expression(cells))
+                score = score.to(text_features) + cell_text_similarity(features_of(cells), text_features)
+            return score, torch.from_numpy(plan.expression(cells))
 
         return similarity, text_features
 
     def _types_named(self, texts: Sequence[str], measured: np.ndarray) -> Callable[[Cells], torch.Tensor]:
-        """Cells -> probability of the types that each text names and that have a profile alone, `(n, n_texts)`.
+        """Cells -> total probability of the profiled types that each text names, `(n_cells, n_texts)`; 0 for none.
 
-        The shared space has a place for trained labels alone: there, goblet cells lie among those they are least
-        unlike. As in `annotate --labels`, the types compete with the labels; 0 for a text that names none.
+        The shared space was trained on trained labels only, so profiled types such as goblet cells have no place of
+        their own. The types compete with the trained labels as in `annotate --labels`.
         """
         of_text = [self.profiles_named(text) for text in texts]
         if not (named := sorted({number for numbers in of_text for number in numbers})):
@@ -247,12 +276,12 @@ class SearchSteps(CellPasses):
         return lambda cells: torch.from_numpy(panel(cells)[:, -len(named) :]).exp() @ shares
 
     def profiles_named(self, text: str) -> list[int]:
-        """The numbers of the types that a text names and that have a profile alone."""
+        """Numbers of the profiled types that a text names."""
         types = (self.model.config.annotation or {}).get("profiles", [])
-        return [number for number, known in enumerate(types) if names_known_type(text, known["names"], [])]
+        return [number for number, profiled in enumerate(types) if names_known_type(text, profiled["names"], [])]
 
     def features_of(self, choice: InputChoice) -> Callable[[Cells], torch.Tensor]:
-        """Cells -> features in the shared space; where labels place them, by the readout for the genes of the data."""
+        """Cells -> features in the shared space. If labels have features, the readout for the file's genes is used."""
         bridge = self._bridge()
         places = "feature_width" in (bridge.config.label_readout or {})
         panel = bridge.label_readout.for_genes(choice.match.measured) if places else None
@@ -267,7 +296,7 @@ class SearchSteps(CellPasses):
 
 
 def middle(places: np.ndarray) -> np.ndarray:
-    """The direction of the mean of some places `(n, width)`, of unit length, `(width,)`."""
+    """The mean of embeddings `(n, width)`, scaled to unit length, `(width,)`."""
     mean = places.mean(axis=0)
     return mean / max(float(np.linalg.norm(mean)), 1e-12)
 

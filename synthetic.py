@@ -1,7 +1,7 @@
 """Small synthetic cells and a tiny random model, offline and reproducible, for tests, documentation and first trials.
 
-`synthetic_adata` draws annotated cells with raised markers, so that the true labels are known. `tiny_pipeline` has the
-whole model in small over the same genes, with random weights: every call works, and its results mean nothing.
+`synthetic_adata` draws annotated cells of known types. `tiny_pipeline` has a tiny model of all parts over the same
+genes, with random weights: every call works, and the results are meaningless.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout, panel_profiles
 from scmmgpt.regression_scmmgpt import sum_weights
 
 
-# Cell type -> (Cell Ontology id, marker genes). Background genes are expressed equally in all types.
+# Cell type -> (Cell Ontology id, marker genes). All types express the background genes equally.
 MARKERS = {
     "B cell": ("CL:0000236", ["CD19", "CD79A", "CD79B", "MS4A1"]),
     "T cell": ("CL:0000084", ["CD3D", "CD3E", "IL7R", "TRAC"]),
@@ -35,7 +35,7 @@ BACKGROUND = (
     "ACTB", "ACTG1", "B2M", "CFL1", "EEF1A1", "EEF2", "FAU", "FTH1", "FTL", "GAPDH", "HSP90AB1", "MALAT1",
     "PABPC1", "PFN1", "PTMA", "RPL10", "RPL13", "RPLP0", "RPS18", "RPS27", "TMSB10", "TMSB4X", "TPT1", "UBC",
 )  # fmt: skip
-ANNOTATIONS = {  # of all cells
+ANNOTATIONS = {  # the same for all cells
     "tissue": ("blood", "UBERON:0000178"),
     "disease": ("normal", "PATO:0000461"),
     "assay": ("10x 3' v3", "EFO:0009922"),
@@ -57,16 +57,16 @@ TWO_LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def synthetic_adata(n_obs: int = 60, *, seed: int = 0, mean_total: float = 200.0) -> anndata.AnnData:
-    """Draw cells of four blood types over forty genes; the markers of a type are raised twentyfold in its cells.
+    """Draw cells of four blood types over forty genes. The markers of a type are twentyfold higher in its cells.
 
     Args:
-        n_obs: Cells; types alternate.
-        seed: Seed of the Poisson noise and of the library sizes.
+        n_obs: Number of cells; types alternate.
+        seed: Seed of the Poisson counts and of the library sizes.
         mean_total: Median library size.
 
     Returns:
         `AnnData` of shape `(n_obs, 40)`: raw counts (CSR, float32) in `X`, gene symbols as `var_names`, and in `obs`
-        the columns of CELLxGENE that captions use. There are two donors, for splits by donor.
+        the columns of CELLxGENE that captions use, with two donors.
 
     >>> adata = synthetic_adata(8)
     >>> adata.shape, adata.obs["cell_type"].iloc[0]
@@ -93,18 +93,18 @@ def synthetic_adata(n_obs: int = 60, *, seed: int = 0, mean_total: float = 200.0
 
 
 def tiny_gene_vocabulary() -> dict[str, int]:
-    """Gene symbol -> id of the genes of `synthetic_adata`, after the special tokens."""
+    """Gene symbol -> id, for the special tokens and the genes of `synthetic_adata`."""
     return {token: i for i, token in enumerate(["<pad>", "<cls>", "<eoc>", *synthetic_adata(4).var_names])}
 
 
 def tiny_gene_tokenizer() -> PreTrainedTokenizerFast:
-    """The gene vocabulary as a tokenizer: one token a symbol."""
+    """The gene vocabulary as a tokenizer, with one token per symbol."""
     backend = Tokenizer(models.WordLevel(tiny_gene_vocabulary(), unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>", pad_token="<pad>", cls_token="<cls>")
 
 
 def _word_tokenizer(padding_side: str, **special_tokens: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words; the special tokens have the first ids, in the order of the arguments."""
+    """A tokenizer of whole words. The special tokens have the first ids, in the order of the arguments."""
     vocabulary = {token: i for i, token in enumerate([*special_tokens.values(), *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=special_tokens["unk_token"]))
     splits = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
@@ -113,14 +113,14 @@ def _word_tokenizer(padding_side: str, **special_tokens: str) -> PreTrainedToken
 
 
 def tiny_text_tokenizer() -> PreTrainedTokenizerFast:
-    """The language model's tokenizer: whole words, left-padded, with a chat template."""
+    """A tokenizer for the language model: whole words, left-padded, with a chat template."""
     tokenizer = _word_tokenizer("left", pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def tiny_qformer_tokenizer() -> PreTrainedTokenizerFast:
-    """The Q-Former's tokenizer: whole words between `[CLS]` and `[SEP]`, as for a BERT."""
+    """A tokenizer for the Q-Former: whole words between `[CLS]` and `[SEP]`, as in BERT."""
     tokenizer = _word_tokenizer("right", pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
     ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
@@ -134,7 +134,7 @@ def tiny_cell_config() -> ScGPTConfig:
 
 
 def tiny_llama_config() -> LlamaConfig:
-    """A two-layer Llama over the words of `tiny_text_tokenizer` and one more token, `<cell>`."""
+    """A two-layer Llama over the words of `tiny_text_tokenizer` and the token `<cell>`."""
     tokenizer = tiny_text_tokenizer()
     sizes: dict[str, Any] = {"vocab_size": len(tokenizer.get_vocab()) + 1, "hidden_size": 32, "intermediate_size": 48}
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
@@ -143,7 +143,7 @@ def tiny_llama_config() -> LlamaConfig:
 
 
 def tiny_config() -> ScMMGPTConfig:
-    """The whole model in small: four queries, three condition tokens; ids agree with the tiny tokenizers."""
+    """A tiny configuration of all parts: four queries, three condition tokens, ids of the tiny tokenizers."""
     tokenizer = tiny_qformer_tokenizer()
     sizes: dict[str, Any] = {"vocab_size": len(tokenizer.get_vocab()), "hidden_size": 24, "intermediate_size": 32}
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -162,14 +162,14 @@ def tiny_config() -> ScMMGPTConfig:
 
 
 def tiny_processor() -> ScMMGPTProcessor:
-    """The processor that belongs to `tiny_config`; at most 32 genes a cell."""
+    """The processor for `tiny_config`, with sequences of at most 32 tokens."""
     extractor = ScMMGPTFeatureExtractor(max_genes=32, pad_token_id=0, cls_token_id=1)
     tokenizers = (tiny_text_tokenizer(), tiny_qformer_tokenizer(), tiny_gene_tokenizer())
     return ScMMGPTProcessor(extractor, *tokenizers, num_query_tokens=4)
 
 
 def tiny_pipeline(**config: Any) -> ScMMGPTPipeline:
-    """The whole model in small, with random weights, on the CPU.
+    """A tiny model of all parts with random weights, on the CPU.
 
     `config` sets fields of [`ScMMGPTConfig`], such as `expression_head="nb"`.
     >>> tiny_pipeline().generate("a B cell", genes=["CD19", "LYZ"]).shape
@@ -183,9 +183,9 @@ def tiny_pipeline(**config: Any) -> ScMMGPTPipeline:
 
 
 def fitted_pipeline() -> ScMMGPTPipeline:
-    """The tiny pipeline with a label readout that knows the four types of `synthetic_adata`, by nearest centroids.
+    """The tiny pipeline with a label readout of the four types of `synthetic_adata`, by nearest centroids.
 
-    Descriptions and embeddings still mean nothing; labels and their evidence do.
+    Labels and evidence are meaningful; descriptions and embeddings are not.
 
     >>> adata = fitted_pipeline().annotate(synthetic_adata(8))
     >>> bool((adata.obs["scmmgpt_cell_type"] == adata.obs["cell_type"]).all())

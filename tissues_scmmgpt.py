@@ -1,6 +1,6 @@
-"""Tissues of a checkpoint: the labels of each, advice to name one, and what the cells of a file say of theirs.
+"""Tissues of a checkpoint: the labels of a tissue, a prior over labels from the cells of a file, and advice to users.
 
-A checkpoint keeps its tissues in `config.annotation["tissues"]`: those of its labelled cells and reference profiles.
+`config.annotation["tissues"]` holds the tissues of the labelled training cells and of the reference profiles.
 """
 
 import difflib
@@ -12,27 +12,30 @@ import numpy as np
 from .labels_scmmgpt import term_of
 
 
-STRANGE_SHARE, MIN_STRANGE = 0.02, 3  # cells, and labels, of other tissues that bring advice to name one
-# Of the cells of a tissue, the share that may have any label: of 0.1, 0.3 and 0.5, that of the greatest likelihood of
-# datasets left out (`train/LOG.md`).
+STRANGE_SHARE = 0.02  # least share of cells with labels of other tissues for the advice to name a tissue
+MIN_STRANGE = 3  # least number of such labels, if the file names no tissue
+# Share of a tissue's cells that may have any label. Among 0.1, 0.3 and 0.5, the value 0.3 gave the highest likelihood
+# on left-out datasets (`train/LOG.md`).
 FOREIGN = 0.3
-ROUNDS = 100  # of expectation and maximisation; more change the shares little (`train/LOG.md`)
+ROUNDS = 100  # EM iterations; more iterations change the weights little (`train/LOG.md`)
 
 
 def tissue_prior(probabilities: np.ndarray, labels: Sequence[str], tissues: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """How common each label is in the tissues that the cells of a file are like, float64 `(n_labels,)`.
+    """Prior of each label, estimated from the cells of a file. A pancreatic cell is unlikely in a file of neurons.
 
-    The unit is the same share of every label. A pancreatic cell is unlikely among neurons, and a macrophage in blood.
-
-    The cells are taken for a mixture of tissues, whose weights are those of maximum likelihood. A cell of a tissue has
-    any of its labels with the same probability, or, in a share of `FOREIGN`, any label of all. One more component has
-    any label: cells of a tissue that the checkpoint does not know. A label of no tissue may be in each: labelled cells
-    may lack their tissue, and `calibrate` may give a label another name.
+    The cells are modelled as a mixture of tissues. Expectation-maximisation finds the mixture weights of maximum
+    likelihood. In a tissue, a share `FOREIGN` of the cells is spread evenly over all labels, and the other cells are
+    spread evenly over the labels of the tissue. One more component, for tissues that the checkpoint does not know, has
+    all labels. A label that is listed in no tissue belongs to every tissue: training cells may lack a tissue, and
+    `calibrate` may rename a label.
 
     Args:
-        probabilities: `(n_cells, n_labels)`, of labels that are equally common; positive.
-        labels: The labels.
-        tissues: `labels` of each.
+        probabilities: `(n_cells, n_labels)`, positive, computed as if all labels were equally common.
+        labels: Names of the labels.
+        tissues: Terms; each has its `labels`.
+
+    Returns:
+        float64 `(n_labels,)` of mean 1: the frequency of each label, divided by the mean frequency.
 
     >>> blood, islet = {"labels": ["T", "B"]}, {"labels": ["A"]}
     >>> tissue_prior(np.tile([0.6, 0.3, 0.1], (50, 1)), ["T", "B", "A"], [blood, islet]).round(1)
@@ -40,7 +43,7 @@ def tissue_prior(probabilities: np.ndarray, labels: Sequence[str], tissues: Sequ
     """
     has = np.array([np.isin(labels, tissue["labels"]) for tissue in tissues]).reshape(len(tissues), len(labels))
     has = np.vstack([has[has.any(axis=1)] | ~has.any(axis=0), np.ones(len(labels), bool)])
-    has = np.unique(has, axis=0)  # the same labels are one tissue
+    has = np.unique(has, axis=0)  # tissues with equal labels are one component
     shares = (1 - FOREIGN) * has / has.sum(axis=1, keepdims=True) + FOREIGN / len(labels)
     likelihood, weights = probabilities @ shares.T, np.full(len(shares), 1 / len(shares))
     for _ in range(ROUNDS):
@@ -50,19 +53,21 @@ def tissue_prior(probabilities: np.ndarray, labels: Sequence[str], tissues: Sequ
 
 
 def advice_on_tissues(where: Sequence[str], counts: Mapping[str, int], stored: Mapping[str, Any]) -> list[str]:
-    """Advice to name a tissue, where cells of one tissue have labels that it lacks.
+    """Advice to pass `tissue=` if many cells have labels of other tissues: a list of one message or none.
+
+    A file that names several tissues gets no advice.
 
     Args:
-        where: The tissues that the file names, if any.
-        counts: Label -> cells.
-        stored: `labels` and `tissues`, terms, of the checkpoint.
+        where: Tissues that the file names, if any.
+        counts: Label -> number of cells.
+        stored: `config.annotation` of the checkpoint: `labels`, and `tissues` as terms.
     """
     tissues = stored.get("tissues") or []
     named = [word for word in where if word]
     terms = [term for name in named if (term := term_of(name, tissues)) is not None]
     if not tissues or len(named) > 1:
         return []
-    named = named if terms else []  # a tissue that the checkpoint does not know may be part of one: "lung tumour"
+    named = named if terms else []  # an unknown tissue may be part of a known one: "lung tumour"
 
     def strange(term: Mapping[str, Any]) -> dict[str, int]:
         return {label: n for label, n in counts.items() if label in stored["labels"] and label not in term["labels"]}
@@ -73,19 +78,24 @@ def advice_on_tissues(where: Sequence[str], counts: Mapping[str, int], stored: M
         return []
     shown = ", ".join(sorted(others, key=lambda label: -others[label])[:3])
     if named:
-        start = f"The file says that the tissue is {named[0]!r}; {sum(others.values())} of {n_cells} cells have labels"
-        said = f"{start} that the checkpoint has of other tissues alone ({shown})."
-        return [f"{said} `tissue='{term['name']}'` chooses among the others."]
-    said = f"The {len(counts)} labels are of several tissues (beside {term['name']}: {shown})."
-    return [f"{said} If the cells are of one, name it by `tissue=`, such as `tissue='{term['name']}'`."]
+        finding = (
+            f"The file names the tissue {named[0]!r}, but {sum(others.values())} of {n_cells} cells have labels of "
+            f"other tissues only ({shown})."
+        )
+        return [f"{finding} Pass `tissue='{term['name']}'` to choose among the labels of this tissue."]
+    finding = f"The {len(counts)} labels belong to several tissues (beside {term['name']}: {shown})."
+    return [f"{finding} If all cells come from one tissue, pass `tissue=`, such as `tissue='{term['name']}'`."]
 
 
 def labels_of_tissue(tissue: str, stored: Mapping[str, Any]) -> dict[str, str]:
-    """Label -> text of the stored labels of a tissue.
+    """The stored labels of a tissue with their texts.
 
     Args:
-        tissue: In any spelling, a synonym, or an id of UBERON.
-        stored: `labels` (label -> text) and `tissues`, terms as for [`trained_labels_of`].
+        tissue: Name in any spelling, synonym, or UBERON id.
+        stored: `config.annotation`: `labels` (label -> text), and `tissues`, terms as in [`trained_labels_of`].
+
+    Raises:
+        ValueError: If the checkpoint stores no tissues, or does not know this one.
 
     >>> liver = {"id": "UBERON:0002107", "name": "liver", "names": ["liver"], "labels": ["hepatocyte"]}
     >>> labels_of_tissue("Liver", {"labels": {"hepatocyte": "A cell.", "neuron": "A cell."}, "tissues": [liver]})
@@ -94,13 +104,13 @@ def labels_of_tissue(tissue: str, stored: Mapping[str, Any]) -> dict[str, str]:
     tissues = stored.get("tissues") or []
     if not tissues:
         raise ValueError(
-            "This checkpoint does not know which labels a tissue has: name the labels, or use a checkpoint of "
-            "`release`, `finetune` or `calibrate` whose cells had a column 'tissue' in obs."
+            "This checkpoint stores no tissues. Pass `labels=`, or use a checkpoint of `release`, `finetune` or "
+            "`calibrate` whose cells had a column 'tissue' in obs."
         )
-    found = term_of(tissue, tissues)
-    if found is None:
-        known = [str(term["name"]) for term in tissues]
-        near = difflib.get_close_matches(tissue.lower(), known, n=1)
+    term = term_of(tissue, tissues)
+    if term is None:
+        names = [str(stored_term["name"]) for stored_term in tissues]
+        near = difflib.get_close_matches(tissue.lower(), names, n=1)
         meant = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"The checkpoint knows no tissue {tissue!r}; it knows {', '.join(known)}.{meant}")
-    return {label: text for label, text in stored["labels"].items() if label in found["labels"]}
+        raise ValueError(f"The checkpoint knows no tissue {tissue!r}; it knows {', '.join(names)}.{meant}")
+    return {label: text for label, text in stored["labels"].items() if label in term["labels"]}

@@ -1,4 +1,4 @@
-"""Tools in the manner of scverse: functions that add their results to an AnnData.
+"""Tools in the style of scverse: functions that add their results to an AnnData.
 
     import scmmgpt as sm
 
@@ -6,9 +6,10 @@
     sm.tl.annotate(adata, model="CHECKPOINT")     # obs["scmmgpt_cell_type"], obs["scmmgpt_evidence"], ...
     sm.pl.umap(adata)
 
-Each tool is a verb of [`ScMMGPTPipeline`], with `model` beside its options: a folder, an id on the Hub, or a pipeline.
-Without it, the environment variable `SCMMGPT_MODEL` names the checkpoint, else it is that of this package. What was
-loaded once stays loaded. With `copy=True` the result is a new AnnData, and the given one stays as it is.
+Each tool is a verb of [`ScMMGPTPipeline`] with the additional argument `model`: a folder, an id on the Hub, or a
+pipeline. Without `model`, the environment variable `SCMMGPT_MODEL` names the checkpoint. Without the variable, the
+checkpoint of this package is used. The last two checkpoints stay loaded. With `copy=True` a tool returns a copy of
+`adata` with the results, and `adata` does not change.
 """
 
 import functools
@@ -25,14 +26,14 @@ from scmmgpt.pipeline_scmmgpt import READ_OPTIONS, ScMMGPTPipeline
 
 
 Model: TypeAlias = str | os.PathLike | ScMMGPTPipeline | None
-LOADED = 2  # checkpoints that stay in memory
+LOADED = 2  # number of checkpoints that stay in memory
 
 
 def load(model: Model = None, device: str | None = None) -> ScMMGPTPipeline:
-    """The pipeline of a checkpoint, loaded once; a pipeline is returned as it is.
+    """The pipeline of a checkpoint, loaded at the first call. A given pipeline is returned.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint; or none is named, and the package has none.
+        FileNotFoundError: If the checkpoint does not exist, or no checkpoint is named and the package has none.
     """
     if isinstance(model, ScMMGPTPipeline):
         return model
@@ -59,16 +60,16 @@ def annotate(
     device: str | None = None,
     **options: Any,
 ) -> Any:
-    """Name the type of every cell, and the genes that speak for it.
+    """Name the type of every cell, and the genes that speak for the type.
 
     Args:
-        labels: Candidates, by default all that the checkpoint knows.
-        evidence: Add the genes ([`explain`]), if the checkpoint can.
-        options: Those of [`ScMMGPTPipeline.annotate`].
+        labels: Candidates; by default all labels of the checkpoint.
+        evidence: Also add the genes by [`explain`], if the checkpoint has a label readout.
+        options: Options of [`ScMMGPTPipeline.annotate`].
         adata, model, copy, device: See the module.
 
     Returns:
-        None, or the copy.
+        None, or with `copy` the new AnnData.
     """
     pipeline, adata = load(model, device), adata.copy() if copy else adata
     pipeline.annotate(adata, labels, **options)
@@ -92,7 +93,7 @@ def explain(
 
 
 def audit(adata: Any, label_key: str, *, model: Model = None, device: str | None = None, **options: Any) -> Audit:
-    """Judge given labels by model and markers; see [`ScMMGPTPipeline.audit`]."""
+    """Check given labels by file, model and markers; see [`ScMMGPTPipeline.audit`]."""
     return load(model, device).audit(adata, label_key, **options)
 
 
@@ -118,7 +119,7 @@ def search(
     device: str | None = None,
     **options: Any,
 ) -> list:
-    """Find the cells that a text describes best, or with `like` those like a cell; see [`ScMMGPTPipeline.search`]."""
+    """Find the cells that fit a text, or with `like` the cells similar to others; see [`ScMMGPTPipeline.search`]."""
     return load(model, device).search(adata, text, **options)
 
 
@@ -135,9 +136,9 @@ def generate(
 
 
 def verify(path: str | os.PathLike, *, model: Model = None, device: str | None = None) -> dict[str, Any]:
-    """Compute the results of a file again and name what changed; see `scmmgpt.commands.verify.verify_file`.
+    """Compute the results in a file again and report changes; see `scmmgpt.commands.verify.verify_file`.
 
-    Without `model`, the checkpoint is the one that the file names.
+    By default `model` is the checkpoint that the receipts in the file name.
     """
     from scmmgpt.commands.verify import checkpoint_of, verify_file
 

@@ -1,4 +1,4 @@
-"""From the labels of cells to answers for clusters, which agree with the ontology, and to numbers of the whole."""
+"""Labels of clusters by votes of their cells along the ontology, and the summary of an annotation with warnings."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,14 @@ from .labels_scmmgpt import MOST_LABELS, UNKNOWN, Candidates
 from .records_scmmgpt import MISSING
 
 
-CLUSTER_SHARE = 0.8  # of the cells of a cluster, for its type
-N_VOTES = 4  # labels that are shown
+CLUSTER_SHARE = 0.8  # least share of a cluster's cells with a type, for the type to name the cluster
+N_VOTES = 4  # number of labels in the column `votes`
 
-# An annotation of at least this many cells is reported as collapsed if one label has at least this share of them.
+# Warnings about an annotation: one label has this share of at least this many cells; this share of the cells is novel;
+# this share of the cells has a score below 0.5 while known labels are no candidates.
 COLLAPSE_MIN_CELLS, COLLAPSE_SHARE = 50, 0.98
-NOVEL_SHARE = 0.2  # an annotation with at least this share of novel cells gets a warning
-DOUBTFUL_SHARE = 0.5  # an annotation with at least this share of low scores, where not all labels are candidates
+NOVEL_SHARE = 0.2
+DOUBTFUL_SHARE = 0.5
 
 
 def cluster_answers(
@@ -28,20 +29,22 @@ def cluster_answers(
     terms: Sequence[Mapping[str, Any]] = (),
     types_alone: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """The narrowest type that nearly all cells of each cluster have, and their votes.
+    """The narrowest type that includes at least `CLUSTER_SHARE` of the cells of each cluster.
 
-    Cells of two kinds of T cells are no vote against each other for "T cell", where a majority would name one kind.
+    A cell votes for its label and for all broader terms. Cells of two kinds of T cells together elect "T cell", where
+    a majority vote would elect one kind.
 
     Args:
-        labels, clusters: str `(n_cells,)`: labels, of which some may be names of `terms`.
+        labels: str `(n_cells,)`: labels of the cells; some may be names of `terms`.
+        clusters: str `(n_cells,)`: clusters of the cells.
         names: Labels to choose from.
         cl_ids: Label -> Cell Ontology id.
-        terms: Broader terms, as for [`choose_labels`].
-        types_alone: Name -> Cell Ontology id, of further types; one that is among `terms`, too, is the term.
+        terms: Broader terms, as in [`choose_labels`], the preferred ones first.
+        types_alone: Name -> Cell Ontology id of profiled types. A type that is also a term counts as the term.
 
     Returns:
-        For each cluster `cluster`, `cells`, `label` (`"Unknown"` if no type has `CLUSTER_SHARE` of the cells),
-        `cl_id`, `share` (of the cells with the label or a kind of it) and `votes` (the commonest labels with shares).
+        For each cluster a row of `cluster`, `cells`, `label` (`"Unknown"` if no type includes enough cells), `cl_id`,
+        `share` (of cells with the label or a kind of the label) and `votes` (the commonest labels with their shares).
 
     >>> t_cell = {"id": "CL:0000084", "name": "T cell", "names": ["t cell"], "labels": ["CD4 T", "CD8 T"]}
     >>> labels, names = np.array(["CD4 T", "CD4 T", "CD8 T", "CD8 T", "T cell"]), ["CD4 T", "CD8 T", "B"]
@@ -59,21 +62,23 @@ def cluster_answers(
     ]
     rows = []
     for cluster in np.unique(clusters[clusters != MISSING]):
-        found, counts = np.unique(labels[clusters == cluster], return_counts=True)
+        present, counts = np.unique(labels[clusters == cluster], return_counts=True)
         order, total = np.argsort(-counts, kind="stable"), int(counts.sum())
         row = {"cluster": str(cluster), "cells": total, "label": UNKNOWN, "cl_id": "", "share": 0.0}
         for name, term_id, members in types:
-            votes = sum(n for label, n in zip(found, counts, strict=True) if kinds.get(label, {""}) <= members)
+            votes = sum(n for label, n in zip(present, counts, strict=True) if kinds.get(label, {""}) <= members)
             if votes >= CLUSTER_SHARE * total:
                 row |= {"label": str(name), "cl_id": str(term_id), "share": float(votes / total)}
                 break
-        shares = [f"{found[i]} {counts[i] / total:.0%}".replace("%", " %") for i in order[:N_VOTES]]
+        shares = [f"{present[i]} {counts[i] / total:.0%}".replace("%", " %") for i in order[:N_VOTES]]
         rows.append({**row, "votes": ", ".join(shares)})
     return rows
 
 
 def majority_vote(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """The commonest label of each cell's cluster, its own without one; ties go to the label that sorts first.
+    """The commonest label in each cell's cluster. A cell without a cluster keeps its own label.
+
+    In a tie the label that sorts first wins.
 
     >>> majority_vote(np.array(["B", "B", "T", "T"]), np.array(["0", "0", "0", "1"]))
     array(['B', 'B', 'B', 'T'], dtype='<U1')
@@ -93,15 +98,20 @@ def summarize_annotation(
     min_score: float | None,
     terms: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[dict[str, Any], list[str]]:
-    """Summary of an annotation, and warnings about an unlikely one.
+    """Summary of an annotation, and warnings about unlikely results.
 
-    `columns` is the result of [`choose_labels`], `known` the labels of the checkpoint, `min_score` that of
-    [`choose_labels`], None for one of 0 that was fitted, and `terms` those of the checkpoint.
+    Args:
+        columns: The result of [`choose_labels`].
+        candidates: The labels to choose from.
+        known: Labels of the checkpoint.
+        min_score: As in [`choose_labels`]; None for a fitted value of 0.
+        terms: Terms of the checkpoint.
 
     Returns:
-        `found`, `found_cells`, `mean_entropy`, `collapsed`, with novelty `novel_cells`; and the warnings.
+        `found` (labels that cells have), `found_cells` (number of cells of each), `mean_entropy`, `collapsed`, and
+        `novel_cells` if there is novelty; the warnings.
     """
-    counted = Counter(np.asarray(columns["cell_type"]).tolist())  # faster than a sort of words
+    counted = Counter(np.asarray(columns["cell_type"]).tolist())  # faster than np.unique on strings
     found = sorted(counted)
     found_cells = np.array([counted[name] for name in found])
     n_cells, is_novel = len(columns["cell_type"]), columns.get("novelty", np.zeros(1)) > 1
@@ -112,8 +122,8 @@ def summarize_annotation(
     warnings = []
     if len(candidates.texts) == 1:
         warnings.append(
-            f"There is one label, {candidates.names[0]!r}, and no other that the checkpoint knows: every cell gets "
-            "it, with score 1. Give two labels or more."
+            f"There is one label, {candidates.names[0]!r}, and the checkpoint knows no other label: every cell is "
+            f"{candidates.names[0]!r}, with score 1. Pass two labels or more."
         )
     pairs = zip(candidates.owners.tolist(), candidates.unseen.tolist(), strict=True)
     new = [candidates.names[owner] for owner, unseen in pairs if unseen and owner >= 0 and known]
@@ -121,32 +131,33 @@ def summarize_annotation(
         commonest = sorted(new, key=lambda name: -counted[name])[:3]
         shown = ", ".join(map(repr, commonest))
         guesses = {name: guess for name in commonest if (guess := likely_label(name, known, terms)) is not None}
-        asked = "".join(f" Do you mean {guess!r} by {name!r}?" for name, guess in guesses.items())
+        questions = "".join(f" Do you mean {guess!r} by {name!r}?" for name, guess in guesses.items())
         warnings.append(
-            f"{n_new} of {n_cells} cells have labels that no training cell had ({shown}): their texts alone decide, "
-            "and such a label takes cells of other types, most of all where none of its own are there. Leave it out "
-            f"if it cannot occur, or write a known label in its place.{asked}"
+            f"{n_new} of {n_cells} cells have labels without training cells ({shown}). Only the texts of these labels "
+            "decide, and such a label takes cells of other types, above all if the file has no cell of the label. "
+            f"Remove a label that cannot occur, or replace it by a known label.{questions}"
         )
     if n_novel >= NOVEL_SHARE * n_cells:
-        given = f"{n_unknown} of them are {UNKNOWN}, the others have a broader type or that of a reference profile"
-        given = f"they are {UNKNOWN}" if n_unknown == n_novel else given
-        given = "they are labelled all the same" if min_score == 0 else given
+        outcome = f"{n_unknown} of these cells are {UNKNOWN}, the others have a broader or a profiled type"
+        outcome = f"these cells are {UNKNOWN}" if n_unknown == n_novel else outcome
+        outcome = "these cells are labelled nevertheless" if min_score == 0 else outcome
         warnings.append(
-            f"{n_novel} of {n_cells} cells are like nothing that this checkpoint knows ({len(known)} cell types, "
-            f"such as {', '.join(map(repr, known[:3]))}): {given}. They are more like other cells, or express "
-            "other genes; use a checkpoint of this tissue, or `finetune` with labelled cells of it."
+            f"{n_novel} of {n_cells} cells resemble no type that this checkpoint knows ({len(known)} cell types, "
+            f"such as {', '.join(map(repr, known[:3]))}): {outcome}. The cells are closer to reference profiles of "
+            "other cells, or express other genes. Use a checkpoint of this tissue, or run `finetune` with labelled "
+            "cells of the tissue."
         )
     elif not min_score and (candidates.owners < 0).any() and (low := int((columns["score"] < 0.5).sum())):
         if low >= DOUBTFUL_SHARE * n_cells:
             warnings.append(
-                f"{low} of {n_cells} cells have a score below 0.5: known labels that are no candidates fit them "
-                "better, or several candidates fit alike. Pass `min_score=`, or more `labels=`."
+                f"{low} of {n_cells} cells have a score below 0.5: a known label that is no candidate fits better, or "
+                "several candidates fit equally well. Pass `min_score=`, or more `labels=`."
             )
     elif collapsed:
         warnings.append(
             f"{share:.0%} of {n_cells} cells were labelled {str(found[found_cells.argmax()])!r}, of "
-            f"{len(candidates.names)} labels. If you don't expect that, look at uns['scmmgpt']['input']: the "
-            "matrix or the genes may be the wrong ones, or the texts of the labels too alike."
+            f"{len(candidates.names)} labels. If this is unexpected, look at uns['scmmgpt']['input']: the matrix or "
+            "the genes may be wrong, or the texts of the labels too similar."
         )
     numbers = {
         "found": np.asarray(found, dtype=object),

@@ -516,7 +516,7 @@ def test_genes_that_repeat_are_refused(path):
 @pytest.mark.parametrize("count", [0.0, -1.0, np.nan])
 def test_counts_that_are_none_are_refused(path, count):
     cells = Cells([0, 2], [1, 2], [1.0, count], np.arange(1, dtype=np.uint64))
-    with pytest.raises(ValueError, match="counts above 0 only"):
+    with pytest.raises(ValueError, match="must be above 0 and finite"):
         ScMMGPTFeatureExtractor()(cells)
 
 

@@ -83,7 +83,7 @@ def test_an_assumption_that_is_none_names_the_choices(counts, tmp_path, capsys):
 def test_foreign_genes_are_reported_with_their_species(counts, tmp_path):
     report = inspect_file(write(counts, tmp_path / "cells.h5ad", [f"Gene{i}" for i in range(60)]))
     assert not report["usable"]
-    assert "They are mouse genes" in report["error"]
+    assert "These are mouse genes" in report["error"]
     assert report["genes"]["species"] == "mouse"
 
 

@@ -671,24 +671,27 @@ def test_few_matching_genes_warn_and_hardly_any_are_refused(counts, gene_index):
         (lambda a: a.T, r"The genes are in the rows: 200 of the first 200 names of cells are genes.*adata\.T"),
         (
             lambda a: renamed(a, [name.lower() for name in SYMBOLS]),
-            r"They match in capitals \(GENE\d+\): .*str\.upper",
+            r"The names match in capitals \(GENE\d+\): .*str\.upper",
         ),
         (
             lambda a: renamed(a, [f"wb-{i}" for i in range(N_GENES)], organism="C. elegans"),
-            r"The data say C\. elegans",
+            r"The data declare C\. elegans",
         ),
-        (lambda a: renamed(a, [f"WBGene{i:08d}" for i in range(N_GENES)]), r"They are genes of C\. elegans: map them"),
-        (lambda a: renamed(a, [str(100 + i) for i in range(N_GENES)]), "They are NCBI gene ids: map them"),
+        (
+            lambda a: renamed(a, [f"WBGene{i:08d}" for i in range(N_GENES)]),
+            r"The names are genes of C\. elegans: map the names",
+        ),
+        (lambda a: renamed(a, [str(100 + i) for i in range(N_GENES)]), "The names are NCBI gene ids: map the names"),
         (
             lambda a: renamed(a, [f"CG{10000 + i}" for i in range(N_GENES)]),
-            "They are fruit fly genes .* no ortholog table",
+            "These are fruit fly genes .* no ortholog table",
         ),
         (
             lambda a: renamed(a, [f"b'{name}'" for name in SYMBOLS]),
             r"""without what is around each gene: .*\.str\.removeprefix\("b'"\)\.str\.removesuffix\("'"\)""",
         ),
         (lambda a: renamed(a, [f"rna_{name}" for name in SYMBOLS]), r"\.str\.removeprefix\('rna_'\)`"),
-        (lambda a: renamed(a, [f"unc-{i}" for i in range(N_GENES)]), "They are worm genes .* no ortholog table"),
+        (lambda a: renamed(a, [f"unc-{i}" for i in range(N_GENES)]), "These are worm genes .* no ortholog table"),
     ],
 )
 def test_names_that_match_nothing_are_understood(counts, gene_index, change, words):
@@ -851,7 +854,7 @@ def test_mouse_given_as_human_is_said(counts, gene_index):
     _, report = read_cells(adata, gene_index)
     assert report["genes"]["species"] == "mouse"
     assert report["genes"]["how"] == {"ortholog": N_GENES}
-    assert any("The data say human" in warning and "read as mouse" in warning for warning in report["warnings"])
+    assert any("The data declare human" in warning and "read as mouse" in warning for warning in report["warnings"])
     assert any("one-to-one orthologs" in warning for warning in report["warnings"])
 
 
@@ -861,11 +864,11 @@ def test_human_in_other_words_is_no_contradiction(counts, gene_index, organism):
     adata.obs["organism"] = organism
     _, report = read_cells(adata, gene_index)
     assert report["genes"]["species"] == "human"
-    assert not any("The data say" in warning for warning in report["warnings"])
+    assert not any("The data declare" in warning for warning in report["warnings"])
 
 
 def test_mouse_without_orthologs_is_refused_by_name(counts, gene_index):
-    with pytest.raises(ValueError, match=r"They are mouse genes .*no ortholog table for mouse \(it has: none\)"):
+    with pytest.raises(ValueError, match=r"These are mouse genes .*no ortholog table for mouse \(it has: none\)"):
         read_cells(make_adata(counts, MOUSE), GeneIndex(gene_index.vocabulary))
 
 

@@ -61,8 +61,8 @@ def test_annotate_adds_sets_that_hold_the_label_and_more_at_a_smaller_rate(pipel
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": ["B cell"]}, "own labels"),
-        ({"temperature": 2.0}, "own labels"),
+        ({"labels": ["B cell"]}, "labels and settings that the checkpoint stores"),
+        ({"temperature": 2.0}, "labels and settings that the checkpoint stores"),
         ({"error_rate": 0.9}, "0.01 to 0.5"),
     ],
 )
@@ -72,7 +72,7 @@ def test_what_breaks_the_promise_is_refused(pipeline, options, message):
 
 
 def test_a_checkpoint_without_held_out_cells_is_refused():
-    with pytest.raises(ValueError, match="no held-out cells"):
+    with pytest.raises(ValueError, match="no thresholds of label sets"):
         synthetic.fitted_pipeline().annotate(synthetic_adata(8), error_rate=0.1)
 
 

@@ -398,14 +398,14 @@ def test_a_checkpoint_is_exported_in_two_parts(checkpoint, tmp_path, capsys):
         (["generate", "prompts.txt"], "'prompts.txt' is a file, not a description"),
         (["generate", "--prompts-file", "empty.txt"], "empty.txt has no prompts"),
         (["generate", "B", "--genes-of", "out.h5ad"], "the input --genes-of 'out.h5ad'"),
-        (["describe", "cells.h5ad", "--templates", "paper"], "of --reference; pass both"),
+        (["describe", "cells.h5ad", "--templates", "paper"], "--templates needs --reference"),
         (
             ["embed", "cells.h5ad", "--split", "test"],
             "--split test names a split of a corpus of `prepare`; cells.h5ad",
         ),
         (["annotate", "cells.h5ad", "--columns", "batch"], "--columns are those of --table, which is not named"),
         (["annotate", "cells.h5ad", "--labels", "B", "CL:9999999"], "no type of the id 'CL:9999999'"),
-        (["annotate", "cells.h5ad", "--labels", "B", "unknown"], "'unknown' is the answer for cells of no label"),
+        (["annotate", "cells.h5ad", "--labels", "B", "unknown"], "'unknown' is reserved for cells without a label"),
     ],
 )
 def test_what_would_be_misread_or_ignored_is_refused(words, says, checkpoint, cells, tmp_path, capsys, monkeypatch):

@@ -90,7 +90,7 @@ def test_a_warning_reaches_an_agent_once(call):
         found = call("annotate", file="cells.h5ad", output="out.h5ad", labels=["mast cell", "NK cell"])
     finally:
         logging.getLogger().removeHandler(log)
-    assert sum("no training cell had" in message for message in found["messages"]) == 1
+    assert sum("without training cells" in message for message in found["messages"]) == 1
 
 
 def test_an_agent_searches_embeds_describes_and_generates(call, folder):

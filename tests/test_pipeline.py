@@ -316,7 +316,7 @@ def test_labels_of_prompts_are_kept(tiny_pipeline):
     ("args", "kwargs", "message"),
     [
         (("a B cell",), {"genes": ["CD19", "NOTAGENE"]}, "'NOTAGENE'"),
-        (("a B cell",), {"genes": ["CD19", "CD19"]}, "asked for twice"),
+        (("a B cell",), {"genes": ["CD19", "CD19"]}, "are named twice"),
         (("a B cell",), {"genes": []}, "genes is empty"),
         (("a B cell", 0), {}, "n_cells is 0"),
         (([],), {}, "needs some text"),
@@ -376,10 +376,10 @@ def test_a_cell_that_is_not_there_is_named_with_those_that_may_be_meant(tiny_pip
         ValueError, match=r"No cell is called 'x' \(nor 1 others of the 3\). The names are those of obs"
     ):
         tiny_pipeline.search(adata, like=["x", "AAACCT001-1", "y"])
-    with pytest.raises(ValueError, match="like names no cell"):
+    with pytest.raises(ValueError, match="like is empty"):
         tiny_pipeline.search(adata, like=[])
     adata.obs_names = ["a", "a", *adata.obs_names[2:]]
-    with pytest.raises(ValueError, match="2 cells are called 'a': `adata.obs_names_make_unique"):
+    with pytest.raises(ValueError, match="2 cells are called 'a': make names unique"):
         tiny_pipeline.search(adata, like="a")
 
 
@@ -398,9 +398,9 @@ def test_more_hits_than_cells_are_all_cells(tiny_pipeline, adata):
         ("", {}, "empty"),
         ("B", {"top_k": 0}, "top_k"),
         (["B", "T"], {"key_added": "x"}, "one column"),
-        (None, {}, "either a text, or cells"),
-        ("B", {"like": "cell0"}, "either a text, or cells"),
-        (None, {"like": "cell0", "by": "genes"}, "by is 'genes', which is for texts"),
+        (None, {}, "either text or like"),
+        ("B", {"like": "cell0"}, "either text or like"),
+        (None, {"like": "cell0", "by": "genes"}, "by='genes' needs a text"),
     ],
 )
 def test_search_says_what_is_wrong(tiny_pipeline, adata, text, kwargs, message):

@@ -92,7 +92,7 @@ def test_genes_that_the_file_does_not_measure_are_named():
 
 @pytest.mark.parametrize("text", ["without CD8", "not a B cell", "No B cells", "everything but T cells"])
 def test_a_text_of_denials_alone_is_refused(text):
-    with pytest.raises(ValueError, match="says what cells lack, and not which cells are wanted"):
+    with pytest.raises(ValueError, match="names only what cells lack: name the wanted cells"):
         read_query(text)
 
 

@@ -160,7 +160,7 @@ def test_descriptions_of_labels_that_are_gone_are_named_as_superseded(checkpoint
     assert main(["describe", annotated, *base, described, "--max-new-tokens", "3", "--quiet"]) == 0
     capsys.readouterr()
     assert main(["annotate", described, *base, again, "--labels", "NK cell", "a mast cell"]) == 0
-    assert "results of describe for other labels than these" in caplog.text
+    assert "results of describe in this file are for other labels" in caplog.text
     status, report = verify(capsys, again)
     assert status == 1
     assert [(r["verb"], r.get("superseded", False), r["verified"]) for r in report["results"]] == [

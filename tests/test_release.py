@@ -188,14 +188,14 @@ def test_a_kind_of_a_trained_label_stands_for_it(built, caplog):
     pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
     cells = synthetic_adata(40, seed=5)
     asked = [pipeline.annotate(cells.copy(), ["B cell", name]).obs for name in ("monocyte", "Classical monocytes")]
-    assert "'Classical monocytes': judged as 'monocyte', as a kind of it" in caplog.text
+    assert "'Classical monocytes': scored as the broader label 'monocyte'" in caplog.text
     is_monocyte = asked[0]["scmmgpt_cell_type"] == "monocyte"
     assert 0 < is_monocyte.sum() < len(cells)
     assert ((asked[1]["scmmgpt_cell_type"] == "Classical monocytes") == is_monocyte).all()
     assert set(asked[1]["scmmgpt_cl_id"][is_monocyte]) == {"CL:0000860"}
     caplog.clear()
     pipeline.annotate(cells.copy(), ["B cell", "classical monocyte", "non-classical monocyte"])  # texts tell two kinds
-    assert "judged as" not in caplog.text
+    assert "scored as" not in caplog.text
 
 
 def test_terms_below_labels_are_of_the_nearest_one_and_of_no_broad_label():
@@ -319,8 +319,8 @@ def test_sets_of_a_calibration_are_of_the_probabilities_that_annotate_gives(buil
     cells = synthetic_adata(60, seed=5, mean_total=20)
     done = pipeline.calibrate(cells, "cell_type")
     assert done["doubt"] == 0.2  # of datasets left out, which 60 cells do not tell
-    assert f"rest on these 60 cells now, and on {n_before} before" in caplog.text
-    assert "60 cells serve error rates of 0.02 and more" in caplog.text
+    assert f"now rest on 60 cells; they rested on {n_before} cells" in caplog.text
+    assert "60 cells support error rates of 0.02 and more" in caplog.text
     annotated = pipeline.annotate(cells.copy(), error_rate=0.05)
     names = list(annotated.uns["scmmgpt"]["annotate"]["labels"])
     truth = np.array([names.index(name) for name in cells.obs["cell_type"]])
@@ -328,9 +328,9 @@ def test_sets_of_a_calibration_are_of_the_probabilities_that_annotate_gives(buil
     np.testing.assert_allclose(found["thresholds"], done["label_sets"]["thresholds"], rtol=1e-4)
     caplog.clear()
     pipeline.annotate(cells.copy(), error_rate=0.02)
-    assert "every set holds all labels" not in caplog.text
+    assert "set holds all labels" not in caplog.text
     pipeline.annotate(cells, error_rate=0.01)
-    assert "60 cells serve error rates of 0.02 and more: at a lower one, every set holds all labels" in caplog.text
+    assert "of 0.02 and more: at a lower rate, every label set holds all labels" in caplog.text
     assert set(cells.obs["scmmgpt_label_set"].str.count(r"\|")) == {len(names) - 1}
 
 
@@ -364,7 +364,7 @@ def test_a_checkpoint_with_some_of_its_labels_still_answers(built):
     pipeline.calibrate(cells, "cell_type", labels=["B cell", "monocyte"])
     annotated = pipeline.annotate(cells)
     assert (annotated.obs["scmmgpt_cell_type"].astype(str) == cells.obs["cell_type"].astype(str)).mean() > 0.8
-    with pytest.raises(ValueError, match="1 of 2 labels are none that the checkpoint was trained on, such as 'ghost'"):
+    with pytest.raises(ValueError, match="not trained on 1 of 2 labels, such as 'ghost'"):
         pipeline.calibrate(cells, "cell_type", labels=["B cell", "ghost"])
 
 
