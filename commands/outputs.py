@@ -53,9 +53,7 @@ def check_tables(args: Args) -> None:
         if table is not None and table_suffix(table) not in TABLES:
             raise ValueError(f"{option} is {str(table)!r}; its name must end in .csv, .tsv or .txt.")
     if getattr(args, "columns", None) and args.table is None:
-        raise ValueError(
-            "--columns are those of --table, which is not named. Name it; --output has all columns."
-        )
+        raise ValueError("--columns are those of --table, which is not named. Name it; --output has all columns.")
     inputs = {name: getattr(args, name, None) for name in ("file", "model", "labels", "prompts_file", "genes_of")}
     named = {"FILE" if name == "file" else f"--{name.replace('_', '-')}": value for name, value in inputs.items()}
     check_paths(named, {"--output": getattr(args, "output", None), **tables})
