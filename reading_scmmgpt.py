@@ -101,9 +101,7 @@ def choose_input(
     # step 1: which matrix
     found = inspect_matrices(adata, layer=layer, gene_column=gene_column)
     if assume is not None:
-        found = [
-            c if c.verdict.kind != "one_cell" else replace(c, verdict=_assume_kind(assume, c.verdict)) for c in found
-        ]
+        found = [replace(c, verdict=_assume_kind(assume, c.verdict)) if _is_undecided(c.verdict) else c for c in found]
     chosen, why = _choose(found, adata, asked=layer is not None)
     source, verdict = chosen.name, chosen.verdict if assume is None else _assume_kind(assume, chosen.verdict)
 
@@ -154,6 +152,11 @@ def _check_organism(organism: str) -> None:
     if find_species(organism) is None:
         names = ", ".join(f"{species.name} ({species.latin.capitalize()})" for species in SPECIES)
         raise ValueError(f"organism={organism!r} is not a known species; choose one of {names}.")
+
+
+def _is_undecided(verdict: MatrixVerdict) -> bool:
+    """Whether a matrix is refused on account of signs that the user may know better."""
+    return verdict.kind == "one_cell" or "share_equal_variance" in verdict.evidence
 
 
 def _assume_kind(kind: str, found: MatrixVerdict) -> MatrixVerdict:
@@ -255,7 +258,8 @@ def _describe_unusable(candidate: Candidate, adata: Any) -> str:
         return (
             f"{name} has a standard deviation of about 1 in {e['share_equal_variance']:.0%} of the genes: each gene "
             "was scaled (`sc.pp.scale(zero_center=False)`), so that all are equally high. Keep the counts before "
-            "in `adata.layers['counts']` or `adata.raw`; if they have another name, pass `layer=`."
+            "in `adata.layers['counts']` or `adata.raw`; if they have another name, pass `layer=`. If no gene "
+            "was scaled, pass `assume=`."
         )
     row, column = e["first_at"]
     gene = next(iter(candidate.columns.values()))[column]

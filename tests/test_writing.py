@@ -116,6 +116,7 @@ def test_the_matrices_of_the_genes_of_raw_stay_beside_a_reserved_column(adata):
     assert adata.raw.varm["loadings"].tolist() == np.eye(3).tolist()
 
 
+@pytest.mark.filterwarnings("ignore:.*zarr v[23]")  # of formats to come
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
 def test_nullable_strings_of_a_file_stay_what_they_are(suffix, tmp_path):
     words = pd.array(["a", None, "b"], dtype="string")
