@@ -61,6 +61,7 @@ DESCRIBED = 20  # selected cells that are described
 MIN_CELLS = 5  # of a UMAP
 MAX_CELLS = 50_000  # of a file, on the page
 MAX_SIZE = "1gb"  # of a file
+READING = 60  # seconds that an error is shown, above what the tasks after it say
 KEPT = 3600  # seconds that the cells and files of a browser are kept
 STORE = "scmmgpt"  # key of a browser's secret in sessionStorage, which a tab keeps over reloads, as its copies do
 GONE = (
@@ -144,7 +145,7 @@ def task(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, .
             except Exception as error:  # a library may raise anything about a file that is broken
                 is_foreseen = isinstance(error, CHECKED)
                 said = shown(explain(error, extra="app"))
-                raise gr.Error(said, duration=None, print_exception=not is_foreseen) from error
+                raise gr.Error(said, duration=READING, print_exception=not is_foreseen) from error
         return *results, "\n".join(f"- ⚠ {shown(message)}" for message in in_few_lines(raised.messages))
 
     parameters = inspect.signature(function).parameters.values()  # their names are those of the page's API

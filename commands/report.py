@@ -106,9 +106,11 @@ def warnings_of(adata: Any) -> list[str]:
     """Warnings to read before the labels, as sentences."""
     done, read = recorded(adata, KEY, "annotate"), recorded(adata, KEY, "input")
     found = [str(text) for text in np.atleast_1d(read.get("warnings", []))]
-    matched = read.get("genes", {}).get("share_matched", 1.0)
-    if matched < LOW_MATCH:
-        found.append(f"Only {matched:.0%} of the genes of the file are genes of the checkpoint.")
+    genes = read.get("genes", {})
+    if (matched := genes.get("share_matched", 1.0)) < LOW_MATCH:
+        counted = genes.get("share_expression_matched")
+        has = "" if counted is None else f", with {share(counted)} of the expression"
+        found.append(f"Only {share(matched)} of the genes of the file are genes of the checkpoint{has}.")
     if bool(done.get("collapsed", False)):
         found.append("Nearly all cells have one label. Check the matrix and the candidate labels.")
     if f"{KEY}_novelty" in adata.obs:

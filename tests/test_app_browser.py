@@ -158,6 +158,25 @@ def test_a_type_is_selected_by_keyboard_and_stays_selected_in_another_colour(pag
     page.get_by_text(page_session.NO_SELECTION).wait_for()
 
 
+COLOURED = """() => { const canvas = document.querySelector("canvas");
+    const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    let n = 0;
+    for (let i = 0; i < data.length; i += 4) n += data[i + 3] > 0 && Math.min(...data.slice(i, i + 3)) < 225;
+    return n; }"""
+
+
+def test_a_search_with_a_selection_shows_the_match_of_the_other_cells(page, tmp_path):
+    blood_cells().write_h5ad(tmp_path / "cells.h5ad")
+    upload(page, tmp_path / "cells.h5ad")
+    page.get_by_role("button", name="B cell (15)").click()
+    page.get_by_text("15 cells selected: B cell 15.").wait_for()
+    few = page.evaluate(COLOURED)
+    show_tab(page, "Search")
+    page.get_by_role("button", name="More like the selected cells").click()
+    page.get_by_text("Colour: match with 15 selected cells").wait_for()
+    assert page.evaluate(COLOURED) > 2 * few  # the other 45 cells are no shadows
+
+
 def test_results_of_other_cells_leave_the_page(page, tmp_path):
     for n in (24, 36):
         blood_cells(n).write_h5ad(tmp_path / f"of-{n}.h5ad")

@@ -205,6 +205,14 @@ def test_the_page_begins_with_the_given_labels_that_an_audit_contradicts():
     assert audit_warnings(obs[3:7], "given") == []
 
 
+def test_few_matched_genes_are_told_with_the_expression_that_they_have(pipeline, cells):
+    pipeline.annotate(cells)
+    pipeline.explain(cells)
+    cells.uns["scmmgpt"]["input"]["genes"] |= {"share_matched": 0.46, "share_expression_matched": 0.992}
+    said = "Only 46 % of the genes of the file are genes of the checkpoint, with 99.2 % of the expression."
+    assert warnings_of(cells) == [said]
+
+
 def test_small_shares_are_not_called_none_and_a_gene_that_no_cell_expresses_speaks_for_no_label(pipeline, cells):
     many = cells[np.arange(600) % 60].copy()
     many.obs_names_make_unique()

@@ -41,12 +41,16 @@ function draw() {
   context.scale(scale, scale);
   if (!drawn) return;
   const radius = Math.max(1.2, Math.min(4, 90 / Math.sqrt(drawn.x.length)));
+  const areNumbers = drawn.legend.length > 0 && drawn.legend[0][2] === null; // to compare with those of other cells
+  context.strokeStyle = "#d9480f";
   for (const i of order) {
-    context.globalAlpha = chosen === null || chosen.has(i) ? 0.85 : 0.08;
+    const isChosen = chosen !== null && chosen.has(i);
+    context.globalAlpha = chosen === null || isChosen || areNumbers ? 0.85 : 0.08;
     context.fillStyle = drawn.palette[drawn.color[i]];
     context.beginPath();
     context.arc(place(drawn.x[i], width), place(1000 - drawn.y[i], height), radius, 0, 7);
     context.fill();
+    if (areNumbers && isChosen) context.stroke();
   }
   context.globalAlpha = 1;
   for (const [stroke, width] of [["#fff", 4], ["#111", 1.5]]) { // generated cells: crosses, with a rim
