@@ -13,7 +13,6 @@ import sys
 
 try:
     import argparse
-    import json
     import logging
     import os
     from collections.abc import Callable
@@ -28,6 +27,7 @@ try:
         explain,
         reworded,
         run_command,
+        write_error,
     )
     from scmmgpt.commands.files import check_file, check_folder, check_paths, exists, whole_file
     from scmmgpt.commands.garbage import started, starting
@@ -108,7 +108,8 @@ def run_words(argv: list[str]) -> int:
         return args.run(args)
 
     extra = {"report": "eval", "mcp": "mcp"}.get(args.command, "train")
-    return run_command(f"scmmgpt {args.command}", work, debug=args.debug, inputs=inputs, outputs=outputs, extra=extra)
+    shown = {"debug": args.debug, "as_json": getattr(args, "json", False)}
+    return run_command(f"scmmgpt {args.command}", work, **shown, inputs=inputs, outputs=outputs, extra=extra)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -382,7 +383,7 @@ def inspect(args: Args) -> int:
     except Exception as error:
         if not args.json or args.debug:
             raise
-        sys.stdout.write(json.dumps({"usable": False, "error": explain(error, [args.file])}) + "\n")
+        write_error(explain(error, [args.file]), usable=False)
         return ERROR
     finally:
         package.setLevel(level)
