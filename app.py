@@ -11,14 +11,12 @@ import functools
 import inspect
 import logging
 import os
-import re
 import signal
 import sys
 import tempfile
 import textwrap
-import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,19 +26,20 @@ from weakref import WeakValueDictionary
 import anndata
 import numpy as np
 import pandas as pd
+from transformers.utils import logging as progress_logging
 
 from scmmgpt import pl
 from scmmgpt.commands.cell_map import CSS, HTML, SCRIPT, checked_rows, colors_of, nearest_rows
-from scmmgpt.commands.chat import Chat, has_proof
+from scmmgpt.commands.chat import Chat
 from scmmgpt.commands.checkpoints import check_checkpoint, root_checkpoint
-from scmmgpt.commands.errors import CHECKED, DEBUG, OneLineParser, as_options, explain, number, run_command
-from scmmgpt.commands.page_session import NO_SELECTION, SEARCHED, Session
+from scmmgpt.commands.errors import CHECKED, OneLineParser, explain, number, run_command
+from scmmgpt.commands.page_session import DESCRIPTION, NO_SELECTION, SEARCHED, Session
+from scmmgpt.commands.page_words import FIELDS, Warnings, named_labels, on_page, unbroken
 from scmmgpt.commands.questions import EXAMPLES
-from scmmgpt.commands.writing import make_writable
-from scmmgpt.labels_scmmgpt import trained_labels_of
+from scmmgpt.commands.writing import make_writable, nullable_strings
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import is_table, read_file
-from scmmgpt.records_scmmgpt import recorded
+from scmmgpt.records_scmmgpt import in_few_lines, recorded
 
 
 # Before the import: gradio looks up addresses on the internet at start. Nothing leaves the machine.
@@ -58,7 +57,7 @@ ANY_TISSUE = "any tissue"
 INTRODUCTION = """# scMMGPT
 Open a file of single cells (.h5ad, .h5 of 10x, .h5mu, .loom, .csv, .tsv), then annotate the cells, search them by a
 sentence, or ask about some of them. Files stay on the machine that runs this page."""
-DESCRIBED = 20  # selected cells that are described; each takes a second
+DESCRIBED = 20  # selected cells that are described
 MIN_CELLS = 5  # of a UMAP
 MAX_CELLS = 50_000  # of a file, on the page
 MAX_SIZE = "1gb"  # of a file
@@ -74,36 +73,16 @@ MEAN_EXPRESSION = "mean log1p(CP10k)"
 SHOWN_GENES = 10  # that speak for a label
 SHOWN_QUERY = 80  # characters of a search
 POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
-FIELDS = {"labels": "Cell types", "tissue": "Tissue", "min_score": "Minimum score"}  # of the page, by argument
 # Gradio measures the tabs in a hidden row; those that a column has no room for are behind a menu. Without a width
 # in the hidden row none is behind the menu, and the row that is shown wraps.
 STYLE = """
 .tab-container.visually-hidden button { width: 0; padding: 0; overflow: hidden }
 .tab-container[role=tablist] { flex-wrap: wrap; height: auto; overflow: visible }
 .tab-container[role=tablist] button { padding: 4px 5px; margin: 0 }
+table td, table td * { word-break: normal; overflow-wrap: anywhere; hyphens: auto }
 """
-FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # gradio's own come from Google
-
-
-class Warnings(logging.Handler):
-    """Collects the warnings of the thread that made it, to show them in the browser of that user."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.thread = threading.get_ident()
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep the message of a record."""
-        if record.thread == self.thread:
-            self.messages.append(record.getMessage())
-
-    def __enter__(self) -> "Warnings":
-        logging.getLogger("scmmgpt").addHandler(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("scmmgpt").removeHandler(self)
+# Gradio's own fonts come from Google. Its tables are in `font_mono`, in which names of types fill a narrow column.
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["system-ui", "sans-serif"]}
 
 
 def check_size(n_cells: int, name: str) -> None:
@@ -123,7 +102,9 @@ def opened(adata: anndata.AnnData, name: str) -> Session:
     if adata.n_obs < MIN_CELLS:
         places, what = np.c_[np.arange(adata.n_obs), np.zeros(adata.n_obs)], "They are too few for a UMAP: a row"
     else:
-        places, _, what = pl.coordinates(adata)
+        with progress_logging.tqdm(desc=f"Placing {adata.n_obs:,} cells on a map", total=1, delay=3) as progress:
+            places, _, what = pl.coordinates(adata)
+            progress.update()
     columns = colors_of(adata.obs)
     known = [name for name in ("scmmgpt_cell_type", "cell_type", "louvain", "leiden") if name in columns]
     return Session(adata, name, np.asarray(places, dtype=float), what, known[0] if known else None)
@@ -136,46 +117,6 @@ def example() -> anndata.AnnData:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an old file
         return scanpy.datasets.pbmc68k_reduced()
-
-
-def on_page(text: str) -> str:
-    """A message of the library in the words of the page, which has fields for a few arguments and none for the others.
-
-    >>> on_page("If the cells are of one, name it by `tissue=`: blood.")
-    'If the cells are of one, name it by "Tissue": blood.'
-    """
-
-    def field_of(found: re.Match) -> str:
-        return f'"{FIELDS[found[1]]}"' + (f" {found[2]}" if found[2] else "")
-
-    text = text.replace(DEBUG, "").replace("look at uns['scmmgpt']['input']: ", "")
-    said = re.sub(rf"`({'|'.join(FIELDS)})=([^`]*)`", field_of, text)
-    as_command = as_options(said)
-    if as_command != said:
-        as_command += " Options that begin with -- are those of the command `scmmgpt annotate`; the page has none."
-    if "`adata" in said:
-        as_command += " Here `adata` is the file in Python: change it there, write it, and open it again."
-    if "folder" in text:
-        as_command += " The page opens files alone; the command `scmmgpt annotate` opens folders, too."
-    return as_command
-
-
-def named_labels(text: str, stored: Mapping[str, Any]) -> list[str]:
-    """The labels of a field, one a line; commas set labels apart where the checkpoint knows each of them.
-
-    A name of the Cell Ontology may have a comma.
-
-    >>> named_labels("B cell, T cells", {"labels": {"B cell": "", "T cell": ""}})
-    ['B cell', 'T cells']
-    >>> named_labels("CD4-positive, alpha-beta T cell", {"labels": {"T cell": ""}})
-    ['CD4-positive, alpha-beta T cell']
-    """
-    trained, terms = list(stored.get("labels", {})), stored.get("terms") or []
-    found: list[str] = []
-    for line in filter(None, map(str.strip, text.splitlines())):
-        parts = [part.strip() for part in re.split("[,;]", line) if part.strip()]
-        found += parts if all(trained_labels_of(part, None, trained, terms) for part in parts) else [line]
-    return found
 
 
 def task(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -204,7 +145,7 @@ def task(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, .
                 is_foreseen = isinstance(error, CHECKED)
                 said = shown(explain(error, extra="app"))
                 raise gr.Error(said, duration=None, print_exception=not is_foreseen) from error
-        return *results, "\n".join(f"- ⚠ {shown(message)}" for message in dict.fromkeys(raised.messages))
+        return *results, "\n".join(f"- ⚠ {shown(message)}" for message in in_few_lines(raised.messages))
 
     parameters = inspect.signature(function).parameters.values()  # their names are those of the page's API
     vars(run)["__signature__"] = inspect.Signature([*parameters, progress])
@@ -370,7 +311,7 @@ class Tasks:
     def written(self, adata: anndata.AnnData, name: str) -> str:
         """A file to download, which the page deletes after `KEPT` seconds."""
         make_writable(adata)
-        with tempfile.TemporaryDirectory(prefix="scmmgpt-") as folder:
+        with tempfile.TemporaryDirectory(prefix="scmmgpt-") as folder, nullable_strings():
             adata.write_h5ad(Path(folder, name))
             return str(self.saved.move_resource_to_block_cache(Path(folder, name)))
 
@@ -431,8 +372,13 @@ class Tasks:
                 f"{both} both choose the cell types: empty the first, or set the second to {ANY_TISSUE!r}."
             )
         self.pipeline.annotate(session.adata, names or None, min_score=min_score or None, tissue=of)
-        session.color, session.chat = "scmmgpt_cell_type", None
+        session.relabelled("scmmgpt_cell_type")
         return *_shown(session), session.counts()
+
+    def label(self, session: Session) -> None:
+        """Annotate all cells as by default, for a task that needs labels; the colour stays."""
+        self.pipeline.annotate(session.adata)
+        session.relabelled(session.color)
 
     def search(self, session: Session | None, text: str, top_k: int) -> tuple[Any, ...]:
         """Find cells by a text; the score of each colours the map."""
@@ -460,7 +406,7 @@ class Tasks:
         """The genes that speak for the labels of the selected cells."""
         session = _with_cells(session)
         if "scmmgpt_cell_type" not in session.adata.obs:  # of all cells, which decide what is novel
-            self.pipeline.annotate(session.adata)
+            self.label(session)
         cells = session.chosen(MAX_CELLS)
         table: dict[str, dict[str, Any]] = {}
         for row in self.pipeline.explain(cells).group_rows():  # the most important gene first
@@ -480,9 +426,14 @@ class Tasks:
             raise ValueError(f"The question is empty. {EXAMPLES}")
         if session.chat is None:
             rows = session.rows if len(session.rows) else None
-            session.chat, session.turns = Chat(self.pipeline, session.adata, rows), []
-        answer = session.chat.ask(question.strip())
-        session.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}]
+            if "scmmgpt_cell_type" not in session.adata.obs:
+                self.label(session)
+            session.chat, session.turns = Chat(self.pipeline, session.adata, rows, session.proved(self.pipeline)), []
+        answer = unbroken(session.chat.ask(question.strip()).text)
+        session.turns += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
         return session, session.turns, ""
 
     def forget(self, session: Session | None) -> tuple[Session]:
@@ -494,15 +445,11 @@ class Tasks:
     def describe(self, session: Session | None) -> tuple[Session, pd.DataFrame]:
         """Describe the selected cells: by counts, where the checkpoint can prove what it says."""
         session = _with_cells(session)
-        if not self.can_explain:
-            cells = session.chosen(DESCRIBED)
-            self.pipeline.describe(cells)
+        if self.can_explain:
+            texts = session.describe(self.pipeline, DESCRIBED)
         else:
-            if not has_proof(session.adata):
-                self.pipeline.describe(session.adata, proof=True)
-            cells = session.chosen(DESCRIBED)
-        texts = cells.obs["scmmgpt_description"].rename("description")
-        return session, texts.rename_axis("cell").reset_index()
+            texts = self.pipeline.describe(session.chosen(DESCRIBED)).obs[DESCRIPTION]
+        return session, texts.map(unbroken).rename("description").rename_axis("cell").reset_index()
 
     def generate(self, session: Session | None, prompt: str, n_cells: int) -> tuple[Any, ...]:
         """Generate cells, and show where they fall among the cells of the map, if there are any."""

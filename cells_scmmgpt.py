@@ -226,7 +226,7 @@ class Cells:
             if missing := [name for name in ("cell_id", "gene_ids", "counts") if row.get(name) is None]:
                 raise ValueError(
                     f"Row {number} has no {missing[0]!r}; it has {sorted(row)}. A row of a cell has `cell_id`, "
-                    "`gene_ids` and `counts`."
+                    "`gene_ids` and `counts`. A trainer drops columns, unless remove_unused_columns=False is set."
                 )
             n_genes, n_counts = len(row["gene_ids"]), len(row["counts"])
             if n_genes != n_counts:
@@ -449,7 +449,10 @@ def cells_of(value: Any, processor: Any = None) -> Cells:
         several = () if value is None else value
         return Cells.concatenate([Cells.from_rows([]), *(cells_of(one, processor) for one in several)])
     if processor is None:
-        raise TypeError(f"A row's cells are {type(value).__name__}; give Cells, a row of a cell, or a list of these.")
+        raise TypeError(
+            f"{type(value).__name__} is not Cells, a row of a cell or a list of these; an AnnData needs the whole "
+            "processor, as processor(cells=adata) or processor.read_cells(adata)."
+        )
     return processor.read_cells(value)[0]
 
 

@@ -136,6 +136,9 @@ class ScMMGPTDataCollator(TrainerCallback):
             twice["cells_per_row"] = np.tile(columns["cells_per_row"], 2)
         batch = self._conversations(conversations, twice, cells)
         batch["completion_mask"] = (batch.pop("labels") != -100).long()
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):  # of `DPOConfig(precompute_ref_log_probs=True)`
+            if name in columns:
+                batch[name] = torch.as_tensor(columns[name].astype(np.float32))
         if cells is not None and len(cells):
             batch.update(self.processor(cells=Cells.concatenate([cells, cells]), epoch=epoch))
         return batch

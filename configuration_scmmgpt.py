@@ -235,9 +235,12 @@ class ScMMGPTConfig(PreTrainedConfig):
         self.custom_pipelines = {
             task: {"impl": "pipeline_scmmgpt.ScMMGPTPipeline", "pt": ["AutoModel"]} for task in PIPELINE_TASKS
         }
-        choices_of = {"expression_head": ("mse", "nb", "zinb"), "text_pooling": ("mean", "cls")}
-        choices_of["cell_tokens"] = ("queries", "labels", "both")
-        choices_of["cell_embedding"] = CELL_EMBEDDINGS
+        choices_of = {
+            "expression_head": ("mse", "nb", "zinb"),
+            "text_pooling": ("mean", "cls"),
+            "cell_tokens": ("queries", "labels", "both"),
+            "cell_embedding": CELL_EMBEDDINGS,
+        }
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {choices}.")

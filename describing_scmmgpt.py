@@ -10,6 +10,7 @@ from transformers.utils import logging
 from .annotation_scmmgpt import choose_labels
 from .conversion_scmmgpt import InputChoice
 from .evidence_scmmgpt import NONE, Explainer, label_members
+from .expression_scmmgpt import Expression
 from .judging_scmmgpt import EvidenceSteps
 from .labelling_scmmgpt import Labelling
 from .labels_scmmgpt import UNKNOWN, normalize_label
@@ -18,14 +19,13 @@ from .proof_scmmgpt import (
     MIN_SCORE,
     TRACE,
     TRACE_ON_SLIDE,
-    Expression,
     Proof,
     article,
     excluded_lineages,
-    propose,
     terms_above,
     tissues_of,
 )
+from .proposals_scmmgpt import Proposals
 from .records_scmmgpt import MISSING, clusters_of, finish_report, table_of
 
 
@@ -127,6 +127,21 @@ class DescriptionSteps(EvidenceSteps):
             raise ValueError("This checkpoint has no label readout, whose genes are the proof of a description.")
         clusters = None if cluster_key is None else clusters_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
+        proof = self.prove(adata, choice, key_added, batch_size)
+        adata.obs[f"{key_added}_description"] = proof.texts().astype(str)
+        groups = list(proof.group_rows("label", np.where(proof.asked == "", "Unknown", proof.asked)))
+        if clusters is not None:
+            groups += (row for row in proof.group_rows("cluster", clusters) if row["name"] != MISSING)
+        done = {"proof": True, "clauses": table_of(proof.rows(adata.obs_names)), "groups": table_of(groups)}
+        return self._record(adata, key_added, choice.report, describe=done)
+
+    def prove(
+        self, adata: Any, choice: InputChoice, key_added: str = "scmmgpt", batch_size: int | None = None
+    ) -> Proof:
+        """The proof of [`describe`]: what it needs of all cells is computed, the text of a cell when it is asked for.
+
+        The cells stay in memory with it.
+        """
         labelling = self.read_batch(adata, self.labelling(choice, self.annotation_settings()))
         columns, scores = self.label_cells(adata, labelling)
         for warning in self.summarize(labelling, columns, scores)[1]:
@@ -148,7 +163,7 @@ class DescriptionSteps(EvidenceSteps):
         explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, members, profiles)
         genes = np.unique(choice.match.measured)
         asked = genes, kinds.tolist(), list(known), kind_of_cell, probabilities
-        proposed = propose(cells, explainer, *asked, batch_size)
+        proposals = Proposals(cells, explainer, *asked, self._batch_size(batch_size, 512))
         expression = Expression(cells, genes, self.processor.gene_symbols(genes.tolist()))
         typed = np.where(members.any(axis=1), kinds, "")[kind_of_cell].astype(object)
         within = {name: terms_above(mine, known, terms) for name, mine in zip(kinds.tolist(), members, strict=True)}
@@ -158,13 +173,7 @@ class DescriptionSteps(EvidenceSteps):
         words = np.where(called == UNKNOWN, "none", called)
         elsewhere = self._rates_elsewhere(dict(zip(kinds.tolist(), members, strict=True)), list(known), genes)
         trace = TRACE_ON_SLIDE if "spatial" in adata.obsm else TRACE
-        proved = Proof(expression, typed, *proposed, within, excluded, tissues_of(adata.obs), words, elsewhere, trace)
-        adata.obs[f"{key_added}_description"] = proved.texts().astype(str)
-        groups = list(proved.group_rows("label", np.where(typed == "", "Unknown", typed)))
-        if clusters is not None:
-            groups += (row for row in proved.group_rows("cluster", clusters) if row["name"] != MISSING)
-        done = {"proof": True, "clauses": table_of(proved.rows(adata.obs_names)), "groups": table_of(groups)}
-        return self._record(adata, key_added, choice.report, describe=done)
+        return Proof(expression, typed, proposals, within, excluded, tissues_of(adata.obs), words, elsewhere, trace)
 
     def _rates_elsewhere(
         self, members: Mapping[str, np.ndarray], labels: Sequence[str], genes: np.ndarray

@@ -18,6 +18,7 @@ from .cells_scmmgpt import (
     Cells,
     RandomStream,
     cell_keys,
+    cells_of,
     gene_hashes,
     hellinger_profile,
     normalize_log1p,
@@ -154,7 +155,7 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
 
     def __call__(
         self,
-        cells: Cells,
+        cells: Any,
         *,
         epoch: int = 0,
         return_tensors: str | None = "pt",
@@ -165,7 +166,7 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         """Tokenise a batch of cells.
 
         Args:
-            cells: Raw counts with their gene ids.
+            cells: [`Cells`], raw counts with their gene ids, or rows; see [`cells_of`].
             epoch: Pass over the data; each pass has other draws. Keep 0 for evaluation.
             return_tensors: `"pt"` or `"np"`.
             max_genes, selection: Values for this call, instead of the extractor's own.
@@ -177,6 +178,7 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
             `return_profile` also `profile_gene_ids` (`int64`) and `profile` (`float32`), both `(n_cells, longest)`:
             all expressed genes whatever `max_genes` is, and their [`hellinger_profile`], 0 at `<pad>`.
         """
+        cells = cells_of(cells)
         max_genes = self.max_genes if max_genes is None else max_genes
         selection = self.selection if selection is None else selection
         self._check_selection(max_genes, selection)

@@ -10,6 +10,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -378,6 +380,22 @@ def check_types(types: np.ndarray) -> None:
         raise ValueError(f"No variable is a gene ({kinds}); pass the RNA part of the data.")
 
 
+def _words_around(names: Sequence[str], gene_index: GeneIndex) -> tuple[str, str] | None:
+    """What stands before and after the gene in each of some names, such as `rna_` or `b'` and `'`; None for nothing.
+
+    >>> _words_around(["b'CD3E'", "b'CD19'"], GeneIndex({"CD3E": 0, "CD19": 1}))
+    ("b'", "'")
+    """
+    before = commonprefix(list(names))
+    after = commonprefix([name[::-1] for name in names])[::-1]
+    lengths = sorted(product(range(len(before) + 1), range(len(after) + 1)), key=sum)
+    for first, last in lengths[1:]:
+        found = (gene_index.lookup(name[first : len(name) - last])[0] for name in names)
+        if 2 * sum(number >= 0 for number in found) > len(names):
+            return before[:first], after[len(after) - last :]
+    return None
+
+
 def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list[str]:
     """Refuse a poor match unless `force` is given, and return warnings in words.
 
@@ -405,6 +423,10 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
             f"The data say {r['species_declared']}, a species without a table of orthologs here (there is one of "
             f"{', '.join(sorted(gene_index.orthologs)) or 'none'}): map the genes to {gene_index.species} first."
         )
+    elif share < REFUSE_SHARE and (around := _words_around(examples, gene_index)) is not None:
+        removals = zip(("prefix", "suffix"), around, strict=True)
+        code = "".join(f".str.remove{end}({word!r})" for end, word in removals if word)
+        way_out = f"They match without what is around each gene: write `adata.var_names = adata.var_names{code}`."
     elif species == "unknown" and 2 * len(in_lower_case) > len(examples):
         way_out = (
             f"They match in capitals ({in_lower_case[0].upper()}): name the species with `organism=`, or, if the "

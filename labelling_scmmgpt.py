@@ -35,7 +35,7 @@ from .passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
 from .profiles_scmmgpt import ProfiledTypes, broader_answers, kinds_of_terms
 from .proof_scmmgpt import tissues_of
 from .receipt_scmmgpt import superseded
-from .records_scmmgpt import MISSING, add_column, finish_report, recorded, table_of, words_of
+from .records_scmmgpt import MISSING, add_column, finish_report, in_few_lines, recorded, table_of, words_of
 from .refinement_scmmgpt import MIN_FILE, FileMeans
 from .scoring_scmmgpt import LabelScorer, text_states
 from .tissues_scmmgpt import advice_on_tissues, labels_of_tissue, tissue_prior
@@ -175,11 +175,9 @@ class LabellingSteps(CellPasses):
         """Terms of candidates that are kinds of a trained label and stand for it, with a warning for each."""
         kinds = (self.model.config.annotation or {}).get("kinds", [])
         stand_ins = terms_of_kinds(settings["labels"], settings["cl_ids"], list(known), terms, kinds)
-        for term in stand_ins:
-            (label,) = term["labels"]
-            logger.warning(
-                f"{term['name']!r} is judged as {label!r}, of which it is a kind: other kinds of it get its name, too."
-            )
+        said = "{!r}: judged as {!r}, as a kind of it, whose other kinds get the name, too."
+        for message in in_few_lines(said.format(term["name"], *term["labels"]) for term in stand_ins):
+            logger.warning(message)
         return stand_ins
 
     def read_batch(self, adata: Any, labelling: "Labelling", read_batch: bool | None = None) -> "Labelling":

@@ -14,6 +14,7 @@ import numpy as np
 
 UNKNOWN = "Unknown"  # the label of a cell that gets none
 MOST_LABELS = 0.9  # of a term that is an answer: "eukaryotic cell" excludes next to none
+CL_ID = re.compile(r"CL[:_]\d+", re.IGNORECASE)  # of the Cell Ontology
 # Short forms that files use and the names of terms lack; a word of several meanings is left out ("HSC": of the blood,
 # or of the liver; "EC", "PC"). Sources: the labels of Azimuth's references of blood (Hao et al. 2021, Cell 184:3573;
 # "Mono", "Eryth") and motor cortex (Bakken et al. 2021, Nature 598:111; "Astro", "Oligo", "OPC", "Endo"); of a kidney
@@ -107,7 +108,7 @@ def trained_labels_of(
 
 def term_of(label: str, terms: Sequence[Mapping[str, Any]], cl_id: str | None = None) -> Mapping[str, Any] | None:
     """The term of an id, or that a label names, in any spelling; None if there is none."""
-    wanted = cl_id or label.strip().upper()
+    wanted = (cl_id or label).strip().upper().replace("CL_", "CL:")
     by_id = (term for term in terms if term["id"] == wanted)
     by_name = (term for term in terms if _spellings(label) & set(term["names"]))
     return next(by_id, None) or next(by_name, None)
@@ -262,9 +263,15 @@ def candidate_columns(
         trained: Label -> text of the trained labels.
         cl_ids: Label -> Cell Ontology id, where known.
         terms: As for [`trained_labels_of`].
+
+    Raises:
+        ValueError: If a label is an id of the Cell Ontology that means no trained label: no text stands for it.
     """
     names = list(labels)
     meant = {name: trained_labels_of(name, cl_ids.get(name), list(trained), terms) for name in names}
+    for name, text in labels.items():
+        if not meant[name] and text == name and CL_ID.fullmatch(name.strip()):
+            raise ValueError(f"The checkpoint knows no type of the id {name!r}; name the type in words in its place.")
     widths = {label: [len(meant[name]) if label in meant[name] else math.inf for name in names] for label in trained}
     broader = {label for name in names if not meant[name] for label in broader_labels(name, trained, terms)}
     owner_of: dict[str, tuple[int, bool]] = {}

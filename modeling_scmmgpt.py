@@ -15,7 +15,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -114,7 +114,7 @@ class ScMMGPTCausalLMOutput(CausalLMOutputWithPast):
     Args:
         loss: `language_weight * language_loss + expression_weight * expression_loss`, over the components that the
             batch has.
-        language_loss: Cross-entropy of `labels`; `None` without labels.
+        language_loss: Cross-entropy of `labels`, 0 if all are -100; `None` without labels.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, text_config.vocab_size)`).
     """
 
@@ -593,12 +593,27 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         features = self.project_cells(states, profile_gene_ids, profile, readout_scores)
         return BaseModelOutputWithPooling(states, features) if return_dict else features
 
-    def get_profile_embeddings(self, profile_gene_ids: Tensor, profile: Tensor) -> Tensor:
+    def get_profile_embeddings(
+        self,
+        profile_gene_ids: Tensor,
+        profile: Tensor,
+        gene_ids: Tensor | None = None,
+        expression: Tensor | None = None,
+        cell_attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """Places of cells among the groups of the label readout, `(num_cells, num_groups)`, L2-normalised.
 
-        `profile_gene_ids` and `profile` are as for `get_cell_features`. Genes that are not in the profile count as
-        measured; `ScMMGPTPipeline.embed` knows which genes a file has.
+        Genes that are not in the profile count as measured; `ScMMGPTPipeline.embed` knows which genes a file has.
+
+        Args:
+            profile_gene_ids, profile: As for `get_cell_features`.
+            gene_ids, expression, cell_attention_mask: Not used; the processor makes them of every cell.
+
+        Raises:
+            ValueError: If the checkpoint has no label readout with groups.
         """
+        if self.config.label_readout is None:
+            raise ValueError("This checkpoint has no label readout, which `release` fits; use `get_cell_features`.")
         return self.label_readout.embed(profile_gene_ids, profile)
 
     def get_text_features(
@@ -1171,6 +1186,16 @@ class ScMMGPTModel(ScMMGPTCellEncoder):
         return {name: value[decoded] for name, value in parameters.items()}, target_attention_mask[target_rows]
 
 
+def of_part(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of [`ScMMGPTModel`] as one of the model that holds it as `model`, with its signature and docstring."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.model, method.__name__)(*args, **kwargs)
+
+    return call
+
+
 def _refuse_merged_adapters(model: "ScMMGPTForConditionalGeneration", *_: Any) -> None:
     """Refuse an adapter of the base whose adapter is merged into the weights: it would count twice."""
     for adapter in getattr(model, "peft_config", {}).values():
@@ -1195,6 +1220,12 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
     """
 
     lora_target_modules = rf".*language_model\..*\.({'|'.join(LORA_LAYERS)})"
+    get_cell_features = of_part(ScMMGPTModel.get_cell_features)
+    get_cell_tokens = of_part(ScMMGPTModel.get_cell_tokens)
+    get_profile_embeddings = of_part(ScMMGPTModel.get_profile_embeddings)
+    get_text_features = of_part(ScMMGPTModel.get_text_features)
+    match = of_part(ScMMGPTModel.match)
+    resize_gene_embeddings = of_part(ScMMGPTModel.resize_gene_embeddings)
 
     def __init__(self, config: ScMMGPTConfig, language_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -1295,22 +1326,6 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         model.forbid_placeholders()
         return model
 
-    def get_cell_features(self, *args: Any, **kwargs: Any) -> Any:
-        """See [`ScMMGPTBridgeModel`], also for the next four."""
-        return self.model.get_cell_features(*args, **kwargs)
-
-    def get_profile_embeddings(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.model.get_profile_embeddings(*args, **kwargs)
-
-    def get_text_features(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model.get_text_features(*args, **kwargs)
-
-    def match(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.model.match(*args, **kwargs)
-
-    def resize_gene_embeddings(self, vocab_size: int) -> None:
-        self.model.resize_gene_embeddings(vocab_size)
-
     @can_return_tuple
     def forward(
         self,
@@ -1382,9 +1397,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
 
         loss, language_loss = None, None
         if labels is not None:
-            language_loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+            language_loss = self.language_loss(logits, labels, **kwargs)
             loss = self.config.language_weight * language_loss
         if outputs.expression_loss is not None:
             loss = (0 if loss is None else loss) + self.config.expression_weight * outputs.expression_loss
@@ -1392,13 +1405,46 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return ScMMGPTCausalLMOutput(loss=loss, language_loss=language_loss, logits=logits, **fields)
 
+    def language_loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        shift_labels: Tensor | None = None,
+        ignore_index: int = IGNORED_LABEL,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Cross-entropy of the next token: the mean over the tokens with a label, 0 without any.
+
+        A batch has none where all of its prompts ask for cells.
+
+        Args:
+            logits: `(batch_size, sequence_length, vocab_size)`.
+            labels: `(batch_size, sequence_length)`, `ignore_index` where no token is a target.
+            shift_labels: The label of the next token at each place, in place of `labels`.
+            num_items_in_batch: Number of labels to divide the sum by, in place of that of this batch.
+        """
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
+        if num_items_in_batch is None:
+            num_items_in_batch = (shift_labels != ignore_index).sum().clamp(min=1)
+        return self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.text_config.vocab_size,
+            shift_labels=shift_labels,
+            ignore_index=ignore_index,
+            num_items_in_batch=num_items_in_batch,
+            **kwargs,
+        )
+
     @torch.no_grad()
     def generate_cells(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        target_gene_ids: Tensor,
+        target_gene_ids: Tensor | Sequence[int],
         library_size: Tensor | float | None = None,
         num_return_cells: int = 1,
         do_sample: bool = False,
@@ -1412,8 +1458,9 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids, attention_mask: `(batch_size, sequence_length)` prompts; left padding, as for `generate`.
-            target_gene_ids: `(num_genes,)` or `(batch_size, num_genes)`: the genes to generate. The prediction for one
-                gene depends a little on the others, since the condition tokens attend to all of them.
+            target_gene_ids: `(num_genes,)` or `(batch_size, num_genes)`: the genes to generate, for instance by the
+                processor's `gene_ids_of`. The prediction for one gene depends a little on the others, since the
+                condition tokens attend to all of them.
             library_size: Total counts of a cell, one number or `(batch_size * num_return_cells,)`; needed to sample.
             num_return_cells: Cells of each prompt.
             do_sample: Also draw counts (`nb` and `zinb` heads).
@@ -1424,6 +1471,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If counts are to be sampled from the `mse` head or without a library size.
         """
+        target_gene_ids = torch.as_tensor(target_gene_ids, device=input_ids.device)
         if target_gene_ids.dim() == 1:
             target_gene_ids = target_gene_ids.expand(len(input_ids), -1)
         if do_sample and self.config.expression_head == "mse":

@@ -383,7 +383,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
                 raise ValueError(f"{given} are for the language model, which a description with proof does not ask.")
             return self._describe_with_proof(adata, cluster_key, key_added, self._batch_size(batch_size, 512), kwargs)
         if cluster_key is not None:
-            raise ValueError("Clusters are described with proof=True.")
+            raise ValueError("Clusters are described by counts: pass `proof=True`.")
         self._language_model("describe")
         prompt = self._prompt(prompt)
         if max_new_tokens < 1:

@@ -251,7 +251,7 @@ class ScMMGPTProcessor(ScGPTProcessor):
         """Every key of a call's result that the model takes."""
         text = "input_ids attention_mask labels qformer_input_ids qformer_attention_mask"
         cells = "gene_ids expression cell_attention_mask profile_gene_ids profile readout_scores"
-        targets = "target_gene_ids target_attention_mask target_expression target_counts library_size"
+        targets = "target_gene_ids target_attention_mask target_rows target_expression target_counts library_size"
         return f"{text} {cells} {targets}".split()
 
     # -- cells and texts in -------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ class ScMMGPTProcessor(ScGPTProcessor):
         Raises:
             ValueError: If placeholders and cells, texts and answers, or targets and rows differ in number, if a
                 target's row has no text, or if a text were truncated within or before one of its cells.
-            TypeError: If there is no such argument.
+            TypeError: If there is no such argument, or if a text is not a string.
         """
         unknown = sorted(set(kwargs) - {*CELL_KWARGS, *TEXT_KWARGS})
         if unknown:
@@ -313,7 +313,9 @@ class ScMMGPTProcessor(ScGPTProcessor):
         if qformer_text is not None:
             data.update(self._qformer_inputs(qformer_text))
         if text is not None:
-            text = [text] if isinstance(text, str) else list(text)
+            text = _list_texts(text)
+            if not text:
+                raise ValueError("text is an empty list; pass at least one text, or leave it out.")
             options = {name: kwargs[name] for name in TEXT_KWARGS if kwargs.get(name) is not None}
             data.update(self._text_inputs(text, answers, 0 if cells is None else len(cells), **options))
         if target_cells is not None:
@@ -325,7 +327,7 @@ class ScMMGPTProcessor(ScGPTProcessor):
         return BatchFeature(data)
 
     def _qformer_inputs(self, text: str | list[str]) -> dict[str, torch.Tensor]:
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = _list_texts(text)
         options = {"padding": True, "truncation": True, "max_length": self.qformer_max_length}
         inputs = self.qformer_tokenizer(texts, **options, return_tensors="pt")
         return {f"qformer_{name}": inputs[name] for name in ("input_ids", "attention_mask")}
@@ -567,6 +569,18 @@ class ScMMGPTProcessor(ScGPTProcessor):
         from .pipeline_scmmgpt import ScMMGPTPipeline
 
         return ScMMGPTPipeline(model, self, **kwargs)
+
+
+def _list_texts(text: Any) -> list[str]:
+    """One text or several as a list."""
+    texts = []
+    for one in [text] if isinstance(text, str) else text:
+        if not isinstance(one, str):
+            raise TypeError(
+                f"{type(text).__name__} is not a text or a list of texts; pass cells by name, as processor(cells=...)."
+            )
+        texts.append(one)
+    return texts
 
 
 def _check_target_rows(target_rows: np.ndarray | None, n_texts: int, n_targets: int) -> np.ndarray:

@@ -26,16 +26,18 @@ from .programmes_scmmgpt import PROGRAMMES
 from .unseen_scmmgpt import named_genes
 
 
-DENIAL = re.compile(
-    r",?\s*\b(?:without|lacking|excluding|negative for|except(?: for)?|but (?:not|no)"
-    r"|(?:which|that) (?:is|are) not(?= an? )|(?<=, )not)\s+(?:an?\s+)?(?P<after>[^,;.]+)"
-    r"|(?P<before>\b[\w-]+?)-negative\b",
-    re.IGNORECASE,
-)
 EITHER = re.compile(r"\s+(?:and|or|nor)\s+(?:an?\s+)?|\s*/\s*")
 LEVELS = dict.fromkeys(("high", "higher", "more", "strong", "stronger"), 1)
 LEVELS |= dict.fromkeys(("low", "lower", "less", "fewer"), -1)
 ANY_LEVEL = "|".join(LEVELS)
+DENIAL = re.compile(
+    r",?\s*\b(?:without|lacking|excluding|negative for|except(?: for)?|but (?:not|no)|^(?:anything|everything|all) but"
+    r"|(?:which|that) is not(?= an? )|(?:(?:which|that) are not(?= [^,;.]*s\b)|^not?|(?<=, )not)"
+    rf"(?! (?:{ANY_LEVEL}|expressing|showing|having|with)\b))"
+    r"\s+(?:an?\s+)?(?P<after>[^,;.]+)"
+    r"|(?P<before>\b[\w-]+?)-negative\b",
+    re.IGNORECASE,
+)
 ANY_CELL = re.compile(r"(?:an?|any|all|the)?\s*cells?", re.IGNORECASE)
 LEVEL = re.compile(
     r"(?:,?\s*\b(?:and|with|showing|expressing|(?:which|that) (?:is|are|has|have|show|shows|express|expresses)))*"
@@ -83,7 +85,7 @@ class Query:
     """What a text asks for.
 
     Args:
-        wanted: The text without its denials and levels.
+        wanted: The text without its denials and levels; "" for any cells.
         denied: Terms that the cells should lack.
         levels: Terms that should be high or low.
     """
@@ -134,9 +136,9 @@ def read_query(text: str, is_expressed: Callable[[str], bool] = lambda term: Fal
 
     rest = LEVEL.sub(take, rest)
     wanted = " ".join(rest.split()).strip(" ,;.") if denied or levels else text
-    wanted = "" if levels and ANY_CELL.fullmatch(wanted) else wanted
     if not wanted and not levels:
         raise ValueError(f"{text!r} says what cells lack, and not which cells are wanted: write 'cells without ...'.")
+    wanted = "" if (denied or levels) and ANY_CELL.fullmatch(wanted) else wanted
     return Query(wanted, tuple(denied), tuple(levels))
 
 
@@ -156,7 +158,9 @@ class Part:
             return similarity[:, self.wanted]
         nothing = np.zeros(len(similarity))
         wanted = nothing if self.wanted is None else similarity[:, self.wanted]
-        score = combine(wanted, list(similarity[:, self.denied_texts].T), list(expressed[:, self.denied_genes].T))
+        texts, genes = list(similarity[:, self.denied_texts].T), list(expressed[:, self.denied_genes].T)
+        # Of any cells, the best are those least like what is denied: no wanted text is there for it to fit better.
+        score = combine(nothing, [], [*texts, *genes]) if self.wanted is None else combine(wanted, texts, genes)
         for values, pairs in ((similarity, self.similar), (expressed, self.expressed)):
             for more, less in pairs:
                 high, low = (nothing if i is None else values[:, i] for i in (more, less))

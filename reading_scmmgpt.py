@@ -28,7 +28,7 @@ from .genes_scmmgpt import (
     match_genes,
 )
 from .matrices_scmmgpt import ROUNDED, MatrixVerdict, inspect_rows
-from .records_scmmgpt import finish_report
+from .records_scmmgpt import finish_report, in_few_lines
 from .rows_scmmgpt import LARGEST_VALUE, CountRows, matrix_of, modality_of, row_major, sample_rows, totals_of
 
 
@@ -137,6 +137,7 @@ def choose_input(
             f"{n_repeated} of {n_cells} barcodes are repeated (such as {counted.most_common(1)[0][0]!r}): cells of "
             "one barcode get equal random draws. Make them unique with `adata.obs_names_make_unique()`."
         )
+    messages = in_few_lines(messages)
     for message in messages:
         logger.warning(message)
     candidates = {m.name.replace("/", "_"): m.verdict.to_dict() for m in found}
@@ -162,7 +163,7 @@ def _assume_kind(kind: str, found: MatrixVerdict) -> MatrixVerdict:
         raise ValueError(f"assume={kind!r} is not a kind of matrix that can be read; choose one of {ASSUMABLE}.")
     if found.kind in ("invalid", "empty"):
         return found
-    if found.kind == "scaled":
+    if "share_negative" in found.evidence:
         return replace(found, evidence=found.evidence | {"assumed": kind})
     evidence = found.evidence | {"assumed": kind, "found": found.kind}
     if kind == found.kind:
@@ -250,6 +251,12 @@ def _describe_unusable(candidate: Candidate, adata: Any) -> str:
             "whether this value is zero with a pseudo-count, or one count. Read the cell with others of its file; or "
             "pass `assume='log1p'`, for which the value is expression."
         )
+    if "share_equal_variance" in e:
+        return (
+            f"{name} has a standard deviation of about 1 in {e['share_equal_variance']:.0%} of the genes: each gene "
+            "was scaled (`sc.pp.scale(zero_center=False)`), so that all are equally high. Keep the counts before "
+            "in `adata.layers['counts']` or `adata.raw`; if they have another name, pass `layer=`."
+        )
     row, column = e["first_at"]
     gene = next(iter(candidate.columns.values()))[column]
     where = f" (first at cell {str(adata.obs_names[row])!r}, gene {gene!r})"
@@ -327,8 +334,8 @@ def _matrix_messages(source: str, verdict: MatrixVerdict) -> list[str]:
     if verdict.floor:
         messages.insert(
             0,
-            f"{source} has no zeros, but {verdict.floor:g} in many genes of every cell (a logarithm with a "
-            "pseudo-count other than 1?): this value is taken as zero.",
+            f"{source} has no zeros, but {verdict.floor:g} in many genes of every cell (a pseudo-count, or a "
+            "logarithm with one other than 1?): this value is taken as zero.",
         )
     return messages
 

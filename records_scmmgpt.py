@@ -5,6 +5,7 @@ This file travels with the weights, so it imports neither AnnData nor pandas.
 
 import difflib
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 logger = logging.getLogger(__name__)
 MISSING = "(missing)"  # in place of a label or a cluster
 MOST_CLUSTERS = 20  # that may have one cell each for the most part
+NAMED = 3  # names that a warning lists
 NEAR_ENDS, MOST_NEAR = 4, 10_000  # letters that a name like another shares at an end; names that are compared
 
 
@@ -111,6 +113,37 @@ def names_near(name: str, names: Iterable[Any]) -> list[str]:
     )
     spelt = {other.casefold(): other for other in islice(alike, MOST_NEAR)}
     return [spelt[near] for near in difflib.get_close_matches(word, spelt, n=3, cutoff=0.7)]
+
+
+def some_of(names: Sequence[str], most: int = NAMED) -> str:
+    """The first names of many, and how many others there are.
+
+    >>> some_of(["'a'", "'b'"]), some_of(["'a'", "'b'", "'c'", "'d'"], 2)
+    ("'a', 'b'", "'a', 'b' and 2 more")
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
+def in_few_lines(messages: Iterable[str]) -> list[str]:
+    """Messages that differ by one quoted name alone as one message, with the first names; no message twice.
+
+    >>> in_few_lines(["obsm['a'] is left out.", "No counts.", "obsm['b'] is left out.", "No counts."])
+    ["obsm['a', 'b'] is left out.", 'No counts.']
+    """
+    groups: list[tuple[list[str], list[str], int | None]] = []  # parts of a message, names, the part that differs
+    for parts in (re.split("('[^']*')", message) for message in dict.fromkeys(messages)):
+        for i, (like, names, place) in enumerate(groups):
+            differs = [k for k in range(len(parts)) if parts[k] != like[k]] if len(parts) == len(like) else []
+            if len(differs) == 1 and differs[0] % 2 and place in (None, differs[0]):
+                groups[i] = like, [*names, parts[differs[0]]], differs[0]
+                break
+        else:
+            groups.append((parts, [], None))
+    return [
+        "".join(parts if k is None else [*parts[:k], some_of([parts[k], *names]), *parts[k + 1 :]])
+        for parts, names, k in groups
+    ]
 
 
 def add_column(adata: Any, name: str, values: np.ndarray) -> None:

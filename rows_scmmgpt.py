@@ -18,6 +18,7 @@ N_SAMPLED_VALUES = 1_000_000  # of richer rows, fewer are sampled
 # A value in the place of zeros: the matrix has at most this share of zeros, and each of its rows has the value in this
 # share of the genes.
 MOST_ZEROS, FLOOR_SHARE = 0.001, 0.2
+COUNTED_SHARE, MIN_COUNTED_ROWS = 0.5, 10  # for integers, such as counts + 1
 
 
 def modality_of(adata: Any) -> Any:
@@ -75,17 +76,20 @@ class CountRows:
         """The value that zeros have, such as log(0 + pseudo-count); 0 where zeros are zero.
 
         Most counts of a cell are zero: a matrix without zeros has another value in their place if the least value is
-        the same in every row, and frequent. Integers are counts of at least one: their genes were filtered.
+        the same in every row, and frequent. Integers are counts of at least one, as their genes were filtered, unless
+        half of every row are the least: no genes that are found in many cells have so few counts.
         """
         n_rows, n_vars = self.shape
         if not len(self.data) or len(self.data) < n_rows * n_vars * (1 - MOST_ZEROS):
             return 0.0
-        least = self.data.min()
+        least, share = self.data.min(), FLOOR_SHARE
         if (self.data == np.rint(self.data)).all():
-            return 0.0
+            if n_rows < MIN_COUNTED_ROWS or least == self.data.max():
+                return 0.0
+            share = COUNTED_SHARE
         rows = np.repeat(np.arange(n_rows), np.diff(self.indptr))
         at_floor = np.bincount(rows[self.data == least], minlength=n_rows)
-        return float(least) if (at_floor >= FLOOR_SHARE * n_vars).all() else 0.0
+        return float(least) if (at_floor >= share * n_vars).all() else 0.0
 
     def above(self, floor: float) -> "CountRows":
         """The same rows with `floor` as zero."""

@@ -31,6 +31,7 @@ import numpy as np
 from .cells_scmmgpt import Cells
 from .genes_scmmgpt import GeneIndex
 from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, panel_profiles
+from .records_scmmgpt import some_of
 from .regression_scmmgpt import sum_weights
 
 
@@ -459,7 +460,7 @@ class TextScores:
     def weak_labels(
         self, names: Sequence[str], n_cells: Mapping[str, float], gene_symbols: Callable[[list[int]], Sequence[str]]
     ) -> tuple[list[str], list[str]]:
-        """Labels whose decisive genes the file lacks, and warnings of them, those of the most cells first.
+        """Labels whose decisive genes the file lacks, and a warning of them, those of the most cells first.
 
         Args:
             names: The trained labels of `panel`, in words.
@@ -471,16 +472,16 @@ class TextScores:
         weak = self.panel.weak_labels(expected >= LEAST_SHARE * expected.sum())
         by_cells = sorted(weak, key=lambda label: -expected[[label, weak[label][0]]].sum())
         pairs = {frozenset((label, weak[label][0])): label for label in reversed(by_cells)}  # each pair once
-        warnings = []
-        for label in [*reversed(pairs.values())][:WEAK_LABELS]:
+        told = []
+        for label in reversed(pairs.values()):
             other, evidence, absent = weak[label]
-            warnings.append(
-                f"The file lacks {', '.join(gene_symbols(absent))}, which tell {names[label]!r} from "
-                f"{names[other]!r}: {max(evidence, 0):.0%} of the evidence is left, and the scores are lower for it."
+            genes = ", ".join(gene_symbols(absent))
+            told.append(
+                f"{genes} ({names[label]!r} from {names[other]!r}: {max(evidence, 0):.0%} of the evidence left)"
             )
-        if len(pairs) > WEAK_LABELS:
-            warnings.append(f"The file lacks decisive genes of {len(pairs) - WEAK_LABELS} more pairs of labels.")
-        return [names[label] for label in weak], warnings
+        lacking = some_of(told, WEAK_LABELS) + (" pairs of labels" if len(told) > WEAK_LABELS else "")
+        said = f"The file lacks genes that tell labels apart, and the scores are lower for it: {lacking}."
+        return [names[label] for label in weak], [said] if told else []
 
     def __call__(self, cells: Cells) -> np.ndarray:
         """Log probabilities, float32 `(n_cells, n_texts)`."""

@@ -1,4 +1,4 @@
-"""Fit matching weight and temperature of a checkpoint on validation cells, and store them in its configuration."""
+"""Fit the matching weight and temperature of a checkpoint on validation cells, and store them in `config.json`."""
 
 import json
 import logging
@@ -17,24 +17,43 @@ from scmmgpt.records_scmmgpt import MISSING, need_columns, words_of
 if TYPE_CHECKING:
     from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
-GIVEN = "scmmgpt_given"  # a column of obs that is not written
+GIVEN = "scmmgpt_given"  # a temporary column of obs
 
 
 def check_config(checkpoint: str) -> None:
-    """Refuse a checkpoint that is not a folder here, or whose configuration cannot be written."""
+    """Refuse a checkpoint that is not a local folder, or whose configuration is not writable.
+
+    Raises:
+        FileNotFoundError: If there is no `config.json`.
+        OSError: If `config.json` cannot be written.
+    """
     config_file = Path(checkpoint) / "config.json"
     if not config_file.is_file():
-        raise FileNotFoundError(f"No config.json in {checkpoint!r}: name the folder of a checkpoint to write to.")
+        raise FileNotFoundError(f"No config.json in {checkpoint!r}. Pass the local folder of a checkpoint.")
     check_file(config_file)
 
 
 def calibrate_checkpoint(
     pipeline: "ScMMGPTPipeline", adata: Any, checkpoint: str, source: Path, label_key: str, reading: dict[str, Any]
 ) -> dict[str, Any]:
-    """Calibrate on the cells of `source`, write the configuration, and return the numbers of the fit.
+    """Calibrate a checkpoint on labelled cells, and write its configuration.
 
-    A checkpoint of `finetune` or `release` keeps its labels, which those of the cells mean in any words. Else the
-    labels of the cells become those of the checkpoint; of a corpus, those of the training split are among them.
+    A checkpoint of `finetune` or `release` keeps its labels; the labels of the cells may be synonyms of them. Any
+    other checkpoint gets the labels of the cells or, if `source` is a corpus, those of its training split.
+
+    Args:
+        pipeline: The checkpoint.
+        adata: The validation cells.
+        checkpoint: Folder of the checkpoint.
+        source: File or corpus of the cells.
+        label_key: Column of `obs` with the labels.
+        reading: Options of reading, passed to `pipeline.calibrate`.
+
+    Returns:
+        The numbers of the fit, the number of labels, and the least error rate that the number of cells allows.
+
+    Raises:
+        ValueError: If no label of the cells means a label of the checkpoint.
     """
     stored = pipeline.model.config.annotation or {}
     if pipeline.can_explain and "similarity_weight" in stored:
@@ -53,27 +72,36 @@ def calibrate_checkpoint(
 
 
 def trained_words(given: np.ndarray, stored: Mapping[str, Any], label_key: str) -> np.ndarray:
-    """The trained label that each given one means; a label that means none or several stays as it is.
+    """Replace the label of each cell by the trained label with the same meaning.
+
+    A label that means no trained label, or several, is kept.
 
     Args:
-        given: str `(n_cells,)`.
+        given: Label of each cell, str `(n_cells,)`.
         stored: `config.annotation`, with `labels` and `terms`.
-        label_key: The column that they are of.
+        label_key: Column of the labels, for messages.
+
+    Returns:
+        str `(n_cells,)`.
+
+    Raises:
+        ValueError: If no label means exactly one trained label.
     """
     names, numbers = np.unique(given, return_inverse=True)
     known, terms = list(stored["labels"]), stored.get("terms", [])
     meant = [trained_labels_of(str(name), None, known, terms) for name in names]
     if not any(len(labels) == 1 for labels in meant):
         raise ValueError(
-            f"None of the {len(names)} labels of obs[{label_key!r}] is one that the checkpoint was trained on "
-            f"({str(names[0])!r}; it knows {', '.join(map(repr, known[:3]))}, ...). "
-            "`python -m scmmgpt.train finetune` learns new labels."
+            f"None of the {len(names)} labels of obs[{label_key!r}] ({str(names[0])!r}, ...) is a label of the "
+            f"checkpoint ({', '.join(map(repr, known[:3]))}, ...). "
+            "Train new labels with `python -m scmmgpt.train finetune`."
         )
     of_name = [labels[0] if len(labels) == 1 else str(name) for name, labels in zip(names, meant, strict=True)]
     if left := [str(name) for name, labels in zip(names, meant, strict=True) if len(labels) != 1 and name != MISSING]:
         logging.getLogger("scmmgpt").warning(
-            f"{len(left)} of {len(names)} labels of obs[{label_key!r}] mean no single label of the checkpoint "
-            f"({', '.join(map(repr, left[:3]))}{', ...' if len(left) > 3 else ''}): their cells are left out."
+            f"{len(left)} of {len(names)} labels of obs[{label_key!r}] do not match exactly one label of the "
+            f"checkpoint ({', '.join(map(repr, left[:3]))}{', ...' if len(left) > 3 else ''}). Their cells are left "
+            "out."
         )
     return np.asarray(of_name, dtype=str)[numbers]
 
@@ -81,13 +109,13 @@ def trained_words(given: np.ndarray, stored: Mapping[str, Any], label_key: str) 
 def _calibrate_anew(
     pipeline: "ScMMGPTPipeline", adata: Any, source: Path, label_key: str, reading: dict[str, Any]
 ) -> dict[str, Any]:
-    """Calibrate with the labels of the cells as those of the checkpoint."""
+    """Calibrate, and replace the labels of the checkpoint by those of the cells."""
     from scmmgpt.train.data.captions import CaptionSampler
     from scmmgpt.train.data.ontology import label_terms, tissues_of
 
     before = (pipeline.model.config.annotation or {}).get("labels") or {}
     labelled = adata.obs
-    if (source / "manifest.json").is_file():  # the labels of the training split are candidates too
+    if (source / "manifest.json").is_file():  # a corpus: the labels of the training split are the candidates
         from scmmgpt.train.data.corpus import open_corpus
 
         labelled = open_corpus(source).obs("train").to_pandas()
@@ -102,8 +130,8 @@ def _calibrate_anew(
     lost = sorted(set(before) - set(labels))
     if lost:
         logging.getLogger("scmmgpt").warning(
-            f"{len(lost)} of the {len(before)} labels that the checkpoint had are none of {source}, and no longer "
-            f"its labels ({', '.join(map(repr, lost[:3]))}{', ...' if len(lost) > 3 else ''})."
+            f"{len(lost)} of the {len(before)} labels of the checkpoint are not labels of {source}, and are removed "
+            f"({', '.join(map(repr, lost[:3]))}{', ...' if len(lost) > 3 else ''})."
         )
     known = {"terms": label_terms(ids), "tissues": tissues_of(labelled, labelled[label_key])}
     pipeline.model.config.annotation = {**(pipeline.model.config.annotation or {}), **known}

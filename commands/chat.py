@@ -9,7 +9,7 @@ The words of a question choose a topic, and the genes, types and columns of `obs
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 
 from scmmgpt.commands.conditions import rows_where
-from scmmgpt.commands.questions import EXAMPLES, Group, Question, QuestionReader, simple
+from scmmgpt.commands.questions import EXAMPLES, TOPICS, Group, Question, QuestionReader, simple
 from scmmgpt.evidence_scmmgpt import NONE
+from scmmgpt.expression_scmmgpt import join
 from scmmgpt.programmes_scmmgpt import PROGRAMMES
-from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, TYPE_FOLD, TYPE_SHARE, Expression, join
-from scmmgpt.receipt_scmmgpt import superseded
+from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, TYPE_FOLD, TYPE_SHARE, Proof
 from scmmgpt.records_scmmgpt import recorded, words_of
 
 
@@ -36,7 +36,13 @@ STATES = (  # words that ask for each of PROGRAMMES
 )
 COLUMNS = ("tissue", "donor_id", "donor", "sample", "batch", "condition", "disease", "assay", "leiden", "louvain")
 RAREST = re.compile(r"\b(rare\w*|least|fewest|smallest|scarcest)\b", re.IGNORECASE)
-LOWEST = re.compile(r"\b(lowest|least|weakest)\b", re.IGNORECASE)
+LOWEST = re.compile(r"\b(lowest|least|weakest|fewest|smallest)\b", re.IGNORECASE)
+LIKENESS = "`scmmgpt search`, or Search on the page, orders cells by likeness to cells or to words."
+POINTERS = {  # what others answer
+    r"\b(doublet|multiplet)": "`scanpy.pp.scrublet` looks for doublets.",
+    r"\b(plot|draw|umap|heatmap)": "`scmmgpt report` and the page draw the cells.",
+    r"\b(like|closest|nearest|similar|resembl)": LIKENESS,
+}
 N_NAMED, N_PARTS, MAX_KINDS, SILENT = 5, 6, 60, 0.1  # genes and values of an answer; kinds of a column; as in reports
 
 
@@ -71,36 +77,30 @@ def rows_of(obs: pd.DataFrame, select: Any) -> np.ndarray:
     return mask
 
 
-def has_proof(adata: Any) -> bool:
-    """Whether cells have descriptions with proof, of the labels that they have now."""
-    described = recorded(adata, "scmmgpt", "describe")
-    return "clauses" in described and "describe" not in superseded(adata, "scmmgpt")
-
-
 class Chat:
     """Questions about cells of one file, turn by turn.
 
-    Labels and descriptions with proof are added to `adata` where they are missing.
+    Labels are added to `adata` where they are missing.
 
     Args:
         pipeline: With a label readout.
         adata: All cells: those that are not selected are what the selection is compared with.
         select: See [`rows_of`].
+        proof: Of the labels of all cells, by `pipeline.prove`; by default it is computed.
         read_kwargs: How to read the cells, as for `ScMMGPTPipeline.annotate`.
     """
 
-    def __init__(self, pipeline: Any, adata: Any, select: Any = None, **read_kwargs: Any) -> None:
+    def __init__(
+        self, pipeline: Any, adata: Any, select: Any = None, proof: Proof | None = None, **read_kwargs: Any
+    ) -> None:
         if not pipeline.can_explain:
             raise ValueError("This checkpoint has no label readout, whose markers and evidence the answers are about.")
         self.selected = rows_of(adata.obs, select)
         if not {"scmmgpt_cell_type", "scmmgpt_score"} <= set(adata.obs):
             pipeline.annotate(adata, **read_kwargs)
-        if not has_proof(adata):
-            pipeline.describe(adata, proof=True, **read_kwargs)
         choice = pipeline.processor.choose_input(adata, **read_kwargs)
-        self.cells, self.obs, gene_index = choice.convert(adata), adata.obs, pipeline.processor.gene_index
-        genes = np.unique(choice.match.measured)
-        self.expression = Expression(self.cells, genes, pipeline.processor.gene_symbols(genes.tolist()))
+        proof = pipeline.prove(adata, choice) if proof is None else proof
+        self.cells, self.expression, self.obs = proof.proposals.cells, proof.expression, adata.obs
         self.expressed = self.expression.counts > 0  # a CSR matrix whose entries are all above 0
         self.labels = pipeline.called_types(adata, choice)["cell_type"].astype(str)
         # Scores are missing with their labels where files were joined.
@@ -108,22 +108,27 @@ class Chat:
         settings = pipeline.model.config.annotation or {"labels": {}}
         terms = [term for term in settings.get("terms", []) if len(term["labels"]) < len(settings["labels"])]
         sets = np.unique([*self.labels, *settings["labels"], *(term["name"] for term in terms)])
-        candidates = recorded(adata, "scmmgpt", "annotate").get("labels")
+        self.candidates, self.probabilities = (
+            recorded(adata, "scmmgpt", "annotate").get("labels"),
+            adata.obsm.get("scmmgpt_probabilities"),
+        )
         evidence = pipeline.evidence_of(
-            choice, self.labels, sets, called=np.unique(self.labels), candidates=candidates
+            choice, self.labels, sets, called=np.unique(self.labels), candidates=self.candidates
         )
         self.explainer, self.set_names, self.panel_genes = evidence.explainer, evidence.names, evidence.genes
         types = {simple(word): term["name"] for term in terms for word in term["names"] if len(word) > 1}
         types |= {simple(name): name for name in sets.tolist()}
-        clauses = pd.DataFrame(adata.uns["scmmgpt"]["describe"]["clauses"], columns=["cell", "text"])
-        shows = {p.phrase: clauses["cell"][clauses["text"].str.startswith(p.phrase)] for p in PROGRAMMES}
-        self.programmes = {name: np.isin(adata.obs_names, cells) for name, cells in shows.items()}
+        self.programmes = {p.phrase: has for p, has in zip(PROGRAMMES, proof.programmes, strict=True)}
         own = [name for name in self.obs if not name.startswith("scmmgpt_") and not name.endswith("ontology_term_id")]
         self.columns = {c: words_of(self.obs, c) for c in own if self.obs[c].nunique() <= MAX_KINDS}
         known = {str(term["name"]): term for term in settings.get("profiles", [])}
         self.never_called = [name for name in known if name not in sets]
         types |= {simple(word): name for name in self.never_called for word in [name, *known[name]["names"]]}
-        self.read = QuestionReader(types, {name: set(values) for name, values in self.columns.items()}, gene_index)
+        values, gene_index = (
+            {name: set(values) for name, values in self.columns.items()},
+            pipeline.processor.gene_index,
+        )
+        self.read = QuestionReader(types, values, gene_index)
         self.asked = Question("")
 
     def ask(self, text: str) -> Answer:
@@ -133,7 +138,8 @@ class Chat:
             self.asked = self.asked if not asked.unread else Question("")  # "and NK cells?" follows no such question
             words = ", ".join(f'"{word}"' for word in dict.fromkeys(asked.unread))
             known = f" ({words}: no gene, label, column or subject of these answers)" if words else ""
-            return Answer(f"The counts do not answer that{known}. You can ask: {EXAMPLES}")
+            others = [f" {said}" for word, said in POINTERS.items() if re.search(word, text, re.IGNORECASE)]
+            return Answer(f"The counts do not answer that{known}.{''.join(others)} You can ask: {EXAMPLES}")
         if never := [name for kind, name in asked.groups if kind == "type" and name in self.never_called]:
             return Answer(
                 f"No cell of the file is called {never[0]}. The checkpoint has a reference profile of this type and "
@@ -205,21 +211,27 @@ class Chat:
         other = self.number(rival) if rival else self.explainer.find_rivals(scores, np.array([own]))[0]
         if other == NONE or not self.explainer.members[own].any():
             return "", ""
-        rival = str(self.set_names[other])
+        (_, who), rival = self.subject, str(self.set_names[other])
         terms, speaks = self.explainer.terms(slice(None), mean, own, other)
         best = [gene for gene in np.argsort(-terms * speaks, kind="stable")[:N_NAMED] if (terms * speaks)[gene] > 0]
         there = self.mask(("type", rival)) & ~mask
         genes = self.shares(self.panel_genes[best].tolist(), mask, there) if best else "none"
-        of = f" (shares of these {mask.sum():,} cells and of {_named(there, ('type', rival))})" if there.any() else ""
-        return rival, f"Genes that speak for {label} and against {rival}: {genes}{of}."
+        mine = _named(mask, ("type", label)) if self.selected.all() else f"{mask.sum():,} of {who}"
+        of = f"{mine} and of {_named(there, ('type', rival))}" if there.any() else mine
+        return rival, f"Genes that speak for {label} and against {rival}: {genes} (shares of {of})."
 
-    def markers(self, name: str) -> tuple[str, str]:
-        """Markers of a type that the cells express, and those that fewer than a tenth of them do, in words."""
-        (mask, _), (other, _) = self.subject, self.others
+    def markers(self, name: str, mask: np.ndarray, other: np.ndarray, only_theirs: bool = False) -> tuple[str, str]:
+        """Markers of a type that cells express, and those that fewer than a tenth of them do, in words; "" for none.
+
+        With `only_theirs` markers that the `other` cells, if there are any, have no more than these are left out.
+        """
         symbols = self.panel_genes[[gene for gene in self.explainer.markers[self.number(name)] if gene != NONE]]
-        here = self.expressing(mask)[[self.expression.column_of[gene] for gene in symbols]]
-        lists = symbols[here >= SILENT].tolist(), symbols[here < SILENT].tolist()
-        return tuple(self.shares(genes, mask, other) if genes else "none" for genes in lists)  # type: ignore[return-value]
+        columns = [self.expression.column_of[gene] for gene in symbols]
+        here, there = self.expressing(mask)[columns], self.expressing(other)[columns]
+        kept = there > here if only_theirs and other.any() else np.ones(len(symbols), dtype=bool)
+        lists = (symbols[kept & part].tolist() for part in (here >= SILENT, here < SILENT))
+        expressed, missing = (self.shares(genes, mask, other) if genes else "" for genes in lists)
+        return expressed, missing
 
     def parts(self, values: np.ndarray, mask: np.ndarray, rarest: bool = False) -> str:
         """The commonest values of cells with their shares, or the rarest, in words."""
@@ -233,7 +245,8 @@ class Chat:
         is_denied = group in self.asked.denied and self.asked.topic in ("types", "column")
         n = int(((self.mask(group) ^ is_denied) & mask).sum())
         what = f"called {group[1]} or a kind of it" if group[0] == "type" else f"of {group[0]} {group[1]}"
-        return f"{n:,} of {who} ({share(n / mask.sum())}) are {'not ' if is_denied else ''}{what}."
+        verb = f"{'is' if n == 1 else 'are'}{' not' if is_denied else ''}"
+        return f"{n:,} of {who} ({share(n / mask.sum())}) {verb} {what}."
 
     # -- answers ------------------------------------------------------------------------------------------------------
 
@@ -268,7 +281,7 @@ class Chat:
         if other.any():
             words += f", in {share((rates[other] > 0).mean())} of {rest} ({_rate(rates[other])})"
             if middle := np.median(rates[mask]):
-                words += f"; {share((rates[other] < middle).mean())} of those have less than the middle one of these"
+                words += f"; {share((rates[other] < middle).mean())} of {rest} have less than the median of {who}"
         return f"{words}."
 
     def _gene_of_each(self, gene: str) -> str:
@@ -329,7 +342,7 @@ class Chat:
         mask, who = self.subject
         novelty = self.obs.get("scmmgpt_novelty", pd.Series(np.nan, index=self.obs.index)).to_numpy()[mask]
         n, score = int((novelty > 1).sum()), self.scores[mask]
-        words = f"{n:,} of {who} are unlike every type of the checkpoint (novelty above 1)"
+        words = f"{n:,} of {who} are unlike every label of the checkpoint (novelty above 1)"
         return (
             f"{words}; the mean probability of the others is {score[~(novelty > 1)].mean():.2f}."
             if n < len(score)
@@ -357,12 +370,42 @@ class Chat:
             self.asked.roles |= {"subject": several[0], "target": several[1]}
             if not self.subject[0].any():
                 return f"The file has {self.subject[1].replace('the 0 ', 'no ', 1)}."
-        target, (label, _) = self.asked.roles["target"], self.commonest()
+        target, (label, mine), (mask, who) = self.asked.roles["target"], self.commonest(), self.subject
+        said = []
+        if target[0] != "type":  # "why not delta?", which is a label of the file
+            names = pd.Series(self.labels[self.mask(target)]).value_counts()
+            said = [f"Of {_named(self.mask(target), target)} {names.iloc[0]:,} are called {names.index[0]}."]
+            target = "type", str(names.index[0])
+        said.append(self.called(target))
         if self.is_kind(label, target[1]):
-            return self.called(target)
-        (_, genes), (_, missing) = self.evidence(target[1]), self.markers(target[1])
-        lacking = f"Markers of {target[1]} that few of them express: {missing}." if missing != "none" else ""
-        return " ".join(filter(None, [self.called(target), genes, lacking]))
+            return " ".join(said)
+        if mine.sum() < mask.sum():
+            said.append(f"The commonest label of {who} is {label}, of {mine.sum():,}.")
+        theirs = self.mask(target) & ~mine
+        said.append(self.evidence(target[1])[1])
+        if missing := self.markers(target[1], mine, theirs, only_theirs=True)[1]:
+            against = f", against the share of {_named(theirs, target)}" if theirs.any() else ""
+            few = f"Markers of {target[1]} that fewer than {share(SILENT)} of the former have"
+            said.append(f"{few}{against}: {missing}.")
+        return " ".join(filter(None, said))
+
+    def _like(self) -> str:
+        mask, target = self.subject[0], self.asked.roles.get("target") or self.asked.roles["subject"]
+        said, rest = [self.called(target)], mask & ~self.mask(target)
+        if len(odds := self.probability_of(target[1])) and rest.any():
+            groups = [(name, rest & (self.labels == name)) for name in np.unique(self.labels[rest])]
+            means = {_counted(name, part): odds[part].mean() for name, part in groups}
+            said.append(f"Mean probability of {target[1]} in the others: {self.ranked(means, '{:.2g}'.format)}.")
+        return " ".join([*said, LIKENESS])
+
+    def probability_of(self, name: str) -> np.ndarray:
+        """The probability of a type or its kinds in each cell; empty where the labels of the file have none."""
+        labels = [str(label) for label in np.atleast_1d(self.candidates if self.candidates is not None else [])]
+        known = set(self.set_names.tolist())
+        columns = [i for i, label in enumerate(labels) if label in known and self.is_kind(label, name)]
+        if self.probabilities is None or not columns or self.probabilities.shape[1] != len(labels):
+            return np.zeros(0)
+        return np.nan_to_num(np.asarray(self.probabilities)[:, columns]).sum(axis=1)
 
     def _markers(self) -> str:
         if self.selected.all() and "target" in self.asked.roles:  # of those cells, where none are selected
@@ -370,8 +413,11 @@ class Chat:
             if not self.subject[0].any():
                 del self.asked.roles["subject"]
         name = self.asked.roles.get("target", ("type", self.commonest()[0]))[1]
-        expressed, missing = self.markers(name)
-        return f"Markers of {name} in {self.subject[1]}: {expressed}. In fewer than {share(SILENT)}: {missing}."
+        (mask, who), (other, rest) = self.subject, self.others
+        expressed, missing = self.markers(name, mask, other)
+        of = f"{who}{f', against the share of {rest}' if other.any() else ''}"
+        few = f"In fewer than {share(SILENT)}: {missing or 'none'}."
+        return f"Markers of {name} by the share of {of}: {expressed or 'none'}. {few}"
 
     def _alternatives(self) -> str:
         rival, _ = self.evidence()
@@ -383,28 +429,41 @@ class Chat:
     def _sure(self) -> str:
         (mask, who), score = self.subject, self.scores
         if self.asked.each:
-            means = {name: score[part].mean() for name, part in self.groups_of(mask)}
-            names = sorted(means, key=lambda name: means[name], reverse=not LOWEST.search(self.asked.text))
-            return f"Mean probability: {join([f'{name} ({means[name]:.2f})' for name in names[:N_PARTS]])}."
+            means = {_counted(name, part): score[part].mean() for name, part in self.groups_of(mask)}
+            return f"Mean probability of the labels: {self.ranked(means, '{:.2f}'.format)}."
         score = score[mask]
         low, unknown = share((score < MIN_SCORE).mean()), share((self.labels[mask] == "Unknown").mean())
         words = f"The mean probability of the labels of {who} is {score.mean():.2f}"
         return f"{words}; for {low} it is below {MIN_SCORE}, and {unknown} are Unknown."
 
     def _state(self) -> str:
-        (mask, who), (other, _), said = self.subject, self.others, []
+        (mask, who), (other, rest), said = self.subject, self.others, []
         words = dict(zip(PROGRAMMES, STATES, strict=True))
         asked = [programme for programme in words if re.search(words[programme], self.asked.text, re.IGNORECASE)]
         for programme in asked or words:
             genes = [self.expression.column_of[gene] for gene in programme.genes if gene in self.expression.column_of]
             several = self.expressed[:, genes].sum(axis=1).A1 >= MIN_PROGRAMME_GENES
             usual = self.programmes[programme.phrase]
-            shares = [(share(several[part].mean()), share(usual[part].mean())) for part in (mask, other) if part.any()]
-            against = f" (against {shares[1][0]} and {shares[1][1]})" if other.any() else ""
-            if asked or usual[mask].any():
-                said.append(f"{programme.phrase}: {shares[0][0]}, {shares[0][1]}{against}")
-        start = f"Share of {who} with counts of {MIN_PROGRAMME_GENES} or more genes of a programme, and of those with "
-        return f"{start}more of it than is usual for their type: {'; '.join(said) or 'none of the latter'}."
+            if self.asked.each and asked:
+                shares = {_counted(name, part): several[part].mean() for name, part in self.groups_of(mask)}
+                start = f"{programme.phrase}, share of cells with counts of {MIN_PROGRAMME_GENES} or more of its genes"
+                said.append(f"{start}: {self.ranked(shares, share)}.")
+            elif asked or usual[mask].any():
+                here, *there = (
+                    f"{share(several[part].mean())}, {share(usual[part].mean())}"
+                    for part in (mask, other)
+                    if part.any()
+                )
+                said.append(f"{programme.phrase} {here}{''.join(f' (of {rest} {words})' for words in there)}.")
+        if self.asked.each and asked:
+            return " ".join(said)
+        start = f"Of {who}, the share with counts of {MIN_PROGRAMME_GENES} or more genes of a programme, and the "
+        return f"{start}share with more of it than is usual for their type: {' '.join(said) or 'none of the latter.'}"
+
+    def ranked(self, values: dict[str, float], in_words: Callable[[float], str]) -> str:
+        """Names with their values in words, the highest first, or the lowest where the question asks for it."""
+        names = sorted(values, key=lambda name: values[name], reverse=not LOWEST.search(self.asked.text))
+        return join([f"{name}: {in_words(values[name])}" for name in names[:N_PARTS]])
 
     def _column(self) -> str:
         (mask, who), target = self.subject, self.asked.roles.get("target")
@@ -412,7 +471,8 @@ class Chat:
             return self.called(target)
         columns = self.asked.columns or [name for name in COLUMNS if name in self.columns]
         parts = [f"{name}: {self.parts(self.columns[name], mask)}" for name in dict.fromkeys(columns)]
-        start = "" if self.asked.columns else "The question names no column of obs. "
+        named = "" if self.asked.columns else TOPICS["column"].search(self.asked.text)
+        start = f'No column of obs is called "{named.group()}". ' if named else ""
         return f"{start}Of {who}: {'; '.join(parts)}." if parts else f"{start}It has {join(list(self.columns))}."
 
     def _quality(self) -> str:
@@ -424,12 +484,14 @@ class Chat:
         def words(part: np.ndarray) -> str:
             mito = share(in_mitochondria[part].sum() / max(counts[part].sum(), 1))
             middle = f"{np.median(counts[part]):,.0f} counts and {np.median(genes[part]):,.0f} genes"
-            return f"{middle}; {mito} of the counts are mitochondrial"
+            return f"{middle}; {mito} of the counts are mitochondrial" if handling.any() else middle
 
         if self.asked.each:
             by = (
                 in_mitochondria / np.maximum(counts, 1)
                 if re.search("mito", self.asked.text, re.IGNORECASE)
+                else genes
+                if re.search(r"\bgenes\b", self.asked.text, re.IGNORECASE)
                 else counts
             )
             is_lowest = bool(LOWEST.search(self.asked.text))
@@ -437,7 +499,8 @@ class Chat:
             groups.sort(key=lambda group: float(np.median(by[group[1]])), reverse=not is_lowest)
             parts = [f"{name}: {words(part)}" for name, part in groups[:N_PARTS]]
             return f"Medians of {who}, the {'lowest' if is_lowest else 'highest'} first. {'. '.join(parts)}."
-        measured = f" The file measures {len(self.expression.symbols):,} genes of the model."
+        measured = f" The file measures {len(self.expression.symbols):,} genes of the model"
+        measured += "." if handling.any() else ", none of them mitochondrial."
         return f"The median of {who} is {words(mask)}.{measured}"
 
     def _describe(self) -> str:
@@ -466,6 +529,11 @@ def _named(mask: np.ndarray, group: str | Group) -> str:
     n, before = int(mask.sum()), group if isinstance(group, str) else ""
     after = "" if isinstance(group, str) else f" called {group[1]}" if group[0] == "type" else f" of {' '.join(group)}"
     return f"the {n:,} {before}cell{'s' if n != 1 else ''}{after}"
+
+
+def _counted(name: str, mask: np.ndarray) -> str:
+    """A group with its number of cells."""
+    return f"{name} ({mask.sum():,} {'cell' if mask.sum() == 1 else 'cells'})"
 
 
 def answers(chat: Chat, questions: Iterable[str] | None, as_list: bool) -> Iterator[tuple[Any, list[str]]]:

@@ -1,6 +1,6 @@
-"""Look at a checkpoint before a model is built: its place, and whether its files agree with each other.
+"""Check a checkpoint before a model is built: whether it exists, and whether its files agree with each other.
 
-Files of strangers and broken copies are refused in one line, before memory is allocated or the network is searched.
+Foreign files and broken copies are refused in one line, before memory is allocated or the network is used.
 """
 
 import difflib
@@ -23,15 +23,15 @@ SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "projection_dim num_query_tokens num_condition_tokens n_bins cross_attention_frequency encoder_hidden_size"
 ).split()
-HEADER_BYTES = 100_000_000  # the longest header that safetensors reads
-LARGEST_ID = 2**24  # of a gene vocabulary; arrays have an entry for each id
+HEADER_BYTES = 100_000_000  # limit of the header in safetensors
+LARGEST_ID = 2**24  # largest id of a vocabulary, because arrays have an entry for each id
 
 
 def root_checkpoint() -> str:
-    """The folder of the checkpoint that comes with the package, which lies beside its code.
+    """Return the folder of the checkpoint of this package, which is the root of the package.
 
     Raises:
-        FileNotFoundError: If the package was installed without it.
+        FileNotFoundError: If the package was installed without its checkpoint.
     """
     root = Path(__file__).parents[1]
     if not (root / "config.json").is_file() or not (root / "model.safetensors").is_file():
@@ -42,7 +42,7 @@ def root_checkpoint() -> str:
 
 
 def identify(folder: str) -> dict[str, str]:
-    """Name, version and sha256 of a checkpoint of `release`: of the weights."""
+    """Read name and version of a checkpoint of `release`, and compute the sha256 of its weights."""
     release = read_json(Path(folder, "config.json"), dict).get("release") or {}
     with Path(folder, "model.safetensors").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -53,14 +53,14 @@ def identify(folder: str) -> dict[str, str]:
 def find_checkpoint(name: str, *, short_ids: bool = False) -> None:
     """Refuse a name that is neither a folder nor a model of the Hub.
 
-    A name is a folder if it looks like one: its first part exists here, or it has more parts than a model id. Only a
+    A name counts as a folder if its first part exists on this machine, or if it has more parts than a model id. A
     model id that is not in the cache is looked up on the Hub, once.
 
     Args:
-        short_ids: Whether ids without an owner, such as `gpt2`, are model ids too.
+        short_ids: Whether ids without an owner, such as `gpt2`, are also model ids.
 
     Raises:
-        FileNotFoundError: With the names that are nearest.
+        FileNotFoundError: If there is neither; the message lists the nearest names.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -75,7 +75,7 @@ def find_checkpoint(name: str, *, short_ids: bool = False) -> None:
 
 
 def similar_folders(path: Path) -> str:
-    """A sentence about folders whose names are nearest to that of a missing one."""
+    """Return a sentence with the folders whose names are nearest to a missing folder, or an empty string."""
     parent = path.parent if str(path.parent) else Path(".")
     if not parent.is_dir():
         missing = next(folder for folder in reversed([path, *path.parents]) if not folder.exists())
@@ -97,17 +97,17 @@ def _look_up(name: str) -> None:
         raise FileNotFoundError(f"There is neither a folder nor a model of the Hub called {name!r}.") from None
     except HfHubHTTPError as error:
         raise FileNotFoundError(f"The Hub refuses {name!r}: {' '.join(str(error).split())[:200]}") from None
-    except Exception as error:  # offline, or no network: each library has types of its own
+    except Exception as error:  # offline, or no network: each library raises its own types
         why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"no connection: {type(error).__name__}"
         raise FileNotFoundError(
-            f"There is no folder {name!r}, and the Hub cannot be asked for a model of that name ({why})."
+            f"There is no folder {name!r}, and the Hub cannot be searched for a model of that name ({why})."
         ) from None
 
 
 def check_checkpoint(name: str, *, short_ids: bool = False) -> None:
-    """Refuse a name that is not a checkpoint, or a folder whose files do not fit each other.
+    """Refuse a name that is not a checkpoint, or a folder whose files do not agree with each other.
 
-    Models of the Hub are checked when they are loaded. For `short_ids`, see [`find_checkpoint`].
+    Models of the Hub are checked when they are loaded. `short_ids`: see [`find_checkpoint`].
 
     Raises:
         FileNotFoundError: If the folder, `config.json` or the weights are missing.
@@ -118,14 +118,14 @@ def check_checkpoint(name: str, *, short_ids: bool = False) -> None:
     if not folder.is_dir():
         return
     if not (folder / "config.json").is_file():
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-        raise FileNotFoundError(f"No checkpoint at {name!r}: no config.json (it holds {found}).")
+        content = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise FileNotFoundError(f"No checkpoint at {name!r}: no config.json (it holds {content}).")
     config = read_json(folder / "config.json", dict)
     shapes: dict[str, list[int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         shapes |= safetensors_shapes(path)
     if not str(config.get("model_type")).startswith("scmmgpt"):
-        return  # a model of transformers, which knows its own files and sizes
+        return  # transformers checks the files of its own models
     if not any((folder / file).is_file() for file in WEIGHTS):
         raise FileNotFoundError(f"No checkpoint at {name!r}: no {' or '.join(WEIGHTS)}.")
     for path in sorted([*folder.glob("*.json"), *folder.glob("*tokenizer/*.json")]):
@@ -137,7 +137,7 @@ def check_checkpoint(name: str, *, short_ids: bool = False) -> None:
 
 
 def check_parts(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse parts of a configuration that are of another type, and a folder without the gene vocabulary."""
+    """Refuse parts of a configuration of the wrong type, and a folder without the gene vocabulary."""
     path = folder / "config.json"
     kinds = {name: dict for name in config if name.endswith("_config")} | {"annotation": dict, "architectures": list}
     for name, kind in kinds.items():
@@ -152,7 +152,7 @@ def check_parts(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_vocabulary(path: Path, content: Mapping[str, Any]) -> None:
-    """Refuse ids of a `vocab.json` or `tokenizer.json` that would take arrays of an absurd length."""
+    """Refuse invalid ids in a `vocab.json` or `tokenizer.json`; see [`check_ids`]."""
     vocabulary = content if path.name == "vocab.json" else None
     if path.name == "tokenizer.json":
         model = content.get("model")
@@ -164,7 +164,7 @@ def check_vocabulary(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def check_ids(path: Path, vocabulary: Mapping[str, Any]) -> None:
-    """Refuse a vocabulary whose ids are not whole numbers, are repeated, or far exceed the number of names."""
+    """Refuse an empty vocabulary, and ids that are not whole numbers below `LARGEST_ID` or are repeated."""
     for name, i in vocabulary.items():
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < LARGEST_ID:
             raise ValueError(
@@ -177,7 +177,7 @@ def check_ids(path: Path, vocabulary: Mapping[str, Any]) -> None:
 
 
 def safetensors_shapes(path: Path) -> dict[str, list[int]]:
-    """Shapes of the tensors of a safetensors file, by name, from its header; refuses a truncated file."""
+    """Read the shapes of the tensors of a safetensors file, by name, from its header; refuse a truncated file."""
     n_bytes = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -197,7 +197,7 @@ def safetensors_shapes(path: Path) -> dict[str, list[int]]:
 
 
 def sizes_of(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every size of a configuration and of those in it, with its dotted name."""
+    """Yield every size of a configuration and of nested configurations: dotted name, value."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from sizes_of(value, f"{prefix}{name}.")
@@ -206,23 +206,24 @@ def sizes_of(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def check_sizes(path: Path, config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> None:
-    """Refuse sizes that are not positive whole numbers, or larger than the weights that are there.
+    """Refuse sizes that are not positive whole numbers, or that exceed the sizes of the weights.
 
-    Stage 1 saves the configuration of a language model without one: no memory is asked for by its sizes.
+    A checkpoint of stage 1 has the configuration of a language model, but no language model. The sizes of this
+    configuration are not checked.
     """
     largest = max((n for shape in shapes.values() for n in shape), default=2**31)
     if shapes and not any("language_model." in name for name in shapes):
         config = {name: value for name, value in config.items() if name != "text_config"}
-    found = dict(sizes_of(config))
-    for name, value in found.items():
+    sizes = dict(sizes_of(config))
+    for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{path} has {name} = {value!r}; it must be a whole number of at least 1.")
         limit = len(shapes) if name.endswith("layers") and shapes else largest
         if value > max(limit, 64) and not name.endswith("frequency"):
             raise ValueError(f"{path} has {name} = {value:,}, more than the weights beside it have ({limit:,}).")
-    for name, width in found.items():
-        heads = found.get(re.sub(r"hidden_size$", "num_attention_heads", name), 1)
-        own_width = re.sub(r"hidden_size$", "head_dim", name) in found
+    for name, width in sizes.items():
+        heads = sizes.get(re.sub(r"hidden_size$", "num_attention_heads", name), 1)
+        own_width = re.sub(r"hidden_size$", "head_dim", name) in sizes
         if (
             name.endswith("hidden_size")
             and not name.endswith("encoder_hidden_size")
@@ -233,7 +234,7 @@ def check_sizes(path: Path, config: Mapping[str, Any], shapes: Mapping[str, list
 
 
 def check_shapes(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> None:
-    """Refuse weights that are missing or have other shapes than the configuration gives; no memory is taken."""
+    """Refuse missing weights, and weights of other shapes than the configuration gives; allocates no weights."""
     import torch
 
     from scmmgpt import modeling_scgpt, modeling_scmmgpt
@@ -241,7 +242,7 @@ def check_shapes(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, l
     name = (config.get("architectures") or [""])[0]
     kind = getattr(modeling_scmmgpt, str(name), None) or getattr(modeling_scgpt, str(name), None)
     if kind is None or not isinstance(kind, type):
-        return  # the loading command names what it needs
+        return  # the command that loads the checkpoint names the class that it needs
     config_class: Any = kind.config_class  # type: ignore[attr-defined]
     with torch.device("meta"):
         model = kind(config_class.from_pretrained(folder))
@@ -250,7 +251,7 @@ def check_shapes(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, l
         *(getattr(model, "_tied_weights_keys", None) or {}),
     }
     expected = {key: list(value.shape) for key, value in model.state_dict().items()}
-    # Like transformers: the file of a model with a head serves its base model too.
+    # As in transformers, the file of a model with a head is also valid for its base model.
     prefix = f"{kind.base_model_prefix}."  # type: ignore[attr-defined]
     shapes = {key if key in expected else key.removeprefix(prefix): shape for key, shape in shapes.items()}
     wrong = [key for key in expected if key in shapes and shapes[key] != expected[key]]

@@ -1,8 +1,9 @@
-"""Run tasks in this process, in processes of this machine, or on a Dask cluster; each ends in a result or an error.
+"""Run tasks in this process, in processes of this machine, or on a Dask cluster; a task ends in a result or an error.
 
-Few tasks are in flight at a time, so that the memory of the scheduler does not grow with their number. The task of a
-worker that was lost is done again by another. A task under which workers keep dying is cut into smaller ones, where
-that is possible, and tried once more, alone, as other tasks of a dying worker look the same; then it counts as failed.
+Only a few tasks are in flight at a time, so that the memory of the scheduler does not grow with the number of tasks.
+Dask reruns the task of a lost worker on another worker. A task that was lost with several workers is cut into smaller
+tasks, if possible, and run once more with no other task in flight, because the other tasks of a dying worker look
+guilty, too. If its worker dies again, the task has failed.
 """
 
 import contextlib
@@ -22,11 +23,11 @@ from typing import Any, TypeVar
 logger = logging.getLogger(__name__)
 
 Task = TypeVar("Task")
-Outcome = tuple[Task, Any, Exception | None]  # a task, its result, and its error in place of a result
+Outcome = tuple[Task, Any, Exception | None]  # a task, its result, and its error or None
 
-WAIT_SECONDS = 60  # for the first worker: queues of clusters start workers after the command
-PAUSED_SECONDS = 20  # after twice that, workers that are all paused do not go on
-TASKS_PER_WORKER = 2  # in flight: one that runs, and the next
+WAIT_SECONDS = 60  # longest wait for the first worker, because queues of clusters start workers late
+PAUSED_SECONDS = 20  # time between two checks; after two checks, paused workers count as stuck
+TASKS_PER_WORKER = 2  # tasks in flight: one that runs, and the next
 SHOWN = 5  # most tasks of lost workers that are named
 LOST = (
     "Several workers were lost while they computed this, the last with nothing else to do: perhaps the system ended "
@@ -36,26 +37,26 @@ LOST = (
 _THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 _LOCAL = {
     "distributed.worker.multiprocessing-method": "forkserver" if sys.platform == "linux" else "spawn",
-    # Dask lets the C library give all memory back at once, which then costs half as much again as the computing.
+    # Dask's own setting makes the C library return all free memory at once, which adds half of the computing time.
     "distributed.nanny.pre-spawn-environ": _THREADS,
     "distributed.worker.profile.enabled": False,
-    # Dask looks at the clock of each process 50 times a second, and samples the lock of the interpreter.
+    # By default, Dask measures the event loop of each process 50 times a second, and samples the interpreter's lock.
     "distributed.admin.tick.interval": "1s",
     "distributed.admin.system-monitor.gil.enabled": False,
 }
 
 
 def preload_workers() -> None:
-    """Let a process import libraries while this one goes on; on Linux, workers of this machine are copies of it.
+    """Start the fork server, from which workers of this machine are forked on Linux, and let it import libraries.
 
-    Libraries read the number of threads when they are imported. A terminal sends Ctrl-C to all processes of a command:
-    this one ends the others, which ignore it.
+    The number of threads is set in the environment, because libraries read it on import. The fork server ignores
+    Ctrl-C, which a terminal sends to all processes of a command; this process ends the workers.
     """
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         return
     from multiprocessing import forkserver
 
-    settings = {**_THREADS, "DASK_LOGGING__DISTRIBUTED": "error"}  # of a task that fails, this process hears anyway
+    settings = {**_THREADS, "DASK_LOGGING__DISTRIBUTED": "error"}  # this process reports failed tasks itself
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -72,14 +73,14 @@ def preload_workers() -> None:
 
 
 class Workers:
-    """Where tasks run: this process, processes of this machine, or a Dask cluster; for all runs of a context.
+    """Context manager for workers: this process, processes of this machine, or a Dask cluster.
 
-    Processes of this machine start while this one goes on.
+    Processes of this machine start in the background.
 
     Args:
-        workers: Processes of this machine; 1 is this process.
-        cluster: Address of a Dask scheduler, whose workers take the place of `workers`.
-        prepare: A function of a module, which workers import, and its arguments: what each calls first.
+        workers: Number of processes of this machine; 1 means this process.
+        cluster: Address of a Dask scheduler, whose workers replace `workers`.
+        prepare: Function and arguments that each worker calls first; the function must be importable.
     """
 
     def __init__(
@@ -92,19 +93,19 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         if self.cluster is None and not self.is_this_process:
-            with contextlib.suppress(ImportError):  # `_start` says what is missing
-                import distributed  # noqa: F401  threads that import the same modules at once can see half of one
+            with contextlib.suppress(ImportError):  # `_start` reports a missing library
+                import distributed  # noqa: F401  two threads that import a module at once can see it half initialised
             self._client = ThreadPoolExecutor(1).submit(self._start).result
         return self
 
     def __exit__(self, kind: object = None, *_: object) -> None:
-        # A second Ctrl-C would break the end of the workers, and show how.
+        # A second Ctrl-C would interrupt the shutdown of the workers, and print a traceback.
         is_stopped = kind is KeyboardInterrupt and threading.current_thread() is threading.main_thread()
         on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_stopped else None
         try:
             if self.cluster is None and not self.is_this_process:
                 with contextlib.suppress(Exception):
-                    self._client()  # what is starting cannot be stopped
+                    self._client()  # workers can't be stopped before they have started
             self._stack.close()
         finally:
             if is_stopped:
@@ -127,13 +128,13 @@ class Workers:
         tasks: Sequence[Task],
         split: Callable[[Task], Sequence[Task]] = lambda task: [task],
     ) -> Iterator[Outcome]:
-        """Yield each task with the result of `function(task)`, or with the `Exception` that it raised, as they finish.
+        """Yield each task with its result, or with the `Exception` that it raised, in the order of completion.
 
         Args:
-            function: A function of a module, which workers import. A task may be given to it again, if the worker that
-                finished it is lost before the result is here.
-            tasks: Arguments of the function, as plain data; as text, what a person calls them.
-            split: A task -> smaller ones that take its place if workers keep dying.
+            function: Importable function of a task. It may be called again with the same task if a worker is lost
+                before its result has arrived.
+            tasks: Tasks, as plain data; `str(task)` names the task in messages.
+            split: Task -> smaller tasks that replace it if workers keep dying.
 
         Raises:
             ImportError: If Dask is needed and not installed.
@@ -144,7 +145,7 @@ class Workers:
                 result, failure = None, None
                 try:
                     result = function(task)
-                except Exception as error:  # whatever a part of a file raises
+                except Exception as error:  # a damaged part of a file can raise any type
                     failure = error
                 yield task, result, failure
             return
@@ -163,7 +164,7 @@ class Workers:
 
 @contextlib.contextmanager
 def _client(workers: int, cluster: str | None) -> Iterator[Any]:
-    """A client of the scheduler, or of one that is started here for `workers` processes."""
+    """Connect to the scheduler `cluster`, or start a local cluster of `workers` processes; yield the client."""
     try:
         import dask
         from distributed import Client, LocalCluster
@@ -177,7 +178,7 @@ def _client(workers: int, cluster: str | None) -> Iterator[Any]:
             raise OSError(
                 f"No Dask scheduler answers at {cluster!r} ({why}). Start one, or correct --cluster."
             ) from None
-        with contextlib.closing(client):  # not `with client`, which is for a single thread
+        with contextlib.closing(client):  # `with client` supports a single thread only
             try:
                 client.wait_for_workers(1, timeout=WAIT_SECONDS)
             except TimeoutError:
@@ -186,7 +187,7 @@ def _client(workers: int, cluster: str | None) -> Iterator[Any]:
                 ) from None
             yield client
         return
-    # A limit on memory would pause workers whose model alone is larger; the system ends those that take too much.
+    # With a memory limit, Dask would pause workers whose model exceeds it; without, the system ends such workers.
     options = {"threads_per_worker": 1, "processes": True, "dashboard_address": ":0", "memory_limit": 0}
     with (
         dask.config.set(_LOCAL),
@@ -199,7 +200,7 @@ def _client(workers: int, cluster: str | None) -> Iterator[Any]:
 def _run_on(
     client: Any, function: Callable[[Task], Any], tasks: Iterable[Task], submitted: dict[str, Task]
 ) -> Iterator[Outcome]:
-    """Run tasks, a few at a time; `submitted` gets the name that Dask has for each."""
+    """Run tasks, a few at a time; add Dask's key of each task to `submitted`."""
     from distributed import as_completed
 
     pending = iter(tasks)
@@ -217,7 +218,7 @@ def _run_on(
             result, failure = None, None
             try:
                 result = future.result()
-            except CancelledError:  # also of Dask, when the scheduler is gone
+            except CancelledError:  # Dask also raises this type when the scheduler is gone
                 why = stuck[0] if stuck else "The Dask scheduler was lost. What is finished is kept: start it,"
                 raise OSError(f"{why} and give the same command again.") from None
             except Exception as error:
@@ -229,14 +230,14 @@ def _run_on(
 
 @contextlib.contextmanager
 def _watched(client: Any, finished: Any) -> Iterator[list[str]]:
-    """Cancel what waits while all workers are paused, for want of memory, and compute nothing; yields why, if so."""
+    """Cancel the waiting tasks if all workers are paused for lack of memory; yield a list for the reason."""
     stuck: list[str] = []
     done = threading.Event()
 
     def watch() -> None:
         n_times = 0
         while not done.wait(PAUSED_SECONDS):
-            with contextlib.suppress(Exception):  # a scheduler that is lost says so elsewhere
+            with contextlib.suppress(Exception):  # `_run_on` reports a lost scheduler
                 workers = list(client.scheduler_info(n_workers=-1)["workers"].values())
                 n_times = n_times + 1 if workers and all(map(_is_stuck, workers)) else 0
                 if n_times == 2:
@@ -257,12 +258,12 @@ def _watched(client: Any, finished: Any) -> Iterator[list[str]]:
 
 
 def _is_stuck(worker: Mapping[str, Any]) -> bool:
-    """Whether a worker is paused and computes nothing, by what the scheduler knows of it."""
+    """Whether a worker is paused and runs no task, by the scheduler's record of it."""
     return worker["status"] == "paused" and not worker["metrics"].get("task_counts")
 
 
 def _warn_of_lost_workers(client: Any, since: float, submitted: Mapping[str, Any]) -> None:
-    """Say how many workers were lost since a time, and which tasks they had."""
+    """Log the number of workers lost since a time, and their tasks."""
     events = [event for when, event in client.get_events("all") if when >= since and isinstance(event, dict)]
     lost = [event for event in events if event.get("action") == "remove-worker" and not event.get("expected")]
     if lost:
@@ -277,7 +278,7 @@ def _warn_of_lost_workers(client: Any, since: float, submitted: Mapping[str, Any
 
 
 def _why_lost(error: Any) -> OSError:
-    """What to say of a task that several workers were lost with, by Dask's `KilledWorker`."""
+    """Turn Dask's `KilledWorker` into an error that explains the loss of workers."""
     limit = getattr(error.last_worker, "memory_limit", 0)
     ends = f" Dask ends workers that take most of {limit / 1e6:,.0f} MB: start them with a larger --memory-limit."
     return OSError(LOST + (ends if limit else ""))
@@ -288,7 +289,7 @@ def _is_lost_worker(error: Exception | None) -> bool:
 
 
 def device_of_worker() -> str | None:
-    """The GPU of this worker, where the machine has several and workers are numbered; None for the default device."""
+    """GPU of this worker, if the machine has several GPUs and workers are numbered; None for the default device."""
     import torch
 
     n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -298,6 +299,6 @@ def device_of_worker() -> str | None:
         from distributed import get_worker
 
         name = get_worker().name
-    except (ImportError, ValueError):  # no worker: this process
+    except (ImportError, ValueError):  # not a Dask worker
         return None
     return f"cuda:{name % n_devices}" if isinstance(name, int) else None

@@ -1,8 +1,8 @@
-"""Values that a shell completes: labels and tissues of a checkpoint, columns of `obs`, devices.
+"""Values for shell completion: labels and tissues of a checkpoint, columns of `obs`, devices.
 
     python -m scmmgpt.commands.completion labels WORD LINE ...
 
-A shell waits for them at each press of the Tab key, so `json` and `h5py` alone read them.
+A shell waits for the values at each press of the Tab key, so this module imports only `json` and `h5py`.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 
-KINDS = {  # option -> the values that it takes
+KINDS = {  # option -> kind of its values
     "labels": "labels",
     "tissue": "tissues",
     "label_key": "columns",
@@ -23,7 +23,7 @@ KINDS = {  # option -> the values that it takes
     "device": "devices",
 }
 DEVICES = ["cpu", "cuda", "mps"]
-# For bash; the functions of the kinds follow.
+# Script for bash; one function for each kind follows.
 PREAMBLE = """
 _scmmgpt_values() {{
   "{python}" -P -m scmmgpt.commands.completion "$1" "$2" "${{COMP_WORDS[@]}}" 2>/dev/null
@@ -33,7 +33,7 @@ FUNCTION = '_scmmgpt_{kind}() {{ _scmmgpt_values {kind} "$1"; }}\n'
 
 
 def completes(option: str) -> dict[str, object] | None:
-    """What `shtab` completes an option with, by the name of its argument; None for an option without such values."""
+    """Make the completion of an option for `shtab`; None for an option without known values."""
     kind = KINDS.get(option)
     if kind is None:
         return None
@@ -42,28 +42,28 @@ def completes(option: str) -> dict[str, object] | None:
 
 
 def values(kind: str, line: Sequence[str]) -> list[str]:
-    """The values of a kind; those of no file that can be read are none.
+    """List the values of a kind; empty if no file can be read.
 
     Args:
         kind: "labels", "tissues", "columns" or "devices".
-        line: The words of the command line: `--model` among them names the checkpoint, and a file of cells has `obs`.
+        line: Words of the command line, with `--model` for labels and tissues, and `.h5ad` files for columns.
     """
     if kind == "devices":
         return DEVICES
     if kind == "columns":
         return [name for word in line if word.endswith(".h5ad") for name in columns_of(Path(word))]
-    words = [word for word in line if word != "="]  # bash sets the sign apart
+    words = [word for word in line if word != "="]  # bash splits `--model=NAME` at the sign
     given = [word for option, word in itertools.pairwise(words) if option == "--model"]
     config = (Path(given[-1]).expanduser() if given else Path(__file__).parents[1]) / "config.json"
     with suppress(OSError, ValueError, AttributeError):
         stored = json.loads(config.read_text(encoding="utf-8")).get("annotation") or {}
-        found = stored.get("labels", {}) if kind == "labels" else [term["name"] for term in stored.get("tissues", [])]
-        return [str(name) for name in found]
+        names = stored.get("labels", {}) if kind == "labels" else [term["name"] for term in stored.get("tissues", [])]
+        return [str(name) for name in names]
     return []
 
 
 def columns_of(path: Path) -> list[str]:
-    """The columns of `obs` of an `.h5ad` file, without its index."""
+    """List the columns of `obs` of an `.h5ad` file, without the index."""
     import h5py
 
     with suppress(OSError, KeyError), h5py.File(path) as file:
@@ -74,7 +74,7 @@ def columns_of(path: Path) -> list[str]:
 
 
 def matching(names: Sequence[str], word: str) -> list[str]:
-    r"""The names that begin with a word of a command line, in any case, spelt as the shell takes them.
+    r"""List the names that begin with a word of a command line, ignoring case, quoted for the shell.
 
     >>> matching(["B cell", "T cell"], "b"), matching(["B cell"], r"B\ c"), matching(["B cell"], '"B c')
     (['B\\ cell'], ['B\\ cell'], ['B cell'])
@@ -82,11 +82,11 @@ def matching(names: Sequence[str], word: str) -> list[str]:
     (['\\$(ls)'], ["5'\\'' end"])
     """
     start = word[1:] if word[:1] == "'" else re.sub(r"\\(.)", r"\1", word.removeprefix('"'))
-    found = [name for name in names if name.casefold().startswith(start.casefold())]
+    matches = [name for name in names if name.casefold().startswith(start.casefold())]
     if word[:1] == "'":
-        return [name.replace("'", r"'\''") for name in found]
+        return [name.replace("'", r"'\''") for name in matches]
     special = r'(["$`\\])' if word[:1] == '"' else r"([^\w@%+=:,./-])"  # a file may have a column `$(command)`
-    return [re.sub(special, r"\\\1", name) for name in found]
+    return [re.sub(special, r"\\\1", name) for name in matches]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Conditions on columns of `obs`, such as `tissue == 'lung' and n_genes > 500`, that compute and call nothing else."""
+"""Evaluate conditions on columns of `obs`, such as `tissue == 'lung' and n_genes > 500`, without running code."""
 
 import ast
 import functools
@@ -32,21 +32,21 @@ JOINS: dict[type, Any] = {
 
 
 def columns_of(condition: str, columns: Sequence[str]) -> list[str]:
-    """Those of the columns that a condition may name."""
+    """Select the columns whose name occurs in a condition; a superset of the columns that it uses."""
     return [name for name in columns if name in condition]
 
 
 def rows_where(obs: pd.DataFrame, condition: str, names: Sequence[str] | None = None) -> np.ndarray:
-    """Which rows fulfil a condition, bool `(len(obs),)`.
+    """Mark the rows that fulfil a condition, bool `(len(obs),)`.
 
     Args:
-        condition: Comparisons of columns with values, or columns of truth values, joined by `and`, `or` and `not`. A
-            column whose name is not an identifier stands in backticks. A missing value fulfils no comparison but `!=`.
-            Nothing else is understood, so that a condition can run no code.
-        names: Columns to name in the error; by default those of `obs`.
+        condition: Comparisons of columns with values, or boolean columns, joined by `and`, `or` and `not`. A column
+            whose name is not an identifier is written in backticks. A missing value fulfils only `!=`. Any other
+            syntax is refused, so a condition cannot run code.
+        names: Columns that the error lists; default: all columns of `obs`.
 
     Raises:
-        ValueError: If it is not such a condition, or names another column.
+        ValueError: If the condition has other syntax, or names an unknown column.
     """
     quoted: dict[str, str] = {}
 
@@ -66,7 +66,7 @@ def rows_where(obs: pd.DataFrame, condition: str, names: Sequence[str] | None = 
 
 
 def _value(node: ast.AST, obs: pd.DataFrame, quoted: Mapping[str, str]) -> Any:
-    """A column, a value, a list of values, or the rows that fulfil a part of a condition."""
+    """Evaluate a node to a column, a value, a list of values, or a mask of rows."""
     value = functools.partial(_value, obs=obs, quoted=quoted)
     if isinstance(node, ast.Constant):
         return node.value
@@ -103,7 +103,7 @@ def _is_in(column: Any, values: Any) -> np.ndarray:
 
 
 def _rows(part: Any) -> np.ndarray:
-    """Rows that fulfil a part; a column of truth values is one, too, of which missing ones count as false."""
+    """Return a part of a condition as a mask of rows; missing values of a boolean column count as false."""
     if isinstance(part, np.ndarray):
         return part
     if isinstance(part, pd.Series) and pd.api.types.is_bool_dtype(part.dtype):

@@ -11,7 +11,7 @@ from scmmgpt.machine_scmmgpt import best_device, cpu_dtype, cpu_rate
 
 
 def describe_machine() -> dict[str, dict[str, Any]]:
-    """Device, speed and versions, in sections."""
+    """Collect device, speed and versions, by section."""
     installed = {package.name: package.version for package in distributions()}
     device = best_device()
     names = "scmmgpt torch transformers numpy anndata safetensors numba scanpy datasets peft trl evaluate gradio"
@@ -33,7 +33,7 @@ def describe_machine() -> dict[str, dict[str, Any]]:
 
 
 def check_device(name: str | None) -> None:
-    """Refuse a device that PyTorch does not know or cannot reach."""
+    """Refuse a device that PyTorch does not know or cannot use."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

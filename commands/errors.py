@@ -1,14 +1,15 @@
-"""One door for errors: whatever a file, a checkpoint, a corpus, a disk or a network raises becomes one line.
+"""Errors of commands: every exception becomes one line on stderr.
 
-Every command runs its work by `run_command`. Errors of checks (`ValueError`, `TypeError`, `OSError`, `ImportError`)
-print their own message. Any other exception comes from input that no check foresaw, or from a mistake in this package:
-the line names its type, and the files that the command was given. `--debug` shows the traceback of either.
+Every command runs its work by `run_command`. The checks of this package raise `ValueError`, `TypeError`, `OSError` or
+`ImportError`, whose message is printed. For any other exception, the line names its type and the input files of the
+command. `--debug` shows the traceback.
 """
 
 import argparse
 import contextlib
 import difflib
 import errno
+import json
 import logging
 import math
 import re
@@ -21,20 +22,20 @@ from typing import Any, NoReturn
 
 FAILED, STOPPED = 2, 130  # exit codes
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SHOWN_CHARACTERS = 200  # of a message of a library
-LITTLE_SPACE = 2**20  # bytes: a disk with less is full for every file that is written here
-# Messages of libraries other than Python's own where memory is short. Their exceptions are `RuntimeError`s.
+SHOWN_CHARACTERS = 200  # most characters of a library's message
+LITTLE_SPACE = 2**20  # bytes; a disk with less free space counts as full
+# Messages of libraries that run out of memory and raise a `RuntimeError` instead of a `MemoryError`.
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate|unable to allocate|bad_alloc", re.I)
 NO_SPACE = re.compile(r"no space left|disk quota exceeded|os error 28|errno = 28|file too large", re.I)
-# Arguments that messages of the library name, and that are options of a command.
+# Arguments in messages of the library that are options of a command.
 OPTIONS = (
     *("layer", "assume", "gene_column", "organism", "force"),
     *("min_score", "error_rate", "labels", "tissue", "proof"),
 )
-REWORDINGS: list[Callable[[str], str]] = []  # of everything that is said, such as addresses in place of their copies
-DEBUG = "; `--debug` shows where it happened"  # for those who have a command line
+REWORDINGS: list[Callable[[str], str]] = []  # applied to all messages, for example to show addresses instead of copies
+DEBUG = "; `--debug` shows where it happened"  # hint for command lines only
 CHECKED = (ValueError, TypeError, OSError, ImportError)  # types that the checks of this package raise
-# Modules whose distribution has another name, where an error names what to install.
+# Module -> name of its distribution, for errors about missing packages.
 DISTRIBUTIONS = {
     "yaml": "pyyaml",
     "sklearn": "scikit-learn",
@@ -45,7 +46,7 @@ DISTRIBUTIONS = {
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and whose help fits two screens; `--help-all` shows the rest.
+    """Argument parser with errors of one line and a short help; `--help-all` shows the whole help.
 
     Args:
         rare: Names of options that only `--help-all` shows.
@@ -54,11 +55,12 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, *args: Any, rare: Iterable[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rare = set(rare)
+        self.words: list[str] = []  # of the command line
         text = "show every option and the whole description"
         self.add_argument("--help-all", action=HelpAll, nargs=0, default=argparse.SUPPRESS, help=text)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Refuse an unknown command with the one that may be meant."""
+        """Refuse an unknown command, and suggest a similar one."""
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             near = difflib.get_close_matches(value, action.choices, n=1)
             raise argparse.ArgumentError(
@@ -66,12 +68,20 @@ class OneLineParser(argparse.ArgumentParser):
             )
         super()._check_value(action, value)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; an error then knows whether `--json` was given."""
+        self.words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Exit with the message and the way to the help, without the usage."""
-        self.exit(FAILED, f"{self.prog}: {' '.join(message.split())} (`{self.prog} --help` lists the options)\n")
+        text = f"{' '.join(message.split())} (`{self.prog} --help` lists the options)"
+        if "--json" in self.words:
+            write_error(text)
+        self.exit(FAILED, f"{self.prog}: {text}\n")
 
     def format_help(self, everything: bool = False) -> str:
-        """The usage in short, the description's first paragraphs, and the options that are not rare."""
+        """Format a short usage, the first paragraphs of the description, and the options that are not rare."""
         formatter = self._get_formatter()
         shown = [action for action in self._actions if everything or action.dest not in self.rare]
         needed = [f"{action.option_strings[0]} {self._metavar(action)}" for action in shown if self._is_needed(action)]
@@ -107,7 +117,7 @@ class HelpAll(argparse.Action):
 
 
 class PrintCompletion(argparse.Action):
-    """Print what makes a shell complete commands, options and paths."""
+    """Print the script by which a shell completes commands, options and paths."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: object, shell: Any, *_: object) -> None:
         """Print it and exit."""
@@ -121,11 +131,11 @@ class PrintCompletion(argparse.Action):
         for one in (parser, *(child for sub in subs for child in sub.choices.values())):
             for action in one._actions:
                 if action.metavar == "FOLDER" or action.dest == "model":
-                    action.complete = shtab.DIR  # where shtab looks for it
+                    action.complete = shtab.DIR  # shtab reads this attribute
                 elif action.type is Path:
                     action.complete = shtab.FILE
-                elif shell == "bash" and (found := completes(action.dest)) is not None:
-                    action.complete = found
+                elif shell == "bash" and (function := completes(action.dest)) is not None:
+                    action.complete = function
         sys.stdout.write(shtab.complete(parser, shell) + "\n")
         parser.exit()
 
@@ -142,12 +152,12 @@ class PrintVersion(argparse.Action):
 
 
 def first_paragraphs(text: str) -> str:
-    """The first paragraph of a description, and the examples after it; the rest has reasons and details."""
+    """First two paragraphs of a description: the summary and the examples."""
     return "\n\n".join(text.split("\n\n")[:2])
 
 
 def number(kind: type, least: float, most: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
-    """The `type` of an option that is a number from `least` (or `above` it) to `most`."""
+    """Make the `type` of a numeric option with values from `least` (exclusive with `above`) to `most`."""
     what = "a whole number" if kind is int else "a number"
     if above:
         text = f"{what} above {least:g}"
@@ -171,6 +181,7 @@ def run_command(
     work: Callable[[], int | None],
     *,
     debug: bool = False,
+    as_json: bool = False,
     inputs: Iterable[Any] = (),
     outputs: Iterable[Any] = (),
     extra: str = "train",
@@ -179,6 +190,7 @@ def run_command(
 
     Args:
         debug: Raise errors, for their traceback.
+        as_json: Write errors to stdout too, as [`write_error`] does.
         inputs: Files that the command was given; named by errors that no check foresaw.
         outputs: Files and folders that it writes, to recognise a full disk by.
         extra: Extra of this package that installs a missing module.
@@ -199,16 +211,23 @@ def run_command(
             raise
         said = as_options(explain(error, inputs, outputs, extra), can_force=not name.startswith("scmmgpt.train"))
         sys.stderr.write(reworded(f"{name}: {said}\n"))
+        if as_json:
+            write_error(said)
         return FAILED
     finally:
         for handler in handlers:
             handler.removeFilter(OPTION_WORDS)
 
 
-def as_options(text: str, *, can_force: bool = True) -> str:
-    """A message of the library in the words of the command line: `gene_column=` is `--gene-column` there.
+def write_error(text: str, **found: Any) -> None:
+    """Write an error to stdout as the JSON that a program reads there in place of a result."""
+    sys.stdout.write(json.dumps({**found, "error": reworded(text)}) + "\n")
 
-    Without `can_force`, for commands without `--force`, the sentence about this option is left out.
+
+def as_options(text: str, *, can_force: bool = True) -> str:
+    """Replace arguments in a message of the library by options of the command line.
+
+    Without `can_force`, for commands without `--force`, the sentence about `force=True` is removed.
 
     >>> as_options("Pass `layer=`, `assume='normalized'` or `force=True`.")
     'Pass `--layer`, `--assume normalized` or `--force`.'
@@ -227,16 +246,16 @@ def as_options(text: str, *, can_force: bool = True) -> str:
 
 
 def reworded(text: str) -> str:
-    """A text for the user, after all `REWORDINGS`."""
+    """Apply all `REWORDINGS` to a text."""
     for change in REWORDINGS:
         text = change(text)
     return text
 
 
 class _OptionWords(logging.Filter):
-    """Puts log messages of this package into the words of the command line; a command gives each warning once.
+    """Log filter that turns arguments into options (see [`as_options`]) and drops repeated warnings.
 
-    A warning within [`naming`] begins with the path, so that two files have the same warning each.
+    Within [`naming`], a warning begins with the path, so that the same warning appears once for each file.
     """
 
     def __init__(self) -> None:
@@ -247,7 +266,7 @@ class _OptionWords(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name.startswith("scmmgpt"):
             record.msg, record.args = reworded(as_options(record.getMessage())), None
-            if "is_repeated" not in vars(record):  # a record comes here once for each handler
+            if "is_repeated" not in vars(record):  # each handler passes the record through this filter
                 if self.path is not None and record.levelno == logging.WARNING:
                     record.msg = f"{self.path}: {record.msg}"
                 vars(record)["is_repeated"] = record.levelno == logging.WARNING and record.msg in self.said
@@ -261,7 +280,7 @@ OPTION_WORDS = _OptionWords()
 
 @contextlib.contextmanager
 def naming(path: Any) -> Iterator[None]:
-    """Put the path of one file of several before the warnings of a command; `None` puts nothing there."""
+    """Prefix the warnings of a command with the path of one of several files; None adds no prefix."""
     OPTION_WORDS.path = path
     try:
         yield
@@ -272,7 +291,7 @@ def naming(path: Any) -> Iterator[None]:
 def explain(
     error: BaseException, inputs: Iterable[Any] = (), outputs: Iterable[Any] = (), extra: str = "train"
 ) -> str:
-    """The message of an error in one line."""
+    """Turn an error into a message of one line."""
     text, kind = " ".join(str(error).split()), type(error).__name__
     if isinstance(error, ModuleNotFoundError) and error.name and text.startswith(("No module", "import of")):
         module = error.name.partition(".")[0]
@@ -287,26 +306,26 @@ def explain(
         return text
     given = ", ".join(str(path) for path in inputs if path is not None)
     return (
-        f"{given or 'The input'} cannot be used: something in it fits no format that is known here ({kind}: "
+        f"{given or 'The input'} cannot be used: its content does not fit any known format ({kind}: "
         f"{shortened(text) or 'no message'}). Write or copy it again{DEBUG}."
     )
 
 
 def full_disk(error: BaseException, text: str, outputs: Iterable[Any]) -> str | None:
-    """The message if the error is of a full disk; libraries wrap such errors in many types."""
+    """Message of a full disk, or None; libraries wrap errors of full disks in many types."""
     is_full = isinstance(error, OSError) and error.errno in DISK_FULL or NO_SPACE.search(text)
     for path in outputs:
         folder = existing_parent(Path(path))
         free = shutil.disk_usage(folder).free
         if is_full or free < LITTLE_SPACE and not isinstance(error, CHECKED):
-            if "bytes are free" in text:  # of `prepare`, which knows more
+            if "bytes are free" in text:  # `prepare` has a more detailed message
                 return text
             return f"No space left on device: {path} needs more than the {free:,} bytes that are free. Make room."
     return f"No space left on device ({shortened(text)}). Make room." if is_full else None
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest folder of a path that exists."""
+    """Nearest existing parent folder of a path."""
     path = path.absolute()
     while not path.is_dir():
         path = path.parent
@@ -319,9 +338,9 @@ def shortened(text: str) -> str:
 
 
 def take_debug(words: list[str]) -> tuple[list[str], bool]:
-    """The words of a command line without a bare `--debug`, and whether it was there.
+    """Remove a bare `--debug` from a command line; return the words, and whether `--debug` was there.
 
-    `--debug underflow_overflow` is an option of transformers and stays.
+    `--debug underflow_overflow` is an option of transformers and is kept.
     """
     for i, word in enumerate(words):
         if word == "--debug" and (i + 1 == len(words) or words[i + 1].startswith("-")):

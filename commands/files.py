@@ -1,4 +1,4 @@
-"""Files and folders: outputs are checked before the work, and written whole or not at all."""
+"""Files and folders: check outputs before the work, and write them whole or not at all."""
 
 import contextlib
 import errno
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 
-RESULTS = (".h5ad", ".csv", ".html")  # what commands write; another file within an input folder belongs to the input
+RESULTS = (".h5ad", ".csv", ".html")  # outputs of commands; other files in an input folder belong to the input
 
-LOCK = ".lock"  # file of a folder that one process works on
+LOCK = ".lock"  # lock file of a folder
 
 TABLES = (".csv", ".tsv", ".txt")  # also compressed
 COMPRESSED = (".gz", ".bz2", ".xz")
@@ -24,11 +24,14 @@ COMPRESSED = (".gz", ".bz2", ".xz")
 
 
 def check_paths(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-    """Refuse an output that is an input or another output, also by another name of the same file.
+    """Refuse an output that is an input or another output, even under another name of the same file.
 
     Args:
-        inputs: Option -> the path or paths that it names; words that name no existing file are left out.
-        outputs: Option -> path to write; `None` where nothing is written.
+        inputs: Option -> path or paths; words that are not existing files are ignored.
+        outputs: Option -> path to write, or None.
+
+    Raises:
+        ValueError: If an output would replace an input or another output.
     """
     written = {option: Path(path) for option, path in outputs.items() if path is not None}
     for (option, path), (other, other_path) in combinations(written.items(), 2):
@@ -50,7 +53,7 @@ def check_paths(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
 
 
 def check_results(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
-    """Refuse results of several inputs of which one is a file of the inputs, also by another name of the file."""
+    """Refuse results if one of them is an input file, even under another name of the file."""
     known = {(found.st_dev, found.st_ino) for path in inputs if exists(path) for found in [path.stat()]}
     for path in filter(exists, outputs):
         if (path.stat().st_dev, path.stat().st_ino) in known:
@@ -58,7 +61,7 @@ def check_results(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
 
 
 def exists(path: Path) -> bool:
-    """Whether a path exists; a text too long for a path does not."""
+    """Whether a path exists; False for a text that is too long for a path."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -66,14 +69,14 @@ def exists(path: Path) -> bool:
 
 
 def is_same(path: Path, other: Path) -> bool:
-    """Whether two paths lead to one file or folder, by links or other spellings too."""
+    """Whether two paths are the same file or folder, also through links or other spellings."""
     if path.exists() and other.exists():
         return path.samefile(other)
     return os.path.realpath(path) == os.path.realpath(other)
 
 
 def is_part(path: Path, source: Path) -> bool:
-    """Whether writing `path` would change the input `source`: a folder, or a matrix with its tables beside it."""
+    """Whether writing `path` would change the input `source`, a folder or a matrix with tables in the same folder."""
     folder = source if source.is_dir() else source.parent
     if not (source.is_dir() or source.name.endswith((".mtx", ".mtx.gz"))):
         return False
@@ -83,11 +86,11 @@ def is_part(path: Path, source: Path) -> bool:
 
 
 def check_file(path: str | os.PathLike, n_bytes: int = 0) -> None:
-    """Refuse a file that cannot be written, or has less room than `n_bytes`; leaves nothing behind.
+    """Refuse a file that cannot be written, or a disk with fewer than `n_bytes` free; leave no files behind.
 
     Raises:
-        FileNotFoundError: If its folder does not exist.
-        OSError: If it is a folder or a device, or if its folder takes no new file.
+        FileNotFoundError: If the folder of the file does not exist.
+        OSError: If the path is a folder or a device, is write-protected, or the disk is full.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -107,7 +110,11 @@ def check_file(path: str | os.PathLike, n_bytes: int = 0) -> None:
 
 
 def check_folder(path: str | os.PathLike) -> None:
-    """Refuse a folder in which nothing can be written; the folder may be new. Leaves nothing behind."""
+    """Refuse a folder (possibly new) in which no file can be written; leave no files behind.
+
+    Raises:
+        OSError: If the path is a file, or lies in a file, or the folder is not writable.
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise OSError(f"The output folder {str(path)!r} is a file; name another folder.")
@@ -122,7 +129,7 @@ def check_folder(path: str | os.PathLike) -> None:
 
 
 def _try_folder(folder: Path, path: Path) -> None:
-    """Make and remove a file, as permissions alone do not tell whether that works."""
+    """Create and remove a file, because permissions alone do not show whether a folder is writable."""
     temporary = folder / f".{uuid.uuid4().hex}.tmp"
     try:
         temporary.touch(exist_ok=False)
@@ -132,7 +139,7 @@ def _try_folder(folder: Path, path: Path) -> None:
 
 
 def table_suffix(path: Path) -> str:
-    """Suffix of a table, before that of its compression."""
+    """Suffix of a table, without the suffix of its compression."""
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
@@ -141,13 +148,13 @@ def table_suffix(path: Path) -> str:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike, *, keep_existing: bool = False, synced: bool = True) -> Iterator[Path]:
-    """Yield the path of a temporary file, beside `path` and of its suffix, that becomes `path` if the block succeeds.
+    """Yield a temporary path in the folder of `path`, with the same suffix; rename it to `path` if the block succeeds.
 
-    If the block fails, `path` stays as it was. The folder of `path` must exist. With `keep_existing`, a `path` that
+    If the block fails, `path` does not change. The folder of `path` must exist. With `keep_existing`, a `path` that
     exists at the end of the block is not replaced. A link is followed.
 
-    The file is synced to disk before it is renamed. Without `synced` that is left to the system: a loss of power may
-    damage the file, a process that is killed does not.
+    The file is synced to disk before it is renamed. Without `synced`, the system decides when to sync: a power loss
+    may damage the file, but a killed process does not.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "answer.txt"
@@ -176,9 +183,9 @@ def whole_file(path: str | os.PathLike, *, keep_existing: bool = False, synced: 
 
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a new folder beside `path` that becomes `path`, with all its files, if the block succeeds.
+    """Yield a temporary folder in the parent of `path`; rename it to `path` if the block succeeds.
 
-    A `path` that another process made in the meantime stays, and the new folder is removed. The parent must exist.
+    If another process has created `path` in the meantime, the temporary folder is removed. The parent must exist.
     """
     path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -199,9 +206,9 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def filled_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a new folder beside `path` whose files move into `path`, which may exist, if the block succeeds.
+    """Yield a temporary folder; move its files into `path`, which may exist, if the block succeeds.
 
-    If the block fails, for want of space say, `path` stays as it was. Missing parents are made.
+    If the block fails, for example on a full disk, `path` does not change. Missing parents are created.
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,12 +231,12 @@ def filled_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock a folder, which may be new; the system releases the lock when the process ends, even if it is killed.
+    """Lock a folder, created if missing; the system releases the lock when the process ends, even if it is killed.
 
-    A system or file system without locks locks nothing.
+    On a system or file system without locks, nothing is locked.
 
     Raises:
-        ValueError: If another process has the lock.
+        ValueError: If another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+", encoding="utf-8") as file:
@@ -240,8 +247,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise ValueError(
-                f"Another command is at work on {folder} ({file.read().strip() or 'unknown'}). Wait for its end, or "
-                "stop it and give this command again to go on from there."
+                f"Another command is at work on {folder} ({file.read().strip() or 'unknown'}). Wait until it ends, or "
+                "stop it and give this command again to continue."
             ) from None
         except (ImportError, OSError):
             pass
@@ -252,7 +259,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _link(temporary: Path, path: Path) -> None:
-    """Give a file its name unless the name is taken; a rename would replace the other file."""
+    """Name a file unless the name is taken; a rename would replace the existing file."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -278,17 +285,18 @@ def _sync_folder(path: Path) -> None:
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:
-    """Write `value` as indented JSON, atomically; missing folders are made."""
+    """Write `value` as indented JSON, atomically; missing folders are created."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike, kind: type | None = None) -> Any:
-    """Contents of a JSON file, which are a `kind` (`dict`, `list`) if one is given.
+    """Read a JSON file, and check the type of its content if `kind` (`dict` or `list`) is given.
 
     Raises:
-        FileNotFoundError, ValueError: If there is no such file, or it is no JSON or of another kind.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not JSON, or its content has another type.
     """
     path = Path(path)
     if not path.is_file():
@@ -301,20 +309,20 @@ def read_json(path: str | os.PathLike, kind: type | None = None) -> Any:
         raise ValueError(f"{path} is nested too deep. Write or copy it again.") from None
     if kind is not None and not isinstance(value, kind):
         names = {"dict": "an object", "list": "a list"}
-        found, wanted = (names.get(t.__name__, f"a {t.__name__}") for t in (type(value), kind))
-        raise ValueError(f"{path} holds {found} in place of {wanted}. Write or copy it again.")
+        actual, wanted = (names.get(t.__name__, f"a {t.__name__}") for t in (type(value), kind))
+        raise ValueError(f"{path} holds {actual} instead of {wanted}. Write or copy it again.")
     return value
 
 
 def obey_umask(folder: str | os.PathLike) -> None:
-    """Give the files of a folder the permissions that the umask leaves to new files.
+    """Give private files of a folder the permissions of the umask.
 
-    Safetensors writes temporary files that only their owner may read. Colleagues on a shared disk could not load such
-    a checkpoint.
+    Safetensors writes files that only the owner may read, and colleagues on a shared disk could not load such a
+    checkpoint.
     """
     umask = os.umask(0)
     os.umask(umask)
     for path in Path(folder).rglob("*"):
         if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600:
-            with contextlib.suppress(PermissionError):  # a file of another user
+            with contextlib.suppress(PermissionError):  # the file belongs to another user
                 path.chmod(0o666 & ~umask)

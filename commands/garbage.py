@@ -1,6 +1,6 @@
-"""Python's search for garbage, put off while a command starts.
+"""Pause Python's garbage collection while a command starts.
 
-Libraries and a checkpoint are half a million objects that stay. Python would search them again and again as they come.
+Libraries and a checkpoint create half a million permanent objects, which the collector would search repeatedly.
 """
 
 import contextlib
@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Search for no garbage until [`started`] is called, at the end of the block at the latest; once in a process.
+    """Disable garbage collection until [`started`] is called, or until the end of the block; once per process.
 
-    What is there at the end of the first start is never searched. A server that runs commands in its process would
-    keep the garbage of all, if each had a start.
+    Objects that exist at the end of the first start are frozen: the collector never searches them. Later starts in the
+    same process have no effect, because a server that runs many commands would otherwise freeze their garbage.
     """
     if not gc.get_freeze_count():
         gc.disable()
@@ -24,7 +24,7 @@ def starting() -> Iterator[None]:
 
 
 def started() -> None:
-    """Search for garbage again, among what comes from now on."""
+    """Enable garbage collection for objects created from now on."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()

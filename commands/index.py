@@ -1,9 +1,9 @@
-"""An index of the embeddings of many cells, on disk, in which texts are looked up without a pass over the cells.
+"""On-disk index of the embeddings of many cells, which finds the nearest cells of a text without reading all cells.
 
-An index is a folder of segments, each with the cells of one file, or of a range of them: `vectors.faiss`, and
-`cells.parquet` with file, row, barcode and `obs`. Adding cells adds segments and changes no other. A segment is opened
-without loading it; FAISS maps its vectors into memory. Vectors lie in lists around centroids, 8 bits a dimension:
-`tests/benchmarks/vector_indexes.py` compares this kind with others.
+An index is a folder of segments. A segment has the cells of one file, or of a range of its rows: `vectors.faiss`, and
+`cells.parquet` with file, row, barcode and `obs`. Adding cells adds segments and does not change existing segments.
+FAISS memory-maps the vectors, which are stored in inverted lists with 8 bits per dimension;
+`tests/benchmarks/vector_indexes.py` compares types of indexes.
 """
 
 import contextlib
@@ -28,20 +28,20 @@ from scmmgpt.query_scmmgpt import Search, read_query
 logger = logging.getLogger(__name__)
 
 MANIFEST = "index.json"
-CALLED = "scmmgpt_cell_type"  # of obs, as `annotate` writes it
-KEY = "X_scmmgpt"  # of obsm, as `embed` writes it
-OF_TEXTS = "cell-text"  # the embedding that texts are compared with
-SAME = 0.99  # cosine similarity of a cell with itself, rounded to 8 bits a dimension
-SAME_AMONG = 10  # nearest cells, among which a cell that is in the index itself is sought
+CALLED = "scmmgpt_cell_type"  # column of obs that `annotate` writes
+KEY = "X_scmmgpt"  # entry of obsm that `embed` writes
+OF_TEXTS = "cell-text"  # embedding in the space shared with texts
+SAME = 0.99  # smallest cosine similarity of a cell and its stored copy, which has 8 bits per dimension
+SAME_AMONG = 10  # nearest cells in which the stored copy of a cell is looked for
 CELLS_PER_SEGMENT = 1_000_000
-TRAINING_VECTORS = 65  # for each centroid; FAISS recommends 39 to 256
-PROBES = 64  # lists that a query looks into: 48 of 4,000 find 98.8 % of the ten nearest of a million cells
-EXACT_BELOW = 10_000  # cells of a segment: so few are compared one by one, as 32-bit floats
+TRAINING_VECTORS = 65  # training vectors per centroid; FAISS recommends 39 to 256
+PROBES = 64  # probed lists of a query; 48 of 4,000 lists find 98.8 % of the ten nearest among a million cells
+EXACT_BELOW = 10_000  # smaller segments are searched exhaustively with 32-bit floats
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A cell that was found; `cell` is its barcode, and `row` its position in `file`."""
+    """A hit of a search; `cell` is the barcode, and `row` the row in `file`."""
 
     rank: int
     cell: str
@@ -52,7 +52,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Segment:
-    """A segment to build, as plain data for workers: rows of a file, and the folder that it becomes."""
+    """A segment to build, as plain data for workers: rows of a file, and the folder to write."""
 
     path: Path
     start: int
@@ -62,17 +62,17 @@ class Segment:
 
 
 def add_files(folder: Path, paths: list[Path], workers: int = 1, cluster: str | None = None) -> dict[str, int]:
-    """Add cells that `embed` has embedded to an index, which may be new.
+    """Add embedded cells to an index, which is created if missing.
 
-    A file that is in the index already is left out. Each segment becomes part of the index as a whole or not at all.
+    Segments that are already in the index are skipped. Each segment is added whole or not at all.
 
     Args:
-        folder: The index.
+        folder: Folder of the index.
         paths: Results of `embed`.
-        workers, cluster: As for `Workers`: each builds a segment at a time.
+        workers, cluster: See [`Workers`]; a worker builds one segment at a time.
 
     Returns:
-        The numbers of added cells, of all cells, and of files that were left out.
+        `added` (cells), `cells` (of the whole index) and `left_out` (skipped segments).
 
     Raises:
         ValueError: If a file has no embeddings, or embeddings of another checkpoint or space.
@@ -91,8 +91,8 @@ def add_files(folder: Path, paths: list[Path], workers: int = 1, cluster: str | 
                 write_json(folder / MANIFEST, about)
             changed = sorted(name for name in known if about[name] != known[name])
             if changed:
-                said = ", ".join(f"{name} {about[name]!r}, not {known[name]!r}" for name in changed)
-                raise ValueError(f"{path} does not fit the index {folder}: {said}. Build another index for it.")
+                texts = ", ".join(f"{name} {about[name]!r}, not {known[name]!r}" for name in changed)
+                raise ValueError(f"{path} does not fit the index {folder}: {texts}. Build another index for it.")
             for start in range(0, len(obs), CELLS_PER_SEGMENT):
                 source = f"{path.absolute()}:{path.stat().st_size}:{path.stat().st_mtime_ns}:{start}"
                 if source in done:
@@ -102,8 +102,8 @@ def add_files(folder: Path, paths: list[Path], workers: int = 1, cluster: str | 
                 missing.append(Segment(path, start, stop, source, new))
     if is_new and known is not None and known["of"] != OF_TEXTS:
         logger.warning(
-            f"The cells of {folder} are embedded as {known['of']!r}, which no text is compared with: the index finds "
-            "cells that are like a cell (`scmmgpt search FILE --like CELL --index`). For texts, embed the cells with "
+            f"The cells of {folder} are embedded as {known['of']!r}, which cannot be compared with texts. The index "
+            "finds similar cells (`scmmgpt search FILE --like CELL --index`). For texts, embed the cells with "
             f"`--of {OF_TEXTS}`."
         )
     from transformers.utils import logging as progress_logging
@@ -120,11 +120,11 @@ def add_files(folder: Path, paths: list[Path], workers: int = 1, cluster: str | 
 
 @contextlib.contextmanager
 def _embedded(path: Path) -> Iterator[tuple[h5py.Dataset, pd.DataFrame, dict[str, Any]]]:
-    """The embeddings of a file, which stay on disk, its `obs`, and how they were made."""
+    """Open the embeddings of a file on disk; yield them, `obs`, and checkpoint, space and width of the embeddings."""
     try:
         file = h5py.File(path)
     except OSError as error:
-        raise ValueError(f"{path} is no .h5ad ({error}). Embed cells first: `scmmgpt embed`.") from None
+        raise ValueError(f"{path} is not an .h5ad file ({error}). Embed cells first: `scmmgpt embed`.") from None
     with file:
         if f"obsm/{KEY}" not in file or "uns/scmmgpt/embed" not in file:
             raise ValueError(f"{path} has no embeddings of `scmmgpt embed` in obsm[{KEY!r}]. Embed the cells first.")
@@ -135,11 +135,11 @@ def _embedded(path: Path) -> Iterator[tuple[h5py.Dataset, pd.DataFrame, dict[str
 
 
 def build_segment(segment: Segment) -> None:
-    """Build a segment and write it, whole."""
+    """Build a segment, and write it whole or not at all."""
     faiss = _faiss()
     with _embedded(segment.path) as (stored, obs, _):
         vectors, obs = stored[segment.start : segment.stop], obs.iloc[segment.start : segment.stop]
-    usable = np.isfinite(vectors).all(axis=1)  # cells of a partition that failed have none
+    usable = np.isfinite(vectors).all(axis=1)  # cells of a failed partition have NaN
     rows = segment.start + np.flatnonzero(usable)
     vectors = np.ascontiguousarray(vectors[usable], dtype=np.float32)
     table = obs.iloc[np.flatnonzero(usable)].drop(columns=["barcode", "row", "file"], errors="ignore")
@@ -154,7 +154,10 @@ def build_segment(segment: Segment) -> None:
 
 
 def build_index(vectors: np.ndarray) -> Any:
-    """A FAISS index of vectors of unit length: inner products with 8 bits a dimension, in lists around centroids."""
+    """Build a FAISS index of unit-length vectors, float32 `(n_cells, width)`, for inner products.
+
+    The index has inverted lists with 8 bits per dimension; below `EXACT_BELOW` cells, one list of 32-bit floats.
+    """
     faiss = _faiss()
     n_cells, width = vectors.shape
     kind = "IVF1,Flat" if n_cells < EXACT_BELOW else f"IVF{int(4 * np.sqrt(n_cells))},SQ8"
@@ -178,7 +181,7 @@ def _faiss() -> Any:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The checkpoint, the space (`of`) and the width of the embeddings of an index.
+    """Read `checkpoint`, space (`of`) and width (`dimensions`) of the embeddings of an index.
 
     Raises:
         FileNotFoundError: If the folder is not an index.
@@ -189,30 +192,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_segments(folder: Path) -> list[dict[str, Any]]:
-    """Source, number of cells and path of each segment."""
+    """Read `source`, number of `cells` and `path` of each segment."""
     paths = sorted(folder.glob("segment-*/segment.json"))
     return [{**read_json(path, dict), "path": path.parent} for path in paths]
 
 
 def find_text(folder: Path, text: str, pipeline: Any, model: str, top_k: int, where: str | None = None) -> list[Hit]:
-    """The cells of an index that are most similar to a text.
+    """Find the cells of an index that are most similar to a text.
 
     Args:
-        pipeline, model: The checkpoint that embeds the text, and its name.
-        top_k, where: As for [`search_index`].
+        pipeline: Checkpoint that embeds the text.
+        model: Name of the checkpoint.
+        top_k, where: See [`search_index`].
 
     Raises:
-        ValueError: If the text denies or compares something, or the index is of another checkpoint.
+        ValueError: If the text has denials or comparisons, or the index is of another checkpoint or space.
     """
     if denied := read_query(text).denied:
-        raise ValueError(f"An index finds what is similar, and cannot leave out {denied[0]!r}; search FILE for that.")
+        raise ValueError(f"An index ranks by similarity and cannot exclude {denied[0]!r}; search FILE for that.")
     for level in Search([text], pipeline.processor.gene_index).queries[0].levels:
         lacks = "cannot compare texts" if level.is_text else "has no counts"
         raise ValueError(f"An index {lacks} for {level.high or level.low!r}; search FILE for that.")
     if (of := read_manifest(folder)["of"]) != OF_TEXTS:
         raise ValueError(
-            f"The cells of {folder} are embedded as {of!r}, which texts are not compared with. Embed them with "
-            f"`scmmgpt embed --of {OF_TEXTS}` and index these."
+            f"The cells of {folder} are embedded as {of!r}, which cannot be compared with texts. Embed the cells with "
+            f"`scmmgpt embed --of {OF_TEXTS}`, and index the result."
         )
     pipeline.warn_of_strange([text])
     query = pipeline.embed_texts([text])[0]
@@ -233,13 +237,14 @@ def find_like(
     where: str | None = None,
     **reading: Any,
 ) -> list[Hit]:
-    """The cells of an index that are most like some cells of a file, which are no hits themselves.
+    """Find the cells of an index that are most similar to cells of a file, without these cells themselves.
 
     Args:
-        adata, like: The file, and the names of its cells.
-        pipeline, model: As for [`find_text`].
-        top_k, where: As for [`search_index`].
-        reading: For `choose_input`.
+        adata: Cells of the file.
+        like: Names of the query cells.
+        pipeline, model: See [`find_text`].
+        top_k, where: See [`search_index`].
+        reading: Arguments of `choose_input`.
 
     Raises:
         ValueError: If a cell is not in the file, or the index is of another checkpoint.
@@ -261,34 +266,35 @@ def _check_dimensions(folder: Path, query: np.ndarray, model: str) -> None:
     about = read_manifest(folder)
     if len(query) != about["dimensions"]:
         raise ValueError(
-            f"The embeddings of {folder} have {about['dimensions']} dimensions, those of {model} {len(query)}: they "
-            f"are of different checkpoints. The index is of {about['checkpoint']!r}."
+            f"The embeddings of {folder} have {about['dimensions']} dimensions, those of {model} {len(query)}. The "
+            f"index was made with another checkpoint, {about['checkpoint']!r}."
         )
 
 
 def with_called(
     hits: list[Hit], folder: Path, query: np.ndarray, top_k: int, where: str | None, named: list[str]
 ) -> list[Hit]:
-    """Hits behind the cells that `annotate` called a type that has a profile alone.
+    """Rank the cells that `annotate` named by a profile-only type before the other hits.
 
-    The shared space has no place for such a type. As in a search of a file, its cells score up to 1 more.
+    A type without training cells has no place in the shared space. As in a search of a file, 1 is added to the scores
+    of its cells.
 
     Args:
-        hits: Of [`search_index`], with these arguments.
-        named: The types.
+        hits: Hits of [`search_index`] for the same query.
+        named: Names of the types.
     """
     called = " or ".join(f"{CALLED} == {json.dumps(name)}" for name in named)
     condition = f"({called})" if where is None else f"({where}) and ({called})"
     if not all(CALLED in columns_of_segment(segment["path"]) for segment in read_segments(folder)):
         logger.warning(
-            f"The shared space has no place for {named[0]!r}, which has no training cell. Annotate the cells before "
-            "`scmmgpt index` to find those that are called so, or search FILE."
+            f"The shared space has no place for {named[0]!r}, which has no training cells. Annotate the cells before "
+            "`scmmgpt index`, or search FILE."
         )
         return hits
     try:
         first = search_index(folder, query, top_k, condition)
-    except ValueError:  # no cell is called so
-        logger.warning(f"No cell of {folder} is called {named[0]!r}, which has no training cell: these are others.")
+    except ValueError:  # no cell has this label
+        logger.warning(f"No cell of {folder} is labelled {named[0]!r}; the hits are cells of other types.")
         return hits
     first = [replace(hit, score=round(hit.score + 1, 6)) for hit in first]
     known = {(hit.file, hit.row) for hit in first}
@@ -297,24 +303,25 @@ def with_called(
 
 
 def search_index(folder: Path, query: np.ndarray, top_k: int, where: str | None = None) -> list[Hit]:
-    """The cells of an index with the highest cosine similarity, best first.
+    """Find the cells of an index with the highest cosine similarity, best first.
 
     Args:
-        query: Vector of unit length, of as many dimensions as the embeddings.
-        where: A condition on columns of `obs`, as for [`rows_where`]: `tissue == 'lung' and n_genes > 500`.
+        query: Unit-length vector, float `(width,)`.
+        top_k: Number of hits.
+        where: Condition on columns of `obs`, such as `tissue == 'lung' and n_genes > 500`; see [`rows_where`].
 
     Raises:
         ValueError: If the condition cannot be evaluated, or no cell fulfils it.
     """
-    found: list[tuple[float, Path, int]] = []
+    hits: list[tuple[float, Path, int]] = []
     n_kept = 0
     for segment in read_segments(folder):
         keep = None if where is None else _rows_where(segment["path"], where)
         n_kept += segment["cells"] if keep is None else len(keep)
-        found += [(score, segment["path"], i) for score, i in _search_segment(segment, query, top_k, keep)]
+        hits += [(score, segment["path"], i) for score, i in _search_segment(segment, query, top_k, keep)]
     if not n_kept:
         raise ValueError(f"No cell of {folder} fulfils {where!r}." if where else f"The index {folder} has no cells.")
-    best = sorted(found, key=lambda hit: (-hit[0], str(hit[1]), hit[2]))[:top_k]
+    best = sorted(hits, key=lambda hit: (-hit[0], str(hit[1]), hit[2]))[:top_k]
     rows = _rows_of(best)
     return [Hit(rank, *rows[hit[1], hit[2]], round(hit[0], 6)) for rank, hit in enumerate(best, 1)]
 
@@ -326,7 +333,7 @@ def _search_segment(
     index = faiss.read_index(str(segment["path"] / "vectors.faiss"), faiss.IO_FLAG_MMAP)
     if keep is not None and not len(keep):
         return
-    # Of the cells that fulfil a condition, as many lists are looked into as hold as many of them.
+    # With a condition, more lists are probed, so that about the same number of matching cells is compared.
     share = 1.0 if keep is None else len(keep) / segment["cells"]
     options = {"nprobe": min(index.nlist, int(np.ceil(PROBES / share)))}
     if keep is not None:
@@ -336,21 +343,21 @@ def _search_segment(
 
 
 def columns_of_segment(path: Path) -> list[str]:
-    """The columns of the cells of a segment."""
+    """Columns of `cells.parquet` of a segment."""
     import pyarrow.parquet as pq
 
     return list(pq.read_schema(path / "cells.parquet").names)
 
 
 def _rows_where(path: Path, where: str) -> np.ndarray:
-    """Numbers of the cells of a segment that fulfil a condition; only its columns are read."""
+    """Positions of the cells of a segment that fulfil a condition, int64; only columns of the condition are read."""
     names = columns_of_segment(path)
     table = pd.read_parquet(path / "cells.parquet", columns=columns_of(where, names))
     return np.flatnonzero(rows_where(table.reset_index(drop=True), where, names)).astype(np.int64)
 
 
 def _rows_of(hits: list[tuple[float, Path, int]]) -> dict[tuple[Path, int], tuple[str, str, int]]:
-    """Barcode, file and row of some cells, by segment and number."""
+    """Read barcode, file and row of hits: (segment, position) -> values."""
     import pyarrow.parquet as pq
 
     rows: dict[tuple[Path, int], tuple[str, str, int]] = {}
@@ -363,6 +370,6 @@ def _rows_of(hits: list[tuple[float, Path, int]]) -> dict[tuple[Path, int], tupl
 
 
 def render_hits(hits: list[Hit]) -> list[str]:
-    """Hits as the lines of a table."""
+    """Format hits as lines of a table."""
     head = f"{'rank':>4}  {'score':>7}  cell  (row, file)"
     return [head, *(f"{hit.rank:>4}  {hit.score:>7.4f}  {hit.cell}  ({hit.row}, {hit.file})" for hit in hits)]

@@ -1,4 +1,4 @@
-"""The report of `scmmgpt inspect`: what a file of cells holds, whether it can be used, and how it is read.
+"""The report of `scmmgpt inspect`: content of a file of cells, whether the file is usable, and the choices of reading.
 
 Every command runs the same checks; `docs/inputs.md` lists them.
 """
@@ -37,19 +37,21 @@ KIND_WORDS = {
 def inspect_file(
     path: str | Path, gene_index: GeneIndex | None = None, *, max_cells: int = 20_000, **options: Any
 ) -> dict[str, Any]:
-    """Report what a file holds, whether it can be used, and how it would be read.
+    """Report the content of a file, whether the file is usable, and how a command would read it.
 
     Args:
         path: File or folder of any format that `readers.read_file` opens.
-        gene_index: The genes of a model; by default all human genes of GENCODE v44, if their table is installed.
-        max_cells: Cells to convert, for a larger file from parts of it. The verdict rests on a sample in any case.
-        **options: `layer`, `assume`, `gene_column`, `organism`, `force`, as for `choose_input`.
+        gene_index: Gene names of a model; default: all human genes of GENCODE v44, if their table is installed.
+        max_cells: Most cells to convert; of a larger file, eight ranges of rows are converted. The verdict on the
+            values always comes from a sample.
+        **options: `layer`, `assume`, `gene_column`, `organism`, `force`; see `choose_input`.
 
     Returns:
-        A dictionary that `json.dumps` takes: `usable`, `error`, `file`, `matrix`, `genes`, `cells`, `obs`, `warnings`.
+        JSON-able dict: `usable`, `error`, `file`, `matrix`, `genes`, `cells`, `obs`, `warnings`.
 
     Raises:
-        FileNotFoundError, ValueError: If the file cannot be opened. Faults of its contents are in `error`.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be opened. Faults of its content are in `error` instead.
     """
     vocabulary = "model"
     if gene_index is None:
@@ -99,7 +101,7 @@ def _describe_file(path: Path, file: CellFile, matrix: Any) -> dict[str, Any]:
 
 
 def _describe_obs(file: CellFile) -> tuple[dict[str, Any], list[str]]:
-    """The columns of `obs` that describe the cells, and warnings about the labels."""
+    """Describe the known columns of `obs`, and collect warnings about the labels."""
     from scmmgpt.train.data.label_checks import check_labels
 
     columns, warnings = {}, []
@@ -117,9 +119,9 @@ def _describe_obs(file: CellFile) -> tuple[dict[str, Any], list[str]]:
 
 
 def _describe_cells(file: CellFile, choice: InputChoice, max_cells: int) -> dict[str, Any]:
-    """Numbers of genes and counts of the converted cells."""
+    """Compute statistics of the numbers of genes and counts of the converted cells."""
     parts = [file]
-    if file.n_obs > max_cells:  # eight parts, spread over the file
+    if file.n_obs > max_cells:  # convert eight ranges, spread over the file
         size = max(1, max_cells // 8)
         starts = np.linspace(0, file.n_obs - size, 8).astype(int).tolist()
         parts = [file[start : start + size] for start in starts]
@@ -134,25 +136,25 @@ def _describe_cells(file: CellFile, choice: InputChoice, max_cells: int) -> dict
 
 
 def _describe_unusable(file: CellFile) -> dict[str, Any]:
-    """Verdicts of the matrices and species of the genes of a file that cannot be used."""
-    found = inspect_matrices(file)
-    if not found:
+    """Describe a file that is not usable: verdicts on its matrices, and species of its genes."""
+    matrices = inspect_matrices(file)
+    if not matrices:
         return {}
-    names = next(iter(found[0].columns.values()))
-    species, why = detect_species([n for n, t in zip(names, found[0].types, strict=True) if t == "gene"])
-    kinds, counts = np.unique(found[0].types.astype(str), return_counts=True)
+    names = next(iter(matrices[0].columns.values()))
+    species, why = detect_species([n for n, t in zip(names, matrices[0].types, strict=True) if t == "gene"])
+    kinds, counts = np.unique(matrices[0].types.astype(str), return_counts=True)
     set_aside = {str(k): int(n) for k, n in zip(kinds, counts, strict=True) if k != "gene"}
     return {
-        "matrix": {"candidates": {m.name: m.verdict.to_dict() for m in found}},
+        "matrix": {"candidates": {m.name: m.verdict.to_dict() for m in matrices}},
         "genes": {"species": species, "species_evidence": why, "set_aside": set_aside},
     }
 
 
-# -- in words ---------------------------------------------------------------------------------------------------------
+# -- text -------------------------------------------------------------------------------------------------------------
 
 
 def render(report: dict[str, Any]) -> str:
-    """A report as text, in the words of the command line."""
+    """Format a report as text, with options of the command line in its messages."""
     file = report["file"]
     size = f"{file['layout']}, {_bytes(file['bytes'])} on disk, {_bytes(file['bytes_in_memory'])} in memory"
     lines = [f"{Path(file['path']).name}: {file['cells']:,} cells x {file['variables']:,} variables ({size})"]

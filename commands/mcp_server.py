@@ -1,9 +1,9 @@
-"""The commands as tools of the Model Context Protocol, for agents, over the files of one folder.
+"""Serve the commands to agents as tools of the Model Context Protocol, for the files of one folder.
 
-A tool runs a command with `--json` in this process and returns its summary, with the warnings as `messages`. Every
-path is in the folder that the user named, links and parts of HDF5 files included; no tool replaces a file. The
-checkpoint is the choice of the user, too: a tool names none. Calls run one after the other; a client that asks for it
-is told how far a call is, and a call that it cancels stops at the next batch and writes nothing.
+A tool runs a command with `--json` in this process and returns its summary, with the warnings as `messages`. All paths
+must be inside the user's folder, including links and external links of HDF5 files. No tool replaces a file. The user
+chooses the checkpoint; no tool has an argument for it. Calls run one at a time. A client can request progress reports.
+A cancelled call stops at the next batch and writes nothing.
 """
 
 import contextlib
@@ -40,9 +40,9 @@ INSTRUCTIONS = (
     "about them. Call `inspect` before the first use of a file. Labels are predictions: report score and `Unknown` "
     "with them, and call `audit` where the file has labels already."
 )
-NAMED_FILES = 20  # in the error about a missing file
-SECONDS = 0.5  # between two notifications of progress
-CONTEXT: ContextVar[Context | None] = ContextVar("CONTEXT", default=None)  # of the call that runs
+NAMED_FILES = 20  # most files that the error about a missing file lists
+SECONDS = 0.5  # shortest time between two progress reports
+CONTEXT: ContextVar[Context | None] = ContextVar("CONTEXT", default=None)  # context of the current call
 
 File: TypeAlias = Annotated[str, Field(description="file of cells in the folder: .h5ad, .zarr, 10x .h5, .loom, .csv")]
 Output: TypeAlias = Annotated[str, Field(description="name of a new .h5ad file in the folder")]
@@ -55,24 +55,24 @@ Command: TypeAlias = Callable[[list[str]], int]
 
 
 class Steps:
-    """What the progress bars of a call count, told to the client; in the manner of tqdm.
+    """Reports the progress bars of a call to the client; replaces tqdm.
 
     Args:
-        context: Of the call.
+        context: Context of the call.
     """
 
     def __init__(self, context: Context) -> None:
         self.context, self.done, self.all, self.told = context, 0.0, 0.0, -SECONDS
 
     def bar(self, _: Any, args: Sequence[Any], options: Mapping[str, Any]) -> "Steps.Bar":
-        """The hook of transformers: a bar in place of one of tqdm."""
+        """Hook of transformers that replaces a bar of tqdm."""
         items = args[0] if args else options.get("iterable", ())
         total = options.get("total") or (len(items) if hasattr(items, "__len__") else 0)
         self.all = self.done + total
         return self.Bar(self, items, str(options.get("desc") or ""))
 
     def tell(self, n: float, what: str) -> None:
-        """Count steps and tell the client, unless it was told just now.
+        """Count steps, and report them to the client at most every `SECONDS`.
 
         Raises:
             KeyboardInterrupt: If the client has cancelled the call.
@@ -80,14 +80,14 @@ class Steps:
         self.done += n
         try:
             anyio.from_thread.check_cancelled()
-        except BaseException as error:  # that of the loop, which this thread has no name for
+        except BaseException as error:  # the exception type depends on the event loop
             raise KeyboardInterrupt from error
         if time.monotonic() >= self.told + SECONDS:
             self.told = time.monotonic()
             anyio.from_thread.run(self.context.report_progress, self.done, max(self.all, self.done) or None, what)
 
     class Bar(contextlib.AbstractContextManager):
-        """A bar of tqdm, as far as commands use it."""
+        """The part of tqdm's interface that commands use."""
 
         def __init__(self, steps: "Steps", items: Iterable[Any], what: str) -> None:
             self.steps, self.items, self.what = steps, items, what
@@ -102,19 +102,19 @@ class Steps:
             self.steps.tell(n, self.what)
 
         def close(self, *_: object) -> None:
-            """Nothing is left open."""
+            """Do nothing: no resource is open."""
 
         __exit__ = set_postfix = set_description = refresh = close
 
 
 class CellTools:
-    """The tools: arguments in, a command line, its summary out.
+    """The tools: each turns its arguments into a command line, runs the command and returns the summary.
 
     Args:
-        folder: All files are in it.
-        run: Takes the words of a command line and returns the exit status; see `scmmgpt.__main__`.
-        model: Checkpoint of `verify`, which would else take the one that a file names.
-        settings: Words for every command that loads a checkpoint, such as `--device=cpu`.
+        folder: Folder of all files.
+        run: Function of the words of a command line that returns the exit status; see `scmmgpt.__main__`.
+        model: Checkpoint for `verify`, which would otherwise load the checkpoint named in a file.
+        settings: Options of every command that loads a checkpoint, such as `--device=cpu`.
     """
 
     def __init__(self, folder: Path, run: Command, model: str, settings: Sequence[str] = ()) -> None:
@@ -132,20 +132,20 @@ class CellTools:
         output: Output,
         labels: Annotated[
             list[str] | dict[str, str] | None,
-            Field(description="candidate labels, or label -> description; by default those of the checkpoint"),
+            Field(description="candidate labels, or label -> description; default: the labels of the checkpoint"),
         ] = None,
-        tissue: Annotated[str | None, Field(description="take the checkpoint's labels of this tissue")] = None,
+        tissue: Annotated[str | None, Field(description="use the checkpoint's labels of this tissue")] = None,
         cluster_key: Clusters = None,
         min_score: Annotated[float | None, Field(ge=0, le=1, description="below this, a cell is Unknown")] = None,
         table: Table = None,
         evidence: Annotated[str | None, Field(description="new .csv file for the genes behind each label")] = None,
         reading: Reading = None,
     ) -> dict[str, Any]:
-        """Name the type of every cell: obs['scmmgpt_cell_type'], with score, and Unknown where nothing fits."""
+        """Predict the type of every cell: obs['scmmgpt_cell_type'], with a score; Unknown if no label fits."""
         words = _options(tissue=tissue, cluster_key=cluster_key, min_score=min_score)
         words += self._outputs(output=output, table=table, evidence=evidence)
         with tempfile.TemporaryDirectory() as folder:
-            if labels is not None:  # in a file, where a label is never taken for an option or a path
+            if labels is not None:  # pass labels in a file, because a label could look like an option or a path
                 path = Path(folder, "labels.json")
                 path.write_text(json.dumps(labels), encoding="utf-8")
                 words.append(f"--labels={path}")
@@ -175,8 +175,8 @@ class CellTools:
         if (column is None) != (value is None):
             raise ToolError("Name a column of obs and a value together.")
         words = [] if column is None else [f"--select=`{column}` in {_readings(value or '')}"]
-        asked = [f" {question}" for question in questions]  # none is an option
-        return self._call("chat", *words, *_reading(reading), self._existing(file), "--ask", *asked)
+        padded = [f" {question}" for question in questions]  # the space keeps a question from being an option
+        return self._call("chat", *words, *_reading(reading), self._existing(file), "--ask", *padded)
 
     def search(
         self,
@@ -185,17 +185,17 @@ class CellTools:
             str | None, Field(description="description of the wanted cells; may deny: T cell without CD8")
         ] = None,
         like: Annotated[
-            list[str] | None, Field(description="in place of text: names of cells, to find the cells most like them")
+            list[str] | None, Field(description="instead of text: names of cells, to find the most similar cells")
         ] = None,
         top_k: Annotated[int, Field(ge=1, le=1000)] = 10,
         by: Annotated[
             Literal["similarity", "genes"],
-            Field(description="'genes': the markers of a type that the text names, or genes near to its words"),
+            Field(description="'genes': markers of a type named in the text, or genes related to its words"),
         ] = "similarity",
         output: Annotated[str | None, Field(description="new .h5ad file with every cell's score")] = None,
         reading: Reading = None,
     ) -> dict[str, Any]:
-        """Find the cells that a text describes best; scores order cells and have no zero that means no match."""
+        """Find the cells that a text describes best; scores rank cells, and no score value means "no match"."""
         words = [*_options(text=text, top_k=top_k, by=by), *self._outputs(output=output)]
         words += [f"--like={name}" for name in like or ()]
         return self._call("search", self._existing(file), *words, *_reading(reading))
@@ -224,7 +224,7 @@ class CellTools:
         table: Table = None,
         reading: Reading = None,
     ) -> dict[str, Any]:
-        """Rank given labels, clusters and cells that the file, model and markers contradict: obs['scmmgpt_audit']."""
+        """Rank given labels, clusters and cells that file, model and markers contradict: obs['scmmgpt_audit']."""
         words = [*_options(label_key=label_key, cluster_key=cluster_key), *self._outputs(output=output, table=table)]
         return self._call("audit", self._existing(file), *words, *_reading(reading))
 
@@ -233,42 +233,42 @@ class CellTools:
         file: Annotated[str, Field(description="result of annotate, describe, embed or audit")],
         input: Annotated[str | None, Field(description="file of cells that it was computed from")] = None,
     ) -> dict[str, Any]:
-        """Compute the results of a file again and name what changed."""
+        """Recompute the results of a file and report changes."""
         words = [f"--model={self.model}"] + ([] if input is None else [f"--input={self._existing(input)}"])
         return self._call("verify", self._existing(file), *words)
 
     # -- shared -------------------------------------------------------------------------------------------------------
 
     def _call(self, *words: str, settings: Sequence[str] | None = None) -> dict[str, Any]:
-        """Run a command; what it prints is the result, and what it warns of goes beside it."""
+        """Run a command; return its output with its warnings as `messages`."""
         command, *rest = words
         own = self.settings if settings is None else settings
-        printed, said = io.StringIO(), io.StringIO()
-        warnings = logging.StreamHandler(said)
+        printed, reported = io.StringIO(), io.StringIO()
+        warnings = logging.StreamHandler(reported)
         warnings.setLevel(logging.WARNING)
         warnings.addFilter(OPTION_WORDS)
         package = logging.getLogger("scmmgpt")
-        with self._lock, _told(command), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
+        with self._lock, _told(command), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(reported):
             package.addHandler(warnings)
-            propagates, package.propagate = package.propagate, False  # to the server's log, which is on stderr, too
+            propagates, package.propagate = package.propagate, False  # the server's log also goes to stderr
             try:
                 self._run([command, "--json", *own, *rest])
             except SystemExit:
-                pass  # of the parser, which has said why
+                pass  # the parser has already reported its error
             finally:
                 package.removeHandler(warnings)
                 package.propagate = propagates
-        messages = [line for line in said.getvalue().splitlines() if line.strip()]
+        messages = [line for line in reported.getvalue().splitlines() if line.strip()]
         try:
-            found = json.loads(printed.getvalue())
+            summary = json.loads(printed.getvalue())
         except ValueError:
-            raise ToolError(messages[-1] if messages else f"scmmgpt {command} said nothing.") from None
-        if isinstance(found, dict) and found.get("error"):
-            raise ToolError(f"scmmgpt {command}: {found['error']}")
-        return {**(found if isinstance(found, dict) else {"found": found}), "messages": messages}
+            raise ToolError(messages[-1] if messages else f"scmmgpt {command} returned no result.") from None
+        if isinstance(summary, dict) and summary.get("error"):
+            raise ToolError(f"scmmgpt {command}: {summary['error']}")
+        return {**(summary if isinstance(summary, dict) else {"found": summary}), "messages": messages}
 
     def _existing(self, name: str) -> str:
-        """The path of an input, of which no part leads out of the folder."""
+        """Return the path of an input; refuse links that lead out of the folder."""
         path = self._inside(name)
         if not path.exists():
             names = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
@@ -286,7 +286,7 @@ class CellTools:
         return str(path)
 
     def _outputs(self, **names: str | None) -> list[str]:
-        """Options of output; a file that exists is never replaced."""
+        """Make the options of outputs; refuse a file that exists."""
         words = []
         for option, name in names.items():
             if name is not None:
@@ -308,7 +308,7 @@ class CellTools:
 
 @contextlib.contextmanager
 def _told(command: str) -> Iterator[None]:
-    """Tell the client of the call that runs, if there is one, how far a command is."""
+    """Report the progress of a command to the client of the current call, if there is one."""
     from transformers.utils import logging as progress_logging
 
     if (context := CONTEXT.get()) is None:
@@ -324,13 +324,13 @@ def _told(command: str) -> Iterator[None]:
 
 
 def _with_context(tool: Callable[..., Any]) -> Callable[..., Any]:
-    """A tool that the server gives the context of a call, which no client sees among its arguments."""
+    """Wrap a tool so that the server passes it the context of a call, which is not an argument for clients."""
 
     def run(context: Context, **arguments: Any) -> Any:
-        CONTEXT.set(context)  # of this thread's copy of the variables
+        CONTEXT.set(context)  # affects only this thread's copy of the variable
         return tool(**arguments)
 
-    served: Any = run  # the server reads the arguments of a tool off its signature
+    served: Any = run  # the server takes the arguments of a tool from its signature
     own = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=Context)
     signature = inspect.signature(tool)
     served.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])
@@ -340,19 +340,19 @@ def _with_context(tool: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _options(**values: Any) -> list[str]:
-    """Words of options, each with its value: `--name=value`."""
+    """Make words `--name=value` of options; skip None."""
     return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
 
 
 def _reading(options: Mapping[str, str] | None) -> list[str]:
-    """Words of the options of reading."""
+    """Make words of the options for reading a file."""
     if unknown := sorted(set(options or ()) - set(READ_HELP)):
         raise ToolError(f"reading has {unknown}; choose among {list(READ_HELP)}.")
     return _options(**(options or {}))
 
 
 class Server(MCPServer):
-    """A server whose errors about arguments are one line, as all others are."""
+    """Server with one-line errors about arguments."""
 
     async def call_tool(self, name: str, arguments: dict[str, Any], context: Any = None) -> Any:
         """Call a tool."""
@@ -361,19 +361,19 @@ class Server(MCPServer):
         except ToolError as error:
             if not isinstance(error.__cause__, ValidationError):
                 raise
-            found = error.__cause__.errors(include_url=False, include_context=False, include_input=False)
-            said = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found]
-            raise ToolError(f"Error executing tool {name}: {'; '.join(said)}.") from None
+            errors = error.__cause__.errors(include_url=False, include_context=False, include_input=False)
+            texts = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in errors]
+            raise ToolError(f"Error executing tool {name}: {'; '.join(texts)}.") from None
 
 
 def make_server(folder: Path, run: Command, model: str, settings: Sequence[str] = ()) -> Server:
-    """A server with the tools of [`CellTools`].
+    """Make a server with the tools of [`CellTools`].
 
     Raises:
         ValueError: If `folder` is not a folder.
     """
     if not folder.is_dir():
-        raise ValueError(f"--folder {str(folder)!r} is not a folder; name the one that holds your files.")
+        raise ValueError(f"--folder {str(folder)!r} is not a folder; name the folder of your files.")
     tools = CellTools(folder, run, model, settings)
     server = Server("scmmgpt", instructions=INSTRUCTIONS, version=version("scmmgpt"), log_level="WARNING")
     local: Any = {"open_world_hint": False, "destructive_hint": False}
@@ -394,7 +394,11 @@ def make_server(folder: Path, run: Command, model: str, settings: Sequence[str] 
 
 
 def serve(folder: Path, run: Command, model: str | None, settings: Mapping[str, Any]) -> None:
-    """Serve over standard input and output; `settings` are values of options, None where an option is not given."""
+    """Serve over standard input and output.
+
+    Args:
+        settings: Option -> value; None for an option that is not given.
+    """
     checkpoint = model or root_checkpoint()
     find_checkpoint(checkpoint)
     words = _options(**{"model": model, **settings})
@@ -402,7 +406,7 @@ def serve(folder: Path, run: Command, model: str | None, settings: Mapping[str, 
 
 
 def _readings(value: str) -> list[str | float]:
-    """A value of a column as text, and as the number that it may be."""
+    """Return a value as text, and also as a number if it is one."""
     try:
         return [value, float(value)]
     except ValueError:

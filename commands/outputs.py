@@ -1,4 +1,4 @@
-"""What a command writes: checks of the outputs before the work, and afterwards the result and its summary."""
+"""Outputs of a command: checks before the work; the result and its summary after the work."""
 
 import argparse
 import json
@@ -20,9 +20,9 @@ Args = argparse.Namespace
 
 
 def several_outputs(args: Args) -> dict[Source, Path]:
-    """Sources and outputs of a command that computes in partitions; empty for one file without `--workers`.
+    """Return source -> output for a command that computes in partitions; empty for one file without `--workers`.
 
-    A single file then takes the place of the list in `args`.
+    For a single file, `args.file` becomes the path instead of a list.
     """
     files = args.file if isinstance(args.file, list) else [args.file]
     outputs = outputs_of(files, args.split, args.model, args.output)
@@ -37,7 +37,7 @@ def several_outputs(args: Args) -> dict[Source, Path]:
 
 
 def check_outputs(args: Args) -> None:
-    """Refuse outputs that cannot be written or would replace an input, before any work is done."""
+    """Refuse, before the work, outputs that cannot be written or would replace an input."""
     output = getattr(args, "output", None)
     if output is not None and output.suffix != ".h5ad":
         raise ValueError(f"--output is {str(output)!r}; its name must end in .h5ad.")
@@ -52,6 +52,8 @@ def check_tables(args: Args) -> None:
     for option, table in tables.items():
         if table is not None and table_suffix(table) not in TABLES:
             raise ValueError(f"{option} is {str(table)!r}; its name must end in .csv, .tsv or .txt.")
+    if getattr(args, "columns", None) and args.table is None:
+        raise ValueError("--columns are those of --table, which is not named. Name it; --output has all columns.")
     inputs = {name: getattr(args, name, None) for name in ("file", "model", "labels", "prompts_file", "genes_of")}
     named = {"FILE" if name == "file" else f"--{name.replace('_', '-')}": value for name, value in inputs.items()}
     check_paths(named, {"--output": getattr(args, "output", None), **tables})
@@ -60,7 +62,7 @@ def check_tables(args: Args) -> None:
 
 
 def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any], rows: Any = None) -> None:
-    """Write the result, its table (`rows`, or the added columns of `obs`) and the summary."""
+    """Write the result, the table (`rows`, or else the new columns of `obs`), and the summary."""
     from scmmgpt.commands.results import table_of, write_cells, write_table
 
     if hasattr(args, "identity"):
@@ -75,7 +77,7 @@ def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any], rows: 
 
 
 def write(args: Args, result: Any, lines: Iterable[str] | None = None) -> None:
-    """Write a result to stdout, as JSON or in lines, by default an entry a line; logs and errors go to stderr."""
+    """Write a result to stdout, as JSON or as lines (default: one entry per line); logs and errors go to stderr."""
     if lines is None:
         lines = (f"{name}: {value}" for name, value in result.items())
     try:

@@ -2,6 +2,7 @@
 
 import secrets
 from dataclasses import dataclass, field
+from typing import Any
 
 import anndata
 import numpy as np
@@ -9,10 +10,11 @@ import pandas as pd
 
 from scmmgpt.commands.cell_map import draw
 from scmmgpt.commands.chat import Chat
+from scmmgpt.proof_scmmgpt import Proof
 
 
 NO_SELECTION = "No cells selected: draw a loop around some, or click a type below the map."
-SEARCHED = "scmmgpt_search"  # column of obs
+SEARCHED, DESCRIPTION = "scmmgpt_search", "scmmgpt_description"  # columns of obs
 SHOWN_KINDS = 6  # kinds of cells that are counted in a sentence
 
 
@@ -32,6 +34,7 @@ class Session:
     marks: np.ndarray | None = None  # rows of cells that generated cells are like, one for each
     query: str = ""  # of the last search
     placed: np.ndarray | None = None  # by the network, for the searches
+    proof: Proof | None = None  # of the labels, for descriptions and the chat
     chat: Chat | None = None  # about the selected cells
     turns: list[dict[str, str]] = field(default_factory=list)  # of the chat
     secret: str = field(default_factory=secrets.token_urlsafe, repr=False)
@@ -70,10 +73,34 @@ class Session:
             return NO_SELECTION
         return f"{len(self.rows):,} {'cell' if len(self.rows) == 1 else 'cells'} selected{self.kinds(self.rows)}"
 
+    def relabelled(self, color: str | None) -> None:
+        """Show new labels, without what was said of those before them."""
+        self.color, self.chat, self.proof = color, None, None
+        if DESCRIPTION in self.adata.obs:
+            del self.adata.obs[DESCRIPTION]
+
+    def proved(self, pipeline: Any) -> Proof:
+        """The proof of the labels, which needs all cells and is kept."""
+        if self.proof is None:
+            self.proof = pipeline.prove(self.adata, pipeline.processor.choose_input(self.adata))
+        return self.proof
+
+    def describe(self, pipeline: Any, most: int) -> pd.Series:
+        """Descriptions with proof of the selected cells, at most `most`, which `obs` gets; other cells keep theirs."""
+        proof, rows = self.proved(pipeline), self.chosen_rows(most)
+        known = self.adata.obs.get(DESCRIPTION)
+        texts = np.full(self.adata.n_obs, "", dtype=object) if known is None else np.asarray(known, dtype=object)
+        texts[rows] = proof.texts(rows)
+        self.adata.obs[DESCRIPTION] = texts.astype(str)
+        return self.adata.obs[DESCRIPTION].iloc[rows]
+
+    def chosen_rows(self, most: int) -> np.ndarray:
+        """The selected rows, at most `most`; without a selection the first ones."""
+        return (self.rows if len(self.rows) else np.arange(self.adata.n_obs))[:most]
+
     def chosen(self, most: int) -> anndata.AnnData:
-        """A copy of the selected cells, at most `most`; without a selection of the first cells."""
-        rows = self.rows if len(self.rows) else np.arange(self.adata.n_obs)
-        return self.adata[rows[:most]].copy()
+        """A copy of the cells of `chosen_rows`."""
+        return self.adata[self.chosen_rows(most)].copy()
 
     def counts(self) -> pd.DataFrame:
         """The number of cells of each annotated type, no row before there are types."""

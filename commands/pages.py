@@ -1,14 +1,14 @@
 """Pages of HTML from the templates of `eval/templates`. Needs the extra `eval`."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from scmmgpt.commands.page_words import unbroken
+
 
 TEMPLATES = Path(__file__).parents[1] / "eval" / "templates"
-SPLIT_PERCENT = re.compile(r"(?<=\d) (?=%)")  # "10 %", which a line may break
 
 
 def render_page(template: str, **values: Any) -> str:
@@ -27,4 +27,4 @@ def render_page(template: str, **values: Any) -> str:
         "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
     )
     environment.filters["signed"] = lambda value, digits=3: f"{value:+.{digits}f}".replace("-", "−")
-    return SPLIT_PERCENT.sub("\N{NO-BREAK SPACE}", environment.get_template(template).render(**values))
+    return unbroken(environment.get_template(template).render(**values))

@@ -1,8 +1,8 @@
-"""The task of a worker: one partition of a source -> one Parquet file, whole or not at all.
+"""The task of a worker: compute one partition of a source, and write one Parquet file, whole or not at all.
 
-A partition is a range of rows with everything that was decided once for its source: how to read it, and the arrays of
-`decided.npz` in the folder of its partitions (names of all labels, profiles that a look at the whole file corrected).
-What a pass over the cells adds up, such as the expression of groups, is in a file `.npz` beside the Parquet file.
+A partition is a range of rows, with the decisions that were made once for its source: the choice of matrix and genes,
+and the arrays of `decided.npz` in the folder of the partitions (such as names of all labels, and profiles corrected by
+the whole file). Sums over cells, such as the expression of groups, are in a `.npz` file next to the Parquet file.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ Arrays = dict[str, np.ndarray]
 logger = logging.getLogger(__name__)
 
 DECIDED = "decided.npz"
-_COMPUTING = threading.Lock()  # the model and compiled loops are used by one thread of a worker at a time
+_COMPUTING = threading.Lock()  # one thread of a worker at a time uses the model and the compiled loops
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Job:
 
     Args:
         verb: `annotate`, `explain`, `audit`, `embed` or `search`.
-        model, device, batch_size: Those of the pipeline.
+        model, device, batch_size: Arguments of the pipeline.
         options: Arguments of the pipeline's verb.
         reading: Arguments of `choose_input`.
-        identity: Name, version and hash of the model of this package, if it is the checkpoint; kept in `uns`.
+        identity: Name, version and hash of the checkpoint, if it is the one of this package; stored in `uns`.
     """
 
     verb: str
@@ -65,24 +65,24 @@ class Job:
     identity: Mapping[str, str] | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of the pipeline's verb."""
+        """Arguments of the pipeline's verb, with those of reading."""
         return {**self.options, **self.reading}
 
     def request(self, pipeline: "ScMMGPTPipeline") -> dict[str, Any]:
-        """What determines the partitions, beside the sources: options, weights, settings, code and versions.
+        """Collect what determines the partitions of a source: options, weights, settings, code and versions.
 
-        Options that apply when partitions are joined are left out, and so is where the checkpoint lies.
+        Options that only affect the joining are left out, and so is the path of the checkpoint.
         """
         joined = ("top_k",) if self.verb == "explain" else ("cluster_key", "top_k")
         options = {name: value for name, value in self.arguments().items() if name not in joined}
         signed = {k: v for k, v in pipeline.signer.sign(self.verb).items() if k not in ("checkpoint", "device")}
         fields = {"verb": self.verb, "device": self.device, "batch_size": self.batch_size, **options, **signed}
         fields["config"] = digest([pipeline.model.config.to_json_string()])
-        return json.loads(json.dumps(fields))  # as a file has it
+        return json.loads(json.dumps(fields))  # convert to JSON types, for the comparison with a stored request
 
 
 def default_options(verb: str, label_key: str = "cell_type", text: str = "") -> dict[str, Any]:
-    """The options of a verb where the command gives none but the column of an audit, and the text of a search."""
+    """Default options of a verb, with the column of an audit and the text of a search."""
     if verb == "embed":
         return {"of": None}
     if verb == "audit":
@@ -95,24 +95,21 @@ def default_options(verb: str, label_key: str = "cell_type", text: str = "") -> 
 
 @dataclass(frozen=True)
 class Partition:
-    """A range of rows of a source, the decision how to read it, and the file to write.
-
-    `labels` is the partition of the same rows that `annotate` wrote, whose labels `explain` explains.
-    """
+    """A range of rows of a source, the choice of matrix and genes, and the file to write."""
 
     job: Job
     source: Source
     choice: "InputChoice"
     start: int
     stop: int
-    path: Path
-    labels: Path | None = None
+    path: Path  # file to write
+    labels: Path | None = None  # for `explain`: the partition of the same rows that `annotate` wrote
 
     def __str__(self) -> str:
         return f"{self.source.path}, cells {self.start:,} to {self.stop - 1:,}"
 
     def pieces(self) -> list["Partition"]:
-        """The smallest partitions of the same rows; where the partitions of labels bound them, this one."""
+        """Divide the rows into the smallest partitions; `explain` must keep the partitions of the labels."""
         from scmmgpt.passes_scmmgpt import SORTED_CELLS
 
         if self.labels is not None:
@@ -123,7 +120,7 @@ class Partition:
 
 
 def file_name(start: int, stop: int) -> str:
-    """The name of the file of a partition.
+    """Name of the file of a partition.
 
     >>> file_name(0, 4096), rows_of(Path(file_name(0, 4096)))
     ('000000000000-000000004096.parquet', (0, 4096))
@@ -132,37 +129,37 @@ def file_name(start: int, stop: int) -> str:
 
 
 def rows_of(path: Path) -> tuple[int, int]:
-    """First row of a partition, and the row after the last, by the name of its file."""
+    """First row of a partition and the row after the last, from the name of its file."""
     start, _, stop = path.stem.partition("-")
     return int(start), int(stop)
 
 
 @dataclass
 class Computed:
-    """Results of some cells: columns of `obs`, arrays `(n_cells, n)`, and sums over cells."""
+    """Results of some cells."""
 
-    columns: Arrays = field(default_factory=dict)
-    arrays: Arrays = field(default_factory=dict)
-    sums: Arrays = field(default_factory=dict)
+    columns: Arrays = field(default_factory=dict)  # columns of `obs`, `(n_cells,)`
+    arrays: Arrays = field(default_factory=dict)  # `(n_cells, n)`
+    sums: Arrays = field(default_factory=dict)  # sums over the cells
 
 
 def prepare(job: Job, source: Source) -> None:
-    """Load what partitions of a source need, before the first is there; they tell what is wrong, if it fails."""
+    """Load checkpoint and source before the first partition arrives; errors are left to the partitions."""
     with contextlib.suppress(Exception), _COMPUTING:
         _load(job.model, job.device, job.batch_size)
         source.open_rows(0, 1)
 
 
 def compute_partition(task: Partition) -> int:
-    """Compute the results of a partition and write them, whole, unless they are there; returns the number of cells.
+    """Compute a partition and write its file, unless the file exists; return the number of cells.
 
-    They are there if a worker was lost after it had written them, and before anybody knew.
+    The file exists if a worker was lost after writing it, but before the scheduler had the result.
     """
     if task.path.is_file():
         return task.stop - task.start
     with _COMPUTING, one_thread():
         pipeline = _load(task.job.model, task.job.device, task.job.batch_size)
-        choice = replace(task.choice, report=copy.deepcopy(task.choice.report))  # which grows
+        choice = replace(task.choice, report=copy.deepcopy(task.choice.report))  # the computation extends the report
         part = task.source.open_rows(task.start, task.stop)
         labels = None if task.labels is None else read_columns(task.labels, ["cell_type"])["cell_type"]
         computed = compute_part(pipeline, part, choice, task.job, read_decided(task.path.parent), labels)
@@ -178,9 +175,14 @@ def decide(
     labels: np.ndarray | None = None,
     annotated: Job | None = None,
 ) -> Arrays:
-    """Decisions that need all cells of a source, or all their labels, before the first partition is computed.
+    """Make the decisions that need all cells of a source, or all their labels, before the first partition.
 
-    `labels` are those that `explain` explains, and `annotated` is the job that gave them.
+    Args:
+        labels: For `explain`: labels of the cells.
+        annotated: For `explain`: the job that computed the labels.
+
+    Returns:
+        Arrays for all partitions of the source.
     """
     if job.verb == "audit":
         given = words_of(cells.obs, job.options["label_key"])
@@ -209,16 +211,16 @@ def decide(
 
 
 def _arrays_of(labelling: "Labelling") -> Arrays:
-    """What the cells of a source told, which [`labelling_of`] puts back."""
-    found: Arrays = {}
+    """Extract the statistics of a source's cells from a labelling; [`labelling_of`] restores them."""
+    arrays: Arrays = {}
     if (near := labelling.neighbours) is not None:
-        found = {"scores": near.scores, "novelty": near.novelty}
-        found |= {} if near.types is None else {"types": near.types}
+        arrays = {"scores": near.scores, "novelty": near.novelty}
+        arrays |= {} if near.types is None else {"types": near.types}
     if (file := labelling.file) is not None:
-        found |= {"means": file.means, "n_cells": file.n_cells}
+        arrays |= {"means": file.means, "n_cells": file.n_cells}
     if labelling.prior is not None:
-        found["prior"] = labelling.prior
-    return found
+        arrays["prior"] = labelling.prior
+    return arrays
 
 
 def compute_part(
@@ -229,15 +231,22 @@ def compute_part(
     decided: Arrays,
     labels: np.ndarray | None = None,
 ) -> Computed:
-    """The results of some cells of the data that `choice` was made for."""
+    """Compute the results of some cells of a source.
+
+    Args:
+        part: Cells of the source.
+        choice: Matrix and genes of the source.
+        decided: Result of [`decide`].
+        labels: For `explain`: labels of the cells.
+    """
     options = job.options
     if job.verb == "embed":
         return Computed(arrays={"embedding": pipeline.embed_cells(part, choice, options["of"])})
     if job.verb == "search" and "like" in decided:
         return Computed({"search0": pipeline.compare_with_cells(part, choice, decided["like"])[:, 0]})
     if job.verb == "search":
-        found = pipeline.search_cells(part, choice, options["text"], options["by"])
-        return Computed({f"search{i}": column for i, column in enumerate(found.T)})
+        scores = pipeline.search_cells(part, choice, options["text"], options["by"])
+        return Computed({f"search{i}": column for i, column in enumerate(scores.T)})
     if job.verb == "audit":
         given = words_of(part.obs, options["label_key"])
         labelling = known_labelling(pipeline, choice, options, decided)
@@ -254,7 +263,7 @@ def compute_part(
 
 
 def settings_of(pipeline: "ScMMGPTPipeline", options: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of `annotate` with some options."""
+    """Settings of `annotate` for the options of a job."""
     names = ("labels", "cl_ids", "matching_weight", "tissue")
     return pipeline.annotation_settings(**{name: options.get(name) for name in names})
 
@@ -262,7 +271,7 @@ def settings_of(pipeline: "ScMMGPTPipeline", options: Mapping[str, Any]) -> dict
 def labelling_of(
     pipeline: "ScMMGPTPipeline", choice: "InputChoice", options: Mapping[str, Any], decided: Arrays
 ) -> "Labelling":
-    """Decisions of `annotate` or `audit` for all partitions, with what the cells of the whole source told."""
+    """Make the labelling of `annotate` or `audit` for all partitions, with the statistics of the whole source."""
     settings = settings_of(pipeline, options)
     decisions = options.get("min_score"), None, options.get("error_rate")
     labelling = pipeline.labelling(choice, settings, options.get("labels") is None, *decisions)
@@ -280,7 +289,7 @@ def labelling_of(
 def known_labelling(
     pipeline: "ScMMGPTPipeline", choice: "InputChoice", options: Mapping[str, Any], decided: Arrays
 ) -> "Labelling":
-    """The labelling of a source, which is solved for its genes once in a process."""
+    """Labelling of a source, cached, so that a process solves it for the genes once."""
     key = _labelling_key(pipeline, choice, options, decided)
     if not _LABELLING or _LABELLING[0][0] != key:
         with one_thread():
@@ -295,7 +304,7 @@ def _remember(
     decided: Arrays,
     labelling: "Labelling",
 ) -> Arrays:
-    """Keep the labelling that decisions were taken with, for this process and for joining; returns the decisions."""
+    """Cache the labelling of the decisions, for this process and for joining; return the decisions."""
     _LABELLING[:] = [(_labelling_key(pipeline, choice, options, decided), labelling)]
     return decided
 
@@ -309,12 +318,12 @@ def _labelling_key(
 # -- the process ------------------------------------------------------------------------------------------------------
 
 _LOADED: "list[tuple[tuple[str, str | None, int | None], ScMMGPTPipeline]]" = []  # the checkpoint of this process
-_LABELLING: "list[tuple[Any, Labelling]]" = []  # the last in this process, and what it was made of
+_LABELLING: "list[tuple[Any, Labelling]]" = []  # key and value of the cached labelling of this process
 
 
 @contextlib.contextmanager
 def using(pipeline: "ScMMGPTPipeline", job: Job) -> Iterator[None]:
-    """Let this process take the pipeline that is loaded already, and each labelling that it has once, for a job."""
+    """Cache the loaded pipeline for a job within the context; at the end, clear the caches of this process."""
     _LOADED[:] = [((job.model, job.device, job.batch_size), pipeline)]
     try:
         yield
@@ -324,7 +333,7 @@ def using(pipeline: "ScMMGPTPipeline", job: Job) -> Iterator[None]:
 
 
 def _load(model: str, device: str | None, batch_size: int | None) -> "ScMMGPTPipeline":
-    """The checkpoint, loaded once in a process."""
+    """Load a checkpoint, cached in the process."""
     key = (model, device, batch_size)
     if not _LOADED or _LOADED[0][0] != key:
         from transformers.utils import logging as transformers_logging
@@ -332,14 +341,14 @@ def _load(model: str, device: str | None, batch_size: int | None) -> "ScMMGPTPip
         from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
         transformers_logging.disable_progress_bar()
-        found = ScMMGPTPipeline.from_pretrained(model, device=device or device_of_worker(), batch_size=batch_size)
-        _LOADED[:] = [(key, found)]
+        loaded = ScMMGPTPipeline.from_pretrained(model, device=device or device_of_worker(), batch_size=batch_size)
+        _LOADED[:] = [(key, loaded)]
     return _LOADED[0][1]
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute by one thread: with several, libraries add the terms of a sum in another order, to other last bits."""
+    """Compute with one thread: with several, the order of additions, and so the last bits of sums, would vary."""
     import torch
 
     before = torch.get_num_threads()
@@ -361,15 +370,15 @@ def write_decided(folder: Path, decided: Arrays) -> None:
 
 
 def read_decided(folder: Path) -> Arrays:
-    """The arrays that [`write_decided`] wrote for the partitions of a folder."""
+    """Read the arrays that [`write_decided`] wrote."""
     with np.load(folder / DECIDED, allow_pickle=False) as arrays:
         return dict(arrays)
 
 
 def write_partition(path: Path, names: Any, computed: Computed, counted: Mapping[str, Any]) -> None:
-    """Write the results of a partition as Parquet: `barcode`, a column each, and lists of a fixed size for arrays.
+    """Write the results of a partition as Parquet: `barcode`, columns, and arrays as lists of a fixed size.
 
-    Checksums tell whether the disk has all of it, so that no worker waits for the disk.
+    The file is not synced, so that no worker waits for the disk; checksums detect an incomplete file later.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -391,7 +400,7 @@ def write_partition(path: Path, names: Any, computed: Computed, counted: Mapping
 
 
 def _whole(read: Any) -> Any:
-    """Let a function that reads a partition remove one that is damaged, so that it is computed again."""
+    """Decorate a function that reads a partition: a damaged file is removed, so that it is computed again."""
 
     @functools.wraps(read)
     def checked(path: Path, *args: Any) -> Any:
@@ -401,7 +410,7 @@ def _whole(read: Any) -> Any:
             raise
         except Exception as error:  # Arrow raises many types
             if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
-                raise  # the disk or the network failed: this says nothing about the file
+                raise  # the disk or the network failed; the file itself may be intact
             path.unlink(missing_ok=True)
             raise ValueError(
                 f"The partition {path} was damaged ({' '.join(str(error).split())[:100]}) and is removed. The same "
@@ -413,13 +422,13 @@ def _whole(read: Any) -> Any:
 
 @dataclass
 class Found:
-    """What a partition holds beside its arrays.
+    """Content of a partition without its arrays.
 
     Args:
-        counted: Numbers counted in its cells.
-        totals: Sums over the cells that have numbers, of each array: as many as it has columns.
+        counted: Counts of the report for its cells.
+        totals: Array -> sums of its columns over cells, without NaN.
         columns: Columns of `obs`.
-        is_same: Whether its cells have the names that were asked for, in order.
+        is_same: Whether its cells have the expected names, in order.
     """
 
     counted: dict[str, Any]
@@ -430,7 +439,7 @@ class Found:
 
 @_whole
 def read_found(path: Path, names: "pd.Index") -> Found:
-    """What a partition holds beside its arrays, and whether it is of the cells with these names."""
+    """Read a partition without its arrays, and compare its barcodes with `names`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -444,7 +453,7 @@ def read_found(path: Path, names: "pd.Index") -> Found:
 
 @_whole
 def read_columns(path: Path, names: Iterable[str] | None = None) -> Arrays:
-    """Columns of a partition, all by default; text is str, arrays are `(n_cells, n)`."""
+    """Read columns of a partition (default: all); text is str, arrays are `(n_cells, n)`."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -452,10 +461,10 @@ def read_columns(path: Path, names: Iterable[str] | None = None) -> Arrays:
 
 
 def _arrays_in(table: Any) -> Arrays:
-    """The columns of an Arrow table as arrays."""
+    """Convert the columns of an Arrow table to arrays."""
     import pyarrow as pa
 
-    found = {}
+    arrays = {}
     for name in table.column_names:
         column = table[name].combine_chunks()
         if pa.types.is_fixed_size_list(column.type):
@@ -465,12 +474,12 @@ def _arrays_in(table: Any) -> Arrays:
             values = np.array(words.dictionary.to_pylist(), dtype=str)[words.indices.to_numpy()]
         else:
             values = column.to_numpy(zero_copy_only=False)
-        found[name] = values
-    return found
+        arrays[name] = values
+    return arrays
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a partition is there and undamaged; one that is damaged is removed."""
+    """Whether a partition exists and is undamaged; a damaged partition is removed."""
     if not path.is_file():
         return False
     try:
@@ -484,6 +493,6 @@ def is_whole(path: Path) -> bool:
 
 @_whole
 def read_sums(path: Path) -> Arrays:
-    """The sums over the cells of a partition."""
+    """Read the sums over the cells of a partition."""
     with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
         return dict(arrays)

@@ -1,18 +1,19 @@
-"""Compute a command over cells in partitions, on many processes or machines, so that a run that was stopped can go on.
+"""Compute a command over cells in partitions, on many processes or machines; a stopped run can be continued.
 
-1. What needs a whole file is decided once: the matrix and the genes to read (from a sample of rows), and the labels.
-2. Partitions, ranges of rows, go to workers (`cluster`, `partition_tasks`). Each writes its results into one Parquet
-   file, or nothing.
-3. The partitions of a source are joined, by row and name, into one `.h5ad` with everything of the source; votes of
-   clusters, ranks and the summary are taken here, over labels and scores alone.
+1. Decisions that need a whole file are made once: the matrix and the genes (from a sample of rows), and the labels.
+2. Workers compute partitions, which are ranges of rows (`cluster`, `partition_tasks`). Each partition becomes one
+   Parquet file, or none if it fails.
+3. The partitions of a source are joined, by row and name, into one `.h5ad` file with all content of the source. Votes
+   of clusters, ranks and the summary are computed in this step, from labels and scores alone.
 
-The evidence for labels is a second pass of these steps, since it is against the labels of all cells.
+The evidence for labels needs the labels of all cells, and is therefore a second pass of these steps.
 
-The files are in a folder beside the output until every result is whole. A partition whose file exists is not computed
-again, also if the run before had partitions of another size. A partition under which workers keep dying is cut into
-the smallest. A partition that fails is reported and left out. Partitions begin where batches do and each is computed
-by one thread, and sums over cells are exact, so the results have the same bits for any number of workers and any size
-of partitions.
+Partitions are kept in a folder next to the output until every result is complete. A partition whose file exists is not
+computed again, even if the earlier run had another partition size. A partition with which workers keep dying is cut
+into the smallest partitions. A partition that fails is reported, and its cells have no results.
+
+Results have the same bits for any number of workers and any partition size: partitions begin at batch boundaries, one
+thread computes each partition, and sums over cells are exact.
 """
 
 import contextlib
@@ -52,26 +53,27 @@ Rows = tuple[int, int]  # first row, and the row after the last
 
 @dataclass
 class Results:
-    """The joined results of a source, and what failed."""
+    """The joined results of a source, and its failures."""
 
     source: Source
-    cells: Any  # AnnData or CellFile with the results; None if there are none
+    cells: Any  # AnnData or CellFile with the results, or None
     failed: dict[Rows, str] = field(default_factory=dict)  # rows -> error
-    why: str = ""  # there are no results
-    found: Any = None  # what the verb of the pipeline returns: Audit, Evidence, hits
+    why: str = ""  # reason for the lack of any result
+    found: Any = None  # return value of the pipeline's verb: Audit, Evidence, hits
 
 
 class PartitionedRun:
-    """A command over sources, in partitions.
+    """Computes a command over sources in partitions.
 
     Args:
-        job: What to compute.
-        outputs: Sources, and the `.h5ad` file that each becomes.
-        pipeline: The checkpoint, for what is decided once.
-        folder: Folder of the partitions, which workers see under the same path.
-        cells_per_partition: Most cells of a partition; rounded down to whole chunks of the pipeline, at least one.
+        job: The command.
+        outputs: Source -> `.h5ad` file of its result.
+        pipeline: The checkpoint, for the decisions that need a whole file.
+        folder: Folder of the partitions; workers must see it under the same path.
+        cells_per_partition: Most cells of a partition; rounded down to a multiple of the pipeline's chunk, at least
+            one chunk.
         needed: Columns that `obs` of every source must have.
-        annotated: The run whose labels this one explains.
+        annotated: For `explain`: the run that computed the labels.
 
     Raises:
         ValueError: If the folder has partitions of another command.
@@ -92,19 +94,19 @@ class PartitionedRun:
         self.job, self.outputs, self.pipeline, self.folder = job, outputs, pipeline, folder
         self.step = max(1, cells_per_partition // SORTED_CELLS) * SORTED_CELLS
         self.needed, self.annotated = needed, annotated
-        self._cells: dict[Source, Any] = {}  # of a single source, which is not opened twice
+        self._cells: dict[Source, Any] = {}  # cells of a single source, which is then opened once
         self._choices: dict[Source, InputChoice] = {}
         self._decided: dict[Source, Arrays] = {}
-        self._failures: dict[Source, str] = {}  # of sources as a whole
+        self._failures: dict[Source, str] = {}  # source that cannot be read -> error
         self._errors: dict[Path, dict[Rows, str]] = {}  # source -> rows -> error
-        self._read: dict[Path, tasks.Found] = {}  # what partitions hold, read while others are computed
+        self._read: dict[Path, tasks.Found] = {}  # contents of finished partitions, read during the computation
         self._check_request()
 
     def _check_request(self) -> None:
         path, request = self.folder / "request.json", self.job.request(self.pipeline)
         if path.is_file():
-            found = read_json(path, dict)
-            changed = sorted(name for name in {*request, *found} if found.get(name) != request.get(name))
+            earlier = read_json(path, dict)
+            changed = sorted(name for name in {*request, *earlier} if earlier.get(name) != request.get(name))
             if changed:
                 raise ValueError(
                     f"{self.folder} has partitions of another command: {', '.join(changed)} differ. Give that command "
@@ -114,7 +116,7 @@ class PartitionedRun:
             write_json(path, request)
 
     def compute(self, workers: Workers, copies: CopiesAhead | None = None) -> None:
-        """Compute the partitions that are missing, and begin the copies; a disk that is full stops the run."""
+        """Compute the missing partitions, and start the copies of the outputs; a full disk stops the run."""
         wanted = [task for source in self.outputs for task in self._partitions(source)]
         if copies is not None:
             copies.start()
@@ -136,12 +138,12 @@ class PartitionedRun:
                     errors[task.start, task.stop] = explain(error, [task.source.path])
                 elif task.source in self._cells:
                     names = self._cells[task.source].obs.index[task.start : task.stop]
-                    with contextlib.suppress(ValueError, OSError):  # which joining meets, too
+                    with contextlib.suppress(ValueError, OSError):  # `join` meets the same error and reports it
                         self._read[task.path] = tasks.read_found(task.path, names)
                 progress.update(task.stop - task.start)
 
     def _partitions(self, source: Source) -> list[Partition]:
-        """The partitions of a source; none if it cannot be read."""
+        """List the partitions of a source; empty if the source cannot be read."""
         try:
             with naming(source.path if len(self.outputs) > 1 else None):
                 cells = self._open(source)
@@ -152,14 +154,14 @@ class PartitionedRun:
             labels = None if self.annotated is None else self.annotated.labels(source, cells.shape[0])
             annotated = None if self.annotated is None else self.annotated.job
             decided = tasks.decide(self.pipeline, cells, choice, self.job, labels, annotated)
-        except Exception as error:  # whatever a damaged file makes of the libraries
+        except Exception as error:  # libraries raise many types for a damaged file
             if len(self.outputs) == 1:
                 raise
             self._failures[source] = explain(error, [source.path])
             return []
         self._choices[source], self._decided[source] = choice, decided
         tasks.write_decided(self._folder_of(source), decided)
-        # Workers need what converts values, and no more: names of a file's variables would be sent with each task.
+        # Workers need only the conversion of values; report and names of variables would be sent with each task.
         match = replace(choice.match, how=np.empty(0, dtype=object), report={})
         plain = replace(choice, match=match, report={"cells": {}})
         paths = self.paths(source, cells.shape[0])
@@ -167,7 +169,7 @@ class PartitionedRun:
         return [Partition(self.job, source, plain, *rows, path, of_labels.get(rows)) for rows, path in paths.items()]
 
     def _open(self, source: Source) -> Any:
-        """The cells of a source, whose result can be written."""
+        """Open the cells of a source, and check that the result can be written."""
         if source in self._cells:
             return self._cells.pop(source)
         cells = source.open()
@@ -177,15 +179,16 @@ class PartitionedRun:
         return cells
 
     def _folder_of(self, source: Source) -> Path:
-        """Folder of a source's results; another source or other labels in it give another folder."""
+        """Folder of a source's partitions; its name is hashed from the content of the source and the labels."""
         sets = self._decided[source].get("sets", np.empty(0)).tolist()
         print_of = json.dumps([source.fingerprint(), sets], sort_keys=True).encode()
         return self.folder / f"{source.path.stem}-{hashlib.sha256(print_of).hexdigest()[:12]}"
 
     def paths(self, source: Source, n_cells: int) -> dict[Rows, Path]:
-        """Rows and file of each partition of a source; of labels that exist, if it explains labels.
+        """Rows -> file, for each partition of a source.
 
-        Partitions that are there stay, whatever their size; the rows between them are cut.
+        Existing partitions are kept, whatever their size, and the rows between them are divided. `explain` has the
+        partitions of the existing labels.
         """
         folder = self._folder_of(source)
         if self.annotated is not None:
@@ -200,22 +203,23 @@ class PartitionedRun:
         return {rows: folder / tasks.file_name(*rows) for rows in bounds}
 
     def _why(self, source: Source, rows: Rows) -> str:
-        """Why some rows have no result: the error of their partition, or of a smaller one within."""
+        """Reason why rows have no result: the error of their partition, or of a smaller partition inside it."""
         errors = self._errors.get(source.path, {})
         within = (why for (start, stop), why in errors.items() if rows[0] <= start and stop <= rows[1])
         return errors.get(rows) or next(within, "not computed")
 
     def labels(self, source: Source, n_cells: int) -> np.ndarray:
-        """The labels of the cells that have one, in order."""
+        """Read the labels of all computed cells, in order."""
         if source in self._failures:
             raise ValueError(self._failures[source])
-        found = [path for path in self.paths(source, n_cells).values() if path.is_file()]
-        return np.concatenate([np.empty(0, dtype=str), *(read_columns(p, ["cell_type"])["cell_type"] for p in found)])
+        files = [path for path in self.paths(source, n_cells).values() if path.is_file()]
+        return np.concatenate([np.empty(0, dtype=str), *(read_columns(p, ["cell_type"])["cell_type"] for p in files)])
 
     def join(self, source: Source, cells: Any = None) -> Results:
-        """The cells of a source with the results of its partitions, and the votes and numbers over all of them.
+        """Join the partitions of a source, and compute the results over all cells.
 
-        `cells` are those with the results of another run.
+        Args:
+            cells: Cells with the results of an earlier run, to which results are added; default: the source.
         """
         from scmmgpt.readers.cell_files import CellFile
 
@@ -242,7 +246,7 @@ class PartitionedRun:
         return Results(source, cells, failed, found=found)
 
     def _add(self, target: Any, choice: "InputChoice", joined: "Joined", decided: Arrays) -> Any:
-        """Add the results of a verb to all cells that have some; returns what the verb returns."""
+        """Add the results of a verb to the computed cells; return the return value of the verb."""
         pipeline, options, columns = self.pipeline, self.job.options, joined.columns
         key = options.get("cluster_key")
         clusters = None if key is None else clusters_of(target.obs, key)
@@ -274,7 +278,7 @@ class PartitionedRun:
         add_receipt(getattr(type(self.pipeline), self.job.verb), target, self.pipeline, target, **self.job.arguments())
 
     def remove(self) -> None:
-        """Remove the partitions, once all results are written."""
+        """Remove the folder of the partitions."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -292,16 +296,18 @@ def compute_outputs(
     """Compute a job in partitions and write the result of every source.
 
     Args:
+        job: The command.
+        outputs: Source -> `.h5ad` file of its result.
         load: Loads the checkpoint, while workers start.
-        output: The output of the command line, a file or folder; the partitions are beside it.
-        where: Workers, scheduler, and most cells of a partition.
-        tables: Text tables to write, and what the results of a source add to each.
-        found: Results -> the numbers of the summary.
+        output: Output of the command line, a file or a folder; partitions are stored next to it.
+        where: Number of workers, address of a scheduler or None, and most cells of a partition.
+        tables: Text table to write -> function that returns the rows for the results of a source.
+        found: Function that returns the summary of the results of a source.
         needed: Columns of `obs` that each source must have.
-        with_evidence: Explain the labels of `annotate`, too.
+        with_evidence: Whether to explain the labels of `annotate`, too.
 
     Returns:
-        The summary, and sentences about what could not be computed.
+        The summary, and one sentence for each failure.
 
     Raises:
         ValueError: If nothing could be computed.
@@ -358,7 +364,7 @@ def _write_rows(
     rows_of: Callable[[Results], pd.DataFrame | Iterable[dict[str, Any]]],
     several: bool,
 ) -> None:
-    """Write the rows of all sources as one table, which names the source where there are several."""
+    """Write the rows of all sources as one table; with several sources, a column `file` names the source."""
     parts = [rows_of(results) for results in done]
     frames = [part for part in parts if isinstance(part, pd.DataFrame)]
     if frames:
@@ -373,7 +379,7 @@ def _write_rows(
 
 @dataclass
 class _Part:
-    """Some cells, as far as the pipeline adds results to them."""
+    """Some cells of a source: the part of AnnData's interface that the pipeline needs to add results."""
 
     obs: pd.DataFrame
     uns: Any
@@ -381,7 +387,14 @@ class _Part:
 
 
 def spread(part: _Part, cells: Any, rows: np.ndarray, given: Sequence[str]) -> None:
-    """Move the results of some rows, beside columns that were `given`, to all cells; those of others are missing."""
+    """Move the results of some rows to all cells; other rows get missing values.
+
+    Args:
+        part: Cells with results.
+        cells: All cells of the source.
+        rows: Rows of `part` in `cells`.
+        given: Columns of `part` that are inputs, not results.
+    """
     for name in part.obs.columns.difference(given, sort=False):
         column = part.obs[name]
         position = np.full(len(cells.obs), -1)
@@ -392,21 +405,21 @@ def spread(part: _Part, cells: Any, rows: np.ndarray, given: Sequence[str]) -> N
         else:
             cells.obs[name] = np.where(position >= 0, column.to_numpy()[position], np.float32(np.nan))
     for name, value in part.obsm.items():
-        cells.obsm[name] = value  # its blocks know their rows
+        cells.obsm[name] = value  # `RowBlocks` has the rows of its blocks
 
 
 @dataclass
 class Joined:
-    """The partitions of a source that are there, in order.
+    """The existing partitions of a source, in order.
 
     Args:
         paths: Rows -> file.
-        columns: Columns of `obs` of their cells.
-        counted: Sums of what was counted in the cells.
-        n_cells: Cells of the source.
-        totals: Sums of the rows of each partition, of the arrays, which stay on disk.
-        damaged: Rows of partitions that could not be read -> error.
-        in_memory: Whether arrays are loaded, as the cells are.
+        columns: Columns of `obs` for the cells of these partitions.
+        counted: Counts of the report, summed over partitions.
+        n_cells: Number of cells of the source.
+        totals: Array -> column sums of each partition; the arrays themselves stay on disk.
+        damaged: Rows of unreadable partitions -> error.
+        in_memory: Whether to load arrays; true if the cells are in memory.
     """
 
     paths: dict[Rows, Path]
@@ -421,12 +434,13 @@ class Joined:
     def of(
         cls, paths: Mapping[Rows, Path], names: pd.Index, read: dict[Path, tasks.Found], in_memory: bool
     ) -> "Joined":
-        """From files, of which some may be missing.
+        """Read the existing files of partitions.
 
         Args:
+            paths: Rows -> file, which may be missing.
             names: Names of all cells of the source.
-            read: What was read already, which is taken out, so that memory holds it once.
-            in_memory: As for the class.
+            read: Contents that were already read; they are removed, so that memory holds them once.
+            in_memory: See the class.
 
         Raises:
             ValueError: If a partition has other barcodes than the source.
@@ -457,11 +471,11 @@ class Joined:
         return joined
 
     def rows(self) -> np.ndarray:
-        """The rows of the source that have results."""
+        """Rows of the source with results, int64."""
         return np.concatenate([np.arange(*rows) for rows in self.paths])
 
     def blocks(self, name: str) -> RowBlocks | np.ndarray:
-        """An array of all cells."""
+        """Array `name` of all cells, `(n_cells, n)`: loaded, or as blocks that stay on disk."""
 
         def read() -> Iterator[tuple[int, np.ndarray]]:
             for (start, _), path in self.paths.items():
@@ -472,7 +486,7 @@ class Joined:
         return blocks.to_memory() if self.in_memory else blocks
 
     def evidence(self) -> Iterator[tuple[int, Any]]:
-        """The evidence of cells, a partition at a time, with the number of its first cell among those with results."""
+        """Yield the evidence of each partition, with the position of its first cell among the cells with results."""
         from scmmgpt.evidence_scmmgpt import CellEvidence
 
         first = 0
@@ -483,7 +497,7 @@ class Joined:
 
 @contextlib.contextmanager
 def _copies(sources: Iterable[Source], folder: Path) -> Iterator[CopiesAhead]:
-    """The copies that become outputs; what is not used is removed."""
+    """Prepare copies of the sources that become outputs; remove unused copies at the end."""
     files = [source.path for source in sources if source.path.is_file() and not is_soma(source.path)]
     copies = CopiesAhead({file: folder / f"{i}.h5ad" for i, file in enumerate(files) if can_copy(file)})
     try:
@@ -494,7 +508,7 @@ def _copies(sources: Iterable[Source], folder: Path) -> Iterator[CopiesAhead]:
 
 @contextlib.contextmanager
 def _folder_of_results(output: Path, is_folder: bool) -> Iterator[None]:
-    """Make the folder of several results, and remove it if none was written."""
+    """Create the folder of several results, and remove it if no result was written."""
     if is_folder:
         output.mkdir(parents=True, exist_ok=True)
     try:
@@ -506,7 +520,7 @@ def _folder_of_results(output: Path, is_folder: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def partitions_beside(output: Path) -> Iterator[Path]:
-    """The folder of the partitions of an output, for one command at a time; removed if nothing was computed in it."""
+    """Lock the folder of the partitions of an output; remove the folder at the end if it has no partition."""
     folder = output.with_name(f"{output.name}.parts")
     with lock_folder(folder):
         try:
@@ -517,7 +531,7 @@ def partitions_beside(output: Path) -> Iterator[Path]:
 
 
 def describe_failures(results: Results) -> list[str]:
-    """Sentences about what could not be computed; none if all was."""
+    """One sentence for each failed partition (at most `SHOWN`), or for the failed source."""
     if results.why:
         return [f"{results.source.path}: {results.why}"]
     lines = [

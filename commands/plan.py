@@ -1,9 +1,9 @@
-"""Time, memory and storage that a command over cells takes for many of them, from costs measured on this machine.
+"""Estimate time, memory and storage of a command for many cells, from costs measured on this machine.
 
-A sample of the cells of a file is computed as a worker computes a partition: by one thread of a CPU, or by one GPU.
-The time of a CPU is counted, not that of the clock, so that other programs of the machine do not matter.
-Everything that grows with the cells is divided by the cells of the sample. What is one process's work whatever the
-number of workers, copying the input (while results are computed) and joining the results, bounds the use of more.
+A sample of the cells of a file is computed as a worker computes a partition: by one CPU thread, or by one GPU. On a
+CPU, the CPU time is measured, not the wall time, so that other programs do not matter. Costs that grow with the number
+of cells are divided by the number of sampled cells. One process copies the input (during the computation) and joins
+the results (after it), whatever the number of workers. These two steps limit the number of useful workers.
 """
 
 import os
@@ -20,41 +20,51 @@ from scmmgpt.kernels_scmmgpt import WARM_UP_CELLS, kernels_pay
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
 
-SAMPLE, LARGEST_SAMPLE = 256, 8192  # cells that are computed at a time: more where that is a moment
-SAMPLES = 64  # at most
-PATIENCE = 3  # times the seconds that are asked for, on a machine that others use
-GROWTH = 4  # of a sample, where that many times its seconds are at most those that are asked for
-BUSY = 1.25  # the time by the clock over that of the CPU, from which on it is said
-WRITTEN = 2**25  # bytes that are written to measure the disk
-INDEX_OVERHEAD = 12  # bytes a cell of an index, beside one for each dimension (tests/benchmarks/vector_indexes.py)
+SAMPLE, LARGEST_SAMPLE = 256, 8192  # initial and largest number of cells of a sample
+SAMPLES = 64  # most samples
+PATIENCE = 3  # the measurement ends after this multiple of the requested seconds by the clock
+GROWTH = 4  # a sample grows by this factor if the larger sample still fits the requested seconds
+BUSY = 1.25  # ratio of wall time to CPU time from which the machine is reported as busy
+WRITTEN = 2**25  # bytes written to measure the disk
+INDEX_OVERHEAD = 12  # bytes per cell of an index, plus one per dimension (tests/benchmarks/vector_indexes.py)
 
 
 @dataclass
 class Costs:
     """Costs of a cell, and of a process, on this machine."""
 
-    seconds: float  # of one thread of a CPU, waits left out, or of one GPU
-    clock_seconds: float  # the same by the clock, with waits for the disk and for other programs
-    load_seconds: float  # of a checkpoint
-    input_bytes: float
-    result_bytes: float  # of the columns and arrays that a cell gets
-    partition_bytes: float  # of the same in Parquet
-    worker_bytes: int  # memory of a process that has computed the sample
-    disk_rate: float  # bytes a second, written and synced
-    dimensions: int  # of an embedding; 0 for annotations
-    n_cells: int  # of the source
-    n_sampled: int
+    seconds: float  # per cell: CPU time of one thread, or time of one GPU
+    clock_seconds: float  # per cell: wall time, with waits for the disk and for other programs
+    load_seconds: float  # to load the checkpoint
+    input_bytes: float  # per cell
+    result_bytes: float  # per cell: new columns and arrays
+    partition_bytes: float  # per cell: new columns and arrays in Parquet
+    worker_bytes: int  # peak memory of a process that has computed the sample
+    disk_rate: float  # bytes per second, written and synced
+    dimensions: int  # of an embedding; 0 for other results
+    n_cells: int  # cells of the source
+    n_sampled: int  # timed cells
     device: str
 
 
 def measure(job: Job, pipeline: ScMMGPTPipeline, source: Source, load_seconds: float, seconds: float) -> Costs:
-    """Compute cells from all over a source for some seconds; the first sample warms up, and is not timed."""
+    """Measure the costs on cells spread over a source.
+
+    The first sample warms up the process and is not timed.
+
+    Args:
+        load_seconds: Measured time to load the checkpoint.
+        seconds: Time to measure.
+
+    Raises:
+        ValueError: If `obs` lacks the label column of an audit.
+    """
     cells = source.open()
     choice = pipeline.processor.choose_input(cells, **job.reading)
     if job.verb == "audit" and job.options["label_key"] not in cells.obs:
         raise ValueError(f"obs has no column {job.options['label_key']!r}; --label-key names one.")
     n_cells, decided = cells.shape[0], decide(pipeline, cells, choice, job)
-    kernels_pay(WARM_UP_CELLS)  # as in a worker: the first sample loads the compiled loops
+    kernels_pay(WARM_UP_CELLS)  # load the compiled loops, as a worker does
     size, n_sampled, n_written = min(SAMPLE, n_cells), 0, 0
     computed, spent, elapsed, began = Computed(), 0.0, 0.0, time.perf_counter()
     with one_thread(), tempfile.TemporaryDirectory() as folder:
@@ -72,7 +82,7 @@ def measure(job: Job, pipeline: ScMMGPTPipeline, source: Source, load_seconds: f
                 spent, elapsed, n_sampled = spent + cost, elapsed + clock, n_sampled + rows
             if i and (spent > seconds or time.perf_counter() - began > PATIENCE * seconds):
                 break
-            if GROWTH * cost <= seconds and size < min(LARGEST_SAMPLE, n_cells):  # a start costs the small ones most
+            if GROWTH * cost <= seconds and size < min(LARGEST_SAMPLE, n_cells):  # overhead dominates small samples
                 size, n_sampled, spent, elapsed = min(GROWTH * size, LARGEST_SAMPLE, n_cells), 0, 0.0, 0.0
         rate = _disk_rate(Path(folder))
     columns, arrays = computed.columns, computed.arrays
@@ -103,7 +113,7 @@ def _disk_rate(folder: Path) -> float:
 
 
 def _resident() -> int:
-    """Bytes of memory of this process, at most so far."""
+    """Peak memory of this process in bytes."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -111,13 +121,13 @@ def _resident() -> int:
 
 
 def plan(costs: Costs, n_cells: int, workers: int) -> dict[str, Any]:
-    """What a number of cells takes with a number of workers.
+    """Estimate the resources for a number of cells and workers.
 
-    Times take workers that do not disturb each other, and a store that keeps up with all of them: `read_rate` says
-    how fast it must be. `useful_workers` is the number at which computing takes as long as copying or joining.
+    Times assume that workers do not slow each other down, and that the storage delivers `read_rate_mb_s`.
+    `useful_workers` is the number of workers at which computing takes as long as copying or joining.
     """
-    copied = n_cells * costs.input_bytes / costs.disk_rate  # while results are computed
-    joined = n_cells * 2 * costs.result_bytes / costs.disk_rate  # read and written once more
+    copied = n_cells * costs.input_bytes / costs.disk_rate  # seconds, during the computation
+    joined = n_cells * 2 * costs.result_bytes / costs.disk_rate  # seconds; results are read and written once more
     computed = costs.load_seconds + n_cells * costs.seconds / workers
     stored = {
         "input_gb": n_cells * costs.input_bytes,
@@ -141,7 +151,7 @@ def plan(costs: Costs, n_cells: int, workers: int) -> dict[str, Any]:
     }
 
 
-# Entry of a plan -> its line, and the unit of its number.
+# Entry of a plan -> title of its line, and unit.
 _LINES = {
     "cells": ("cells", ""),
     "workers": ("workers", ""),
@@ -160,7 +170,14 @@ _LINES = {
 
 
 def describe_plan(costs: Costs, n_cells: int | None, workers: list[int]) -> tuple[dict[str, Any], list[str]]:
-    """The measured costs and a plan for each number of workers, as data and as lines."""
+    """Format the measured costs, and a plan for each number of workers.
+
+    Args:
+        n_cells: Number of cells; None: the cells of the source.
+
+    Returns:
+        JSON-able dict of `measured` and `plans`, and lines of text.
+    """
     plans = [plan(costs, n_cells or costs.n_cells, number) for number in workers]
     measured = {
         name: value if isinstance(value, int | str) else float(f"{value:.4g}") for name, value in asdict(costs).items()
@@ -178,14 +195,14 @@ def describe_plan(costs: Costs, n_cells: int | None, workers: list[int]) -> tupl
             if one[name]
         ),
         f"More than {one['useful_workers']:,} workers do not help: one process copies the input and joins results.",
-        f"A partition of {CELLS_PER_PARTITION:,} cells takes {_with_unit(one['partition_seconds'] / 3600, 'h')}: what "
-        "a stop or a lost worker costs each worker at most. `--cells-per-partition` makes it shorter.",
+        f"A partition of {CELLS_PER_PARTITION:,} cells takes {_with_unit(one['partition_seconds'] / 3600, 'h')}, the "
+        "most that a worker loses if the run stops. `--cells-per-partition` changes it.",
     ]
     return {"measured": measured, "plans": plans}, lines
 
 
 def _with_unit(number: float, unit: str) -> str:
-    """A number as a person reads it; hours as seconds or minutes, if they are few.
+    """Format a number with its unit; short times in hours become minutes or seconds.
 
     >>> _with_unit(0.072, "h"), _with_unit(12.7, "h"), _with_unit(1e7, ""), _with_unit(20.88, " GB")
     ('4.3 min', '12.7 h', '10,000,000', '20.9 GB')

@@ -1,4 +1,4 @@
-"""A line on stderr about work that takes longer than a user waits without one."""
+"""Log a line about work that takes more than a few seconds."""
 
 import contextlib
 import logging
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 3  # before the first line
+SECONDS = 3  # seconds before the line
 
 
 @contextlib.contextmanager

@@ -1,22 +1,23 @@
-"""What a question about cells asks: its topic, and the genes, types, columns and values that it names.
+"""Parse a question about cells: its topic, and the genes, types, columns and values that it names.
 
-Words decide the topic. The text encoder of a checkpoint, which knows captions, chooses worse (`train/LOG.md`).
-A question with a word that neither is a name nor belongs to the topic has no answer: it asks for something else.
+Keywords decide the topic; the text encoder of a checkpoint, which is trained on captions, is worse (`train/LOG.md`).
+A question with a word that is neither a name nor a word of the topic gets no answer, because it may ask for something
+else.
 """
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from scmmgpt.genes_scmmgpt import GeneIndex
-from scmmgpt.labels_scmmgpt import normalize_label
+from scmmgpt.labels_scmmgpt import UNKNOWN, normalize_label
 from scmmgpt.unseen_scmmgpt import ANTIGENS, GENE_WORD
 
 
-# Topic -> patterns of the words that ask for it; a dot is a space. The first topic with a match wins.
+# Topic -> patterns of its keywords; a dot is a space. The first topic with a match wins.
 TOPICS = {
     topic: re.compile("|".join(words.split()), re.IGNORECASE)
     for topic, words in {
@@ -50,10 +51,12 @@ TOPICS = {
             assay (come|are.they).from""",
         "types": r"""\btypes?\b \bkinds?\b compos population lineage subset mixture (homo|hetero)gen \bdivers
             \bwhat.(are|is|have|did).(they|these|those|this|here|in|i)\b \bwho('s|.is|.are)\b consist identit made.of
-            \bpure\b break.*down labels \blabel.is \bname\b frequent.labels? smallest biggest largest commonest""",
+            \bpure\b break.*down labels \blabel.is \bname\b frequent.labels? smallest biggest largest commonest
+            \b(what|which).cells.(are|do).(these|they|those|here|there|we|i)\b""",
+        "like": r"""\b(most|more|rather|looks?).(\w+.)?like\b \b(closest|nearest|similar)\b \bresembl""",
     }.items()
 }
-# What no count of a file answers, however many types it names: the literature, medicine and work for other programs.
+# Requests that the counts of a file cannot answer: about literature or medicine, or for other programs.
 REFUSED = re.compile(
     r"\b(papers?|reviews?|literature|publications?|cite|drugs?|dos(e|age)|therap\w+|inhibitors?|surviv\w+|prognos\w+|"
     r"cures?|buy|plot|draw|heatmap|umap|translate|install|save|export|trajector\w+|correlat\w+|"
@@ -61,7 +64,7 @@ REFUSED = re.compile(
     r"genes.*\bshare|in common)\b",
     re.IGNORECASE,
 )
-# Of a type, too: "How many counts do monocytes have?".
+# Words about counts, also with a type: "How many counts do monocytes have?".
 ABOUT_COUNTS = re.compile(
     r"counts?\b|genes?\b|\bumis?\b|\breads\b|depth|librar|qualit|health|viab|\bdead|\bdying|damag|debris|broken|"
     r"ambient|empty|mito(ch|\b)|sequenc",
@@ -72,7 +75,7 @@ EXAMPLES = (
     "they be? How sure is it? Which markers are missing? Do they express CD4? Which type expresses most CD14? Which "
     "genes set them apart from monocytes? Are they dividing? Which donors are they from? How many counts do they have?"
 )
-# Words of prose, and of questions of any topic: none of them asks for something that is not counted.
+# Words of prose, and of questions of any topic, that need no answer of their own.
 PLAIN = frozenset(
     """neither nor groups a about left
     actually again against all also among amount an and any anybody anyone anything apparently
@@ -91,7 +94,7 @@ PLAIN = frozenset(
     what when where whether which while who whole whose why will with within would wouldn write yes yet you
     your""".split()
 )
-# Words that belong to a topic beside those that ask for it.
+# Topic -> further words that may occur in its questions.
 ALSO = {
     topic: re.compile(rf"\b({'|'.join(words.split())})\b", re.IGNORECASE)
     for topic, words in {
@@ -116,17 +119,22 @@ ALSO = {
             types? labels?
             clusters? populations? content deep sequenced have most least contain\w* (?:how.)?much
             rna detected good bad poor fine""",
-        "sure": r"""classified label\w* annotat\w* prediction\w* call\w* model mean low\w* high\w* few too name""",
+        "sure": r"""classified label\w* annotat\w* prediction\w* call\w* model mean low\w* high\w* few too name
+            most least""",
         "why": r"""think label\w* annotat\w* call\w* model gene\w* markers? decision name\w*""",
         "whynot": r"""label\w* annotat\w* call\w* model exclu\w+ argu\w+ just""",
         "alternatives": r"""label\w* annotat\w* likely possib\w+ next guess choice types? label""",
         "column": r"""come many per distribut\w+ overlap contribut\w+ represent\w+ lie spread""",
         "describe": r"""unusual paper slides? cluster\w* groups? short figure""",
         "state": r"""dissociation sign\w* activ\w+ response respond\w* (?:any.)?express\w* programme phase
-            genes fraction""",
+            genes fraction stimulat\w+ most least high\w* low\w* strong\w* weak\w* levels?""",
+        "like": r"""closest nearest similar resembl\w+ looks? expression transcriptom\w+ (?:the.)?(?:most|next) types?
+            labels? populations?""",
     }.items()
 }
-TARGETS = ("types", "whynot", "why", "markers", "column")  # topics that are asked about a type or value itself
+WHY_NOT = re.compile(r"\bwhy\b.*(\bnot\b|n't)", re.IGNORECASE)
+RANKED = re.compile(r"\b(most|least|(high|low|strong|weak)est)\b", re.IGNORECASE)
+TARGETS = ("types", "whynot", "why", "markers", "column", "like")  # topics that are asked about a type or value itself
 FOLLOWS = re.compile(r"\s*(and|or|also|then|what about|how about|same)\b", re.IGNORECASE)
 REFERENCE = re.compile(
     r"\b(against|from|than|versus|vs\.?|with|(compared|relative|opposed|contrast) to|"
@@ -141,12 +149,12 @@ COUNTED = re.compile(
     r"\b(more|fewer|less|rarer|bigger|larger)\b.*\b(or|than)\b|\b(frequent|abundant|common)\b",
     re.IGNORECASE,
 )
-EACH = re.compile(  # asks for each type, or for each value of a column
+EACH = re.compile(  # request for each type, or for each value of a column
     r"\b(per|by|across|each|every|over|among|between|in|which|what|rank|compare)\s+(?:(?:the|of|cell|different|all)\s+)*"
     r"(types?|labels?|populations?|subsets?|lineages?|kinds?|cells|clusters?|donors?|patients?|samples?|conditions?)\b",
     re.IGNORECASE,
 )
-# Before a group that the cells are not of.
+# Words before a group that is excluded.
 NOT_OF = re.compile(r"(\bnot|n't|\bother than)\s+((from|in|of|called)\s+)?((an?|the)\s+)?$", re.IGNORECASE)
 WITHOUT = re.compile(
     r"\b(without|not?|neither|nor|lack\w*|negative for|n't|absence of)\s+((express\w*|any|of|for)\s+)*$", re.IGNORECASE
@@ -157,30 +165,35 @@ T_CELLS = re.compile(r"\b(CD[48]\+?) (and|or|vs\.?|versus|to) (CD[48]\+? T cells
 LISTED = re.compile(
     r"\b(\d+|three|five|ten)\s+(\w+\s+)?(genes|markers|hits|types|labels|populations)\b", re.IGNORECASE
 )
-SELECTION = re.compile(r"\b(this|the|my|that)\s+$", re.IGNORECASE)  # "this cluster" is the selection
+SELECTION = re.compile(r"\b(this|the|my|that)\s+$", re.IGNORECASE)  # "this cluster" means the selected cells
 WORD = re.compile(r"[A-Za-z0-9][\w.-]*\w|\w")
-CLUSTERS = ("leiden", "louvain", "seurat_clusters", "clusters")  # columns that are called clusters
-CAPITALS = {"RNA", "MRNA", "DNA", "UMI", "UMIS", "DEG", "DEGS", "UMAP", "PCA", "PBMC", "IFN", "QC", "G2M"}  # no genes
-NO_COLUMN = ("cell", "cells", "label", "labels", "type", "types", "score", "name")  # words of prose
-LONGEST, SHORTEST, LIKE = 7, 4, 0.84  # words of a name; letters of a word that is checked; likeness of a misspelt word
+CLUSTERS = ("leiden", "louvain", "seurat_clusters", "clusters")  # columns that the word "cluster" means
+# Words in capitals that are not genes.
+CAPITALS = {"RNA", "MRNA", "DNA", "UMI", "UMIS", "DEG", "DEGS", "UMAP", "PCA", "PBMC", "IFN", "QC", "G2M"}
+NO_COLUMN = ("cell", "cells", "label", "labels", "type", "types", "score", "name")  # words that never mean a column
+# Most words of a name; fewest letters of a word that is checked; smallest similarity of a misspelt word.
+LONGEST, SHORTEST, LIKE = 7, 4, 0.84
 Group = tuple[str, str]  # "type" or a column of obs, and a value
 
 
 @dataclass
 class Question:
-    """What a question asks.
+    """A parsed question.
 
     Args:
         text: The question.
         topic: A key of `TOPICS`, or "gene"; "" for none.
-        genes, columns: Symbols, and columns of `obs`, that it names.
-        without: Those genes that the cells shall not express.
-        roles: The groups that it names: the cells that it asks about ("subject"), those that it compares them with
-            ("reference"), and what it asks whether they are ("target").
-        groups: The types and values in the order of the question.
-        denied: Those of them that the cells shall not be.
-        each: "type" or a column, if it asks for each of them.
-        unread: Words that nothing here explains: the question asks for something else.
+        genes: Symbols of the named genes.
+        columns: Named columns of `obs`.
+        without: Named genes that the cells must not express.
+        roles: Role -> named group: "subject" (cells that the question is about), "reference" (cells to compare with)
+            and "target" (type or value in question).
+        groups: Named types and values, in the order of the question.
+        denied: Named groups that the cells must not belong to.
+        each: "type" or a column, if the question is about each type or each value of the column.
+        unread: Words that are not understood; a question with such words gets no answer.
+        names: Words that name a gene, column or group.
+        is_misspelt: Whether a misspelt word was corrected.
     """
 
     text: str
@@ -193,17 +206,17 @@ class Question:
     denied: list[Group] = field(default_factory=list)
     each: str = ""
     unread: list[str] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)  # words that name something
+    names: list[str] = field(default_factory=list)
     is_misspelt: bool = False
 
 
 class QuestionReader:
-    """Reads questions about the cells of one file.
+    """Parses questions about the cells of one file.
 
     Args:
-        types: Name of a type in any words, as [`simple`] -> the type.
-        columns: Columns of `obs` -> their values.
-        gene_index: Genes of the model.
+        types: Name of a type, simplified by [`simple`] -> the type; a type may have several names.
+        columns: Column of `obs` -> its values.
+        gene_index: Gene names of the model.
     """
 
     def __init__(self, types: Mapping[str, str], columns: Mapping[str, set[str]], gene_index: GeneIndex) -> None:
@@ -217,9 +230,9 @@ class QuestionReader:
         self.groups |= {name: ("type", kind) for name, kind in types.items()}
 
     def __call__(self, text: str, last: Question) -> Question:
-        """Read a question; what it leaves out is taken from the last one if it follows it ("and ...?").
+        """Parse a question. A follow-up ("and ...?") takes missing parts from the last question.
 
-        A misspelt word is read as the most similar known word, if the question has an answer then.
+        A misspelt word is replaced by the most similar known word, if the question can then be answered.
         """
         asked = self.read(text, last)
         if asked.unread:
@@ -235,7 +248,7 @@ class QuestionReader:
         return asked
 
     def read(self, text: str, last: Question) -> Question:
-        """What a question asks, word by word as it is spelt."""
+        """Parse a question without correcting misspelt words; see [`__call__`]."""
         text = T_CELLS.sub(r"\1 T cells \2 \3", text)
         asked, follows = Question(text), bool(FOLLOWS.match(text))
         groups = self.find_names(asked)
@@ -244,8 +257,9 @@ class QuestionReader:
         if asked.genes and (each := EACH.search(text)):
             asked.each = self.column_called(each.group(2))
         asked.topic = self.find_topic(asked, last.topic if follows else "")
-        if asked.topic in ("quality", "sure") and (each := EACH.search(text)) and not groups:
-            asked.each = self.column_called(each.group(2)) * (each.group(2).lower() != "cells")
+        if asked.topic in ("quality", "sure", "state") and (each := EACH.search(text)) and not groups:
+            is_ranked = asked.topic != "quality" and RANKED.search(text)
+            asked.each = self.column_called(each.group(2)) * bool(each.group(2).lower() != "cells" or is_ranked)
         self.assign_roles(asked, groups, follows)
         if follows:
             if not asked.genes and re.search(r"\bwithout (it|them)\b", text, re.IGNORECASE):
@@ -254,9 +268,10 @@ class QuestionReader:
             asked.roles = last.roles | asked.roles
         target = asked.roles.get("target")
         if target is not None and asked.topic != "types" and (target[0] == "type") == (asked.topic == "column"):
-            del asked.roles["target"]  # of another topic
+            del asked.roles["target"]  # a type can't answer a question about a column, nor the reverse
         if asked.topic == "whynot" and "target" not in asked.roles:  # "and why not in B cells?"
-            if asked.roles.get("subject", ("",))[0] == "type":
+            subject = asked.roles.get("subject", ("", ""))
+            if subject[0] == "type" or (subject in groups and not SUBJECT.search(groups[subject])):
                 asked.roles["target"] = asked.roles.pop("subject")
             else:
                 asked.topic = "why"
@@ -264,9 +279,9 @@ class QuestionReader:
         return asked
 
     def find_topic(self, asked: Question, before: str) -> str:
-        """The topic of a question whose names are found; without words of its own, that `before` it."""
+        """Find the topic of a question whose names are already found; without keywords, the topic is `before`."""
         text, kinds = asked.text, {column for column, _ in asked.groups}
-        topics = [topic for topic, words in TOPICS.items() if words.search(text)]
+        topics = topics_of(text, kinds)
         has_type, counted = "type" in kinds, COUNTED.search(text) and not MANY_GENES.search(text)
         if REFUSED.search(text) and (set(topics) <= {"types", "column"} or not {"describe", "genes"} & set(topics)):
             return ""
@@ -274,6 +289,10 @@ class QuestionReader:
             return "gene"
         if topics[:1] == ["types"] and re.search("who.(are|is).you", text, re.IGNORECASE):
             return ""
+        if "like" in topics:
+            return "like"
+        if ("type", UNKNOWN) in asked.groups and (counted or re.search(r"\bwhy\b", text, re.IGNORECASE)):
+            return "why" if re.search(r"\bwhy\b", text, re.IGNORECASE) else "types"
         if has_type and counted and not kinds - {"type"} and topics[:1] == ["genes"] and ONLY_GENES.search(text):
             return "genes"
         if has_type and counted and not ABOUT_COUNTS.search(text) and not {"state", "sure"} & set(topics):
@@ -282,8 +301,6 @@ class QuestionReader:
             return "quality"  # "which type has the most counts?"
         if "sure" in topics and "quality" in topics and ABOUT_COUNTS.search(text):  # "how good is the quality?"
             return "quality"
-        if not has_type and "whynot" in topics:  # "could they be something else" names no type
-            topics.remove("whynot")
         if has_type and topics == ["quality"] and not ABOUT_COUNTS.search(text):
             return "types"
         if asked.columns and topics[:1] == ["state"] and "column" in topics:  # "which replicates are they from?"
@@ -295,7 +312,12 @@ class QuestionReader:
         return (topics or [guess])[0]
 
     def assign_roles(self, asked: Question, groups: Mapping[Group, str], follows: bool) -> None:
-        """Which of the groups of a question, with the words before each, are asked about, compared or asked for."""
+        """Assign the roles "subject", "reference" and "target" to the groups of a question.
+
+        Args:
+            groups: Named group -> words before it.
+            follows: Whether the question is a follow-up.
+        """
         are_mixed = len({group[0] == "type" for group in groups}) == 2
         if asked.topic in ("types", "column") and are_mixed:  # "what share of cluster 4 is macrophages?"
             places = [i for i, before in enumerate(groups.values()) if SUBJECT.search(before)] or [len(groups) - 1]
@@ -314,7 +336,7 @@ class QuestionReader:
                 asked.roles["target" if is_target and not (follows and SUBJECT.search(before)) else "subject"] = group
 
     def find_unread(self, asked: Question) -> list[str]:
-        """Words that are no prose, no name, and not of the topic; of a refused request, those that ask for it."""
+        """Find the words that are not prose, not names, and not of the topic; of a refused request, its keywords."""
         if not asked.topic and (refused := REFUSED.search(asked.text)):
             return [refused.group()]
         patterns = [LISTED, *(words for words in (TOPICS.get(asked.topic), ALSO.get(asked.topic)) if words)]
@@ -325,14 +347,14 @@ class QuestionReader:
         for match in WORD.finditer(asked.text):
             word, (start, stop) = match.group().lower(), match.span()
             is_short = len(word) < SHORTEST and not word.isdigit()
-            is_short |= word == "cluster" and SELECTION.search(asked.text[:start]) is not None  # the selection
+            is_short |= word == "cluster" and SELECTION.search(asked.text[:start]) is not None
             is_read = is_short or word in PLAIN or any(a < stop and start < b for a, b in read)
             if not is_read and match.group() not in asked.names:
                 unread.append(match.group())
         return unread
 
     def column_called(self, word: str) -> str:
-        """The column of `obs` that a noun means; "type" for labels, "" for none."""
+        """Find the column of `obs` that a noun means; "type" for labels, "" for none."""
         if re.fullmatch("clusters?", word, re.IGNORECASE):
             return next((name for name in self.columns if name in CLUSTERS), "")
         if re.match("donor|patient|sample|condition", word, re.IGNORECASE):
@@ -341,15 +363,18 @@ class QuestionReader:
         return "type"
 
     def find_names(self, asked: Question) -> dict[Group, str]:
-        """Groups that a question names -> the words before; the longest name first. Adds genes and columns."""
-        words, found = list(WORD.finditer(asked.text)), {}
+        """Find the named groups -> text before each, in the order of the question; add genes, columns and names.
+
+        Longer names win over shorter names.
+        """
+        words, before_group = list(WORD.finditer(asked.text)), {}
         taken = np.zeros(len(words), dtype=bool)
         for length in range(min(LONGEST, len(words)), 0, -1):
             for i in range(len(words) - length + 1):
                 group = self.groups.get(" ".join(simple(word.group()) for word in words[i : i + length]))
                 if group is not None and not taken[i : i + length].any():
                     taken[i : i + length] = True
-                    found[group] = asked.text[: words[i].start()]
+                    before_group[group] = asked.text[: words[i].start()]
         asked.names += [word.group() for word, is_taken in zip(words, taken, strict=True) if is_taken]
         for match in (word for word, is_taken in zip(words, taken, strict=True) if not is_taken):
             word, before, after = match.group(), asked.text[: match.start()], asked.text[match.end() :]
@@ -357,32 +382,47 @@ class QuestionReader:
                 re.sub("-(negative|positive)$", "", word, flags=re.IGNORECASE)
             )
             columns = [c for c in self.columns if simple(word) in simple(c).split() and word not in NO_COLUMN]
+            columns = [c for c in columns if c == word] or columns  # "tissue", beside "Tissue" and "tissue of origin"
             if simple(word) == "cluster" and not (word == "cluster" and SELECTION.search(before)):
                 columns += [name for name in self.columns if name in CLUSTERS]
             if WITHOUT.search(before) or OFF.match(after) or word.lower().endswith("-negative"):
                 asked.without |= set(genes)
             asked.genes, asked.columns = asked.genes + genes, asked.columns + columns
             asked.names += [word] if genes or columns else []
-        return dict(sorted(found.items(), key=lambda item: len(item[1])))
+        return dict(sorted(before_group.items(), key=lambda item: len(item[1])))
 
     def genes_of(self, word: str) -> list[str]:
-        """Symbols of the genes that a word names; a word that looks like one is kept."""
+        """Symbols of the genes that a word names; a word that looks like an unknown symbol is returned as it is."""
         if word.upper() in ANTIGENS:
             return list(ANTIGENS[word.upper()])
         if len(word) < 3 or word.isdigit() or not (word.isupper() or re.search(r"\d", word)):
             return []
         ids = [self.gene_index.lookup(spelling)[0] for spelling in (word, word.upper(), word.upper().replace("-", ""))]
-        found = [self.symbols[number] for number in ids if number in self.symbols][:1]
-        is_like_one = GENE_WORD.fullmatch(word) and word.upper() not in CAPITALS
-        return found or ([word] if is_like_one else [])
+        known = [self.symbols[number] for number in ids if number in self.symbols][:1]
+        is_symbol_like = GENE_WORD.fullmatch(word) and word.upper() not in CAPITALS
+        return known or ([word] if is_symbol_like else [])
+
+
+def topics_of(text: str, named: Collection[str]) -> list[str]:
+    """The topics that words of a question ask for, in the order of `TOPICS`.
+
+    Args:
+        text: The question.
+        named: What it names values of: "type" or columns.
+    """
+    topics = [topic for topic, words in TOPICS.items() if words.search(text)]
+    if {"whynot", "alternatives"} <= set(topics) and re.search(r"\b(else|other)\b", text, re.IGNORECASE):
+        topics.remove("whynot")  # "what else could the monocytes be?"
+    usable = {"like": "type" in named, "whynot": "type" in named or bool(named and WHY_NOT.search(text))}
+    return [topic for topic in topics if usable.get(topic, True)]  # "what do they look like?" names no type
 
 
 def _tells(value: str) -> bool:
-    """Whether a value of a column is a name by itself: neither a number nor a word of questions ("cell", "tissue")."""
+    """Whether a value of a column can be named alone: not short, no number, no word of questions ("cell")."""
     asks = any(words.fullmatch(value) for words in TOPICS.values())
     return len(value) > 3 and not value.isdigit() and not asks and simple(value) not in NO_COLUMN
 
 
 def simple(words: str) -> str:
-    """Words in lower case and the singular, so that spellings compare equal."""
+    """Convert words to normalised lower case and the singular, so that spellings compare equal."""
     return " ".join(word.removesuffix("s") for word in normalize_label(words).split())

@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 
 from scmmgpt.audit_scmmgpt import CONTRADICTED
+from scmmgpt.commands.chat import share
 from scmmgpt.commands.verify import COMMANDS, receipts
 from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.receipt_scmmgpt import superseded
-from scmmgpt.records_scmmgpt import need_columns, recorded
+from scmmgpt.records_scmmgpt import in_few_lines, need_columns, recorded
 
 
 SHOWN = 10  # rows of a table of cells
@@ -58,6 +59,7 @@ def report_page(adata: Any, title: str, label_key: str | None = None, seed: int 
     return render_page(
         "cells.html",
         title=title,
+        percent=lambda value: "–" if value is None else share(value),
         n_cells=adata.n_obs,
         pictures=pictures(adata, label_key, seed),
         warnings=warnings_of(adata),
@@ -113,8 +115,8 @@ def warnings_of(adata: Any) -> list[str]:
         found += novelty_warnings(adata.obs)
     if f"{KEY}_audit" in adata.obs:
         found += audit_warnings(adata.obs, str(recorded(adata, KEY, "audit").get("label_key", "")))
-    for label in np.atleast_1d(done.get("weak_labels", [])):
-        found.append(f"The file lacks genes that tell {str(label)!r} from another label.")
+    weak = [str(label) for label in np.atleast_1d(done.get("weak_labels", []))]
+    found += [f"The file lacks genes that tell {label!r} from another label." for label in weak]
     low = int((adata.obs[f"{KEY}_score"] < LOW_SCORE).sum())
     if low:
         found.append(f"With a score below {LOW_SCORE}: {low:,} of {adata.n_obs:,} cells.")
@@ -125,7 +127,7 @@ def warnings_of(adata: Any) -> list[str]:
         found.append(f"{what} of other labels than those of this page: run scmmgpt {COMMANDS[verb]} again.")
     if not recorded(adata, KEY, "explain"):
         found.append("There is no evidence for the labels: run scmmgpt annotate with --evidence.")
-    return found
+    return in_few_lines(found)
 
 
 def novelty_warnings(obs: pd.DataFrame) -> list[str]:
@@ -185,7 +187,11 @@ def evidence_rows(explained: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     are_others = table.name.nunique() > 1  # a share of no cells is no 0 %
     for name, mine in table.groupby("name", sort=False):
-        genes = mine[mine.term > 0].sort_values("term", ascending=False, kind="stable").head(SHOWN)
+        genes = (
+            mine[(mine.term > 0) & (mine.expressing > 0)]
+            .sort_values("term", ascending=False, kind="stable")
+            .head(SHOWN)
+        )
         markers = mine[mine.marker.astype(bool)]
         rows.append(
             {

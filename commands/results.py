@@ -1,7 +1,8 @@
-"""The result of a command: what it added to the cells, written without a matrix in memory where that is possible.
+"""Write the result of a command, without loading matrices if possible.
 
-A command reads matrices in chunks and changes none. From an `.h5ad` or a Zarr store it therefore writes a copy, with
-new `obs`, `obsm` and `uns`, and its memory does not grow with the matrices. Cells of other formats are in memory.
+Commands read matrices in chunks and never change them. The result of an `.h5ad` file, a Zarr store or a SOMA is
+therefore a copy with new `obs`, `obsm` and `uns`, and memory does not grow with the matrices. Cells of other formats
+are in memory.
 """
 
 import contextlib
@@ -25,10 +26,11 @@ import pandas as pd
 
 from scmmgpt.commands.files import check_file, table_suffix, whole_file
 from scmmgpt.commands.progress import log_if_slow
-from scmmgpt.commands.writing import make_writable, size_in_memory, writable_frame
+from scmmgpt.commands.writing import make_writable, nullable_strings, size_in_memory, writable_frame
 from scmmgpt.readers.cell_files import CellFile
 from scmmgpt.readers.mtx_folders import is_zarr
 from scmmgpt.readers.soma import is_soma
+from scmmgpt.records_scmmgpt import in_few_lines
 
 
 logger = logging.getLogger(__name__)
@@ -36,19 +38,20 @@ logger = logging.getLogger(__name__)
 Cells: TypeAlias = anndata.AnnData | CellFile
 
 
-ENTRIES_AT_ONCE = 2**22  # of an array of a Zarr store
-ROWS_AT_ONCE = 50_000  # of a table
-ROWS_COPIED = 4096  # of a matrix
-BYTES_COPIED = 2**24  # of a file at a time
+ENTRIES_AT_ONCE = 2**22  # entries per read of an array of a Zarr store
+ROWS_AT_ONCE = 50_000  # rows per write of a table
+ROWS_COPIED = 4096  # rows per copy of a matrix
+BYTES_COPIED = 2**24  # bytes per copy of a file
 
 
 @dataclass
 class RowBlocks:
-    """A float32 array `(n_rows, n_columns)` that comes in blocks of rows; rows of no block are NaN.
+    """A float32 array `(n_rows, n_columns)` in blocks of rows; rows without a block are NaN.
 
     Args:
-        blocks: Returns an iterator over `(first row, block)`, in order.
-        totals: The sum over the rows of each block that have numbers, `(n_blocks, n_columns)`.
+        shape: `(n_rows, n_columns)`.
+        blocks: Function that returns an iterator over `(first row, block)`, in order.
+        totals: Column sums of each block, without NaN, `(n_blocks, n_columns)`.
     """
 
     shape: tuple[int, int]
@@ -56,13 +59,13 @@ class RowBlocks:
     totals: np.ndarray
 
     def to_memory(self) -> np.ndarray:
-        """The array."""
+        """Load the whole array."""
         array = np.empty(self.shape, dtype=np.float32)
         self.fill(array)
         return array
 
     def fill(self, array: Any) -> None:
-        """Copy the blocks into an array, of memory or of a file, with NaN for rows of no block."""
+        """Copy the blocks into an array in memory or in a file; rows without a block become NaN."""
         end = 0
         for start, block in self.blocks():
             if start > end:
@@ -74,7 +77,7 @@ class RowBlocks:
 
 
 def can_copy(path: Path) -> bool:
-    """Whether a path is an `.h5ad` of anndata 0.7 or newer, by what it holds, a Zarr store or SOMA."""
+    """Whether the result can be a copy of a path: an `.h5ad` file of anndata 0.7 or newer, a Zarr store or a SOMA."""
     if path.is_dir() or is_soma(path):
         return is_zarr(path) or is_soma(path)
     if not path.is_file():
@@ -82,18 +85,18 @@ def can_copy(path: Path) -> bool:
     try:
         with h5py.File(path) as file:
             is_cells = "obs" in file and "var" in file and "mod" not in file
-            # Before anndata 0.7, tables and arrays of rows were one dataset each, to which nothing can be added.
+            # Before anndata 0.7, each table was one dataset, to which columns can't be added.
             return is_cells and not any(isinstance(file.get(name), h5py.Dataset) for name in ("obs", "obsm", "uns"))
-    except OSError:  # another format, or a truncated or locked file, which `read_file` explains
+    except OSError:  # another format, or a truncated or locked file, for which `read_file` raises the error
         return False
 
 
 def rehearse(cells: Cells, source: Path, output: Path) -> None:
-    """Change what `.h5ad` cannot hold, and check that `output` has room, before any cell is computed."""
+    """Before the computation, change the parts that `.h5ad` cannot store, and check the free space for `output`."""
     if isinstance(cells, CellFile):
         changes: list[str] = []
         cells.obs = writable_frame(cells.obs, "obs", changes)
-        for change in changes:
+        for change in in_few_lines(changes):
             logger.warning(change)
         files = [path for path in source.rglob("*") if path.is_file()] if source.is_dir() else [source]
         check_file(output, sum(file.stat().st_size for file in files))
@@ -103,10 +106,10 @@ def rehearse(cells: Cells, source: Path, output: Path) -> None:
 
 
 class CopiesAhead:
-    """Copies of `.h5ad` files, to which results are added later; from `start` on, a thread makes them.
+    """Copies `.h5ad` files in a thread during the computation; results are added to the copies later.
 
     Args:
-        copies: File -> its copy.
+        copies: File -> path of its copy.
     """
 
     def __init__(self, copies: Mapping[Path, Path]) -> None:
@@ -117,8 +120,8 @@ class CopiesAhead:
             copy.parent.mkdir(parents=True, exist_ok=True)
 
     def start(self) -> None:
-        """Begin to copy: once it is known that the outputs have room, which the copies take."""
-        threading.Thread(target=self._copy, daemon=True).start()  # a command that fails does not wait for it
+        """Start copying; call this after the check of free space, because copies use that space."""
+        threading.Thread(target=self._copy, daemon=True).start()  # a failing command does not wait for a daemon thread
 
     def _copy(self) -> None:
         for source, copy in self.copies.items():
@@ -131,23 +134,23 @@ class CopiesAhead:
                 self._made[source].set_exception(error)
 
     def take(self, source: Path) -> Path | None:
-        """The copy of a file, whole; None for a source that has none."""
+        """Wait for the copy of a file and return its path; None for a source without a copy."""
         if source not in self.copies:
             return None
         self._made[source].result()
         return self.copies[source]
 
     def remove(self) -> None:
-        """Remove the copies that were not taken."""
+        """Stop copying, and remove all unused copies."""
         self._stopped.set()
         for copy in self.copies.values():
             copy.unlink(missing_ok=True)
 
 
 def _copy_file(source: Path, target: Path) -> None:
-    """Copy a file past the cache of the system, where that is possible: for less CPU time, and nothing is evicted.
+    """Copy a file with direct writes on Linux, which take less CPU time and evict no cached pages.
 
-    Pages of memory that are shared, and small, take several times the CPU time of the copy.
+    The buffer is private and has huge pages, because small shared pages take several times the CPU time.
     """
     if sys.platform == "linux":
         with (
@@ -159,26 +162,28 @@ def _copy_file(source: Path, target: Path) -> None:
             copy = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT, 0o666)
             try:
                 while n := given.readinto(buffer):
-                    n_written = -(-n // mmap.PAGESIZE) * mmap.PAGESIZE  # the system takes whole pages
+                    n_written = -(-n // mmap.PAGESIZE) * mmap.PAGESIZE  # direct writes need whole pages
                     if os.write(copy, memoryview(buffer)[:n_written]) < n_written:
                         raise OSError("The disk is full.")
                 os.ftruncate(copy, given.tell())
                 return
             finally:
                 os.close(copy)
-    shutil.copyfile(source, target)  # another system or file system; a full disk fails once more
+    shutil.copyfile(source, target)  # for other systems and file systems; a full disk fails here again
 
 
 def write_cells(cells: Cells, source: Path, output: Path, copies: CopiesAhead | None = None) -> None:
-    """Write cells with their results, and everything of their source, to an `.h5ad` file, whole."""
+    """Write cells with their results, and all content of their source, to an `.h5ad` file, whole or not at all."""
     with log_if_slow(f"Writing {output}"), whole_file(output) as temporary:
         write_result(cells, source, temporary, None if copies is None else copies.take(source))
 
 
 def table_of(cells: Cells, columns: Sequence[str] = (), *, short: bool = False) -> pd.DataFrame:
-    """The columns of `obs` that a command added, after those that are named.
+    """Table of the given columns of `obs`, and of the columns that a command added.
 
-    With `short`, names lose their prefix, unless the name without it is taken.
+    Args:
+        columns: Columns that come first.
+        short: Whether to remove the prefix `scmmgpt_` of the added columns, unless the short name is taken.
     """
     added = [name for name in cells.obs.columns if name.startswith("scmmgpt_")]
     table = cells.obs[list(dict.fromkeys([*columns, *added]))].copy()
@@ -190,9 +195,10 @@ def write_table(path: Path, rows: Any, index_label: str | None = None) -> None:
     """Write a table, whole or not at all.
 
     Args:
-        path: Its name tells separator and compression.
-        rows: A data frame, whose index is written under `index_label`; or mappings, of which some are in memory at a
-            time. The columns are those of the first mappings.
+        path: Path; the suffixes determine separator and compression.
+        rows: A data frame, or an iterable of mappings, which is written in parts. The first `ROWS_AT_ONCE` mappings
+            determine the columns.
+        index_label: Name of the column for the index of a data frame; None leaves the index out.
     """
     separator = "\t" if table_suffix(path) == ".tsv" else ","
     with whole_file(path) as temporary:
@@ -207,10 +213,15 @@ def write_table(path: Path, rows: Any, index_label: str | None = None) -> None:
             n += max(len(part), 1)
 
 
+@nullable_strings()
 def write_result(cells: Cells, source: Path, target: Path, copy: Path | None = None) -> None:
-    """Write cells with their results to the `.h5ad` file `target`; a [`CellFile`] is a view of `source`.
+    """Write cells with their results to the `.h5ad` file `target`.
 
-    `copy` is one of `source` on the disk of `target`, and becomes `target`.
+    Args:
+        cells: Cells in memory, or a [`CellFile`], a view of `source`.
+        source: File or folder of the cells.
+        target: File to write.
+        copy: Copy of `source` on the disk of `target`, which is renamed to `target`; None makes a copy.
     """
     if not isinstance(cells, CellFile):
         for name in list(cells.obsm):
@@ -241,20 +252,20 @@ def _replace(group: h5py.Group, name: str, value: Any) -> None:
     if not isinstance(value, RowBlocks):
         anndata.io.write_elem(group, name, value)
         return
-    array = group.create_dataset(name, value.shape, np.float32)  # a value to fill it with would be written first
+    array = group.create_dataset(name, value.shape, np.float32)  # no fill value, which would be written first
     array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
     value.fill(array)
 
 
 def _copy_rows(cells: CellFile, target: Path) -> None:
-    """Write tables and sparse matrices of cells to an `.h5ad` file, some rows at a time."""
+    """Write tables and sparse matrices of cells to an `.h5ad` file, `ROWS_COPIED` rows at a time."""
     with h5py.File(target, "w") as file:
         anndata.io.write_elem(file, "/", anndata.AnnData(obs=cells.obs, var=cells.var))
         for name, matrix in {"X": cells.X, **{f"layers/{name}": m for name, m in cells.layers.items()}}.items():
             if name in file:
                 del file[name]
             first = matrix[:ROWS_COPIED]
-            first.indptr = first.indptr.astype(np.int64)  # for the entries of all rows
+            first.indptr = first.indptr.astype(np.int64)  # all rows together can have more entries than int32 holds
             anndata.io.write_elem(file, name, first)
             stored = anndata.io.sparse_dataset(file[name])
             for start in range(ROWS_COPIED, cells.n_obs, ROWS_COPIED):
@@ -276,7 +287,7 @@ def _copy_store(store: Any, target: Path) -> None:
 
 
 def _copy_part(part: Any, group: h5py.Group, name: str) -> None:
-    """Copy a matrix or array of numbers a part at a time; what is not a matrix, as a whole."""
+    """Copy a matrix or numeric array in parts; copy other elements as a whole."""
     if hasattr(part, "keys") and part.attrs.get("encoding-type") in ("csr_matrix", "csc_matrix"):
         matrix = group.create_group(name)
         matrix.attrs.update(_attributes(part))
@@ -303,23 +314,23 @@ def _attributes(part: Any) -> dict[str, Any]:
 
 
 def evidence_rows(evidence: Any, adata: Any) -> Iterator[dict[str, Any]]:
-    """The table of evidence: groups, then the cells that have some."""
+    """Rows of the table of evidence: groups, then the cells with evidence."""
     names = adata.obs_names[adata.obs["scmmgpt_evidence"].notna()]
     return itertools.chain(evidence.group_rows(), evidence.cell_rows(names))
 
 
 def audit_rows(audit: Any, adata: Any) -> list[dict[str, Any]]:
-    """The table of an audit: groups, then doubtful cells."""
+    """Rows of the table of an audit: groups, then doubtful cells."""
     return [*audit.group_rows(), *audit.cell_rows(adata.obs_names[adata.obs["scmmgpt_audit"].notna()])]
 
 
 def audit_summary(audit: Any) -> dict[str, Any]:
-    """The numbers of an audit, and the groups with most contradicted cells."""
+    """Summary of an audit, with the groups that have the most contradicted cells."""
     worst = {row["name"]: row["contradicted"] for row in audit.group_rows()[:5] if row["contradicted"]}
     return {**audit.summary(), "most contradicted": worst}
 
 
 def render_hits(hits: list[dict[str, Any]]) -> list[str]:
-    """The hits of a search as the lines of a table."""
+    """Format the hits of a search as lines of a table."""
     head = f"{'rank':>4}  {'score':>7}  {'z':>6}  cell"
     return [head, *(f"{hit['rank']:>4}  {hit['score']:>7.4f}  {hit['z']:>6.2f}  {hit['cell']}" for hit in hits)]

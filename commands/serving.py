@@ -1,8 +1,8 @@
-"""A checkpoint in two parts, for engines that serve language models and take embeddings as prompts.
+"""Export a checkpoint in two parts, for engines that serve language models and accept embeddings as prompts.
 
-The tuned language model becomes a plain causal language model of transformers, without code of its own, which vLLM,
-SGLang and the converter of llama.cpp read. The encoder of cells beside it makes the embeddings that stand in the place
-of `<cell>` in a prompt; see docs/transformers.md.
+The tuned language model becomes a plain causal language model of transformers without custom code, which vLLM, SGLang
+and the converter of llama.cpp load. The cell encoder computes the embeddings that replace `<cell>` in a prompt; see
+docs/transformers.md.
 """
 
 import copy
@@ -18,7 +18,7 @@ from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 
 
 def export_checkpoint(checkpoint: str, output: Path) -> dict[str, str]:
-    """Write `language_model` and `cell_encoder` of a checkpoint into a new folder, and return the two paths.
+    """Write `language_model` and `cell_encoder` of a checkpoint to a new folder; return the two paths.
 
     Raises:
         ValueError: If the checkpoint has no language model.
@@ -43,7 +43,7 @@ def export_checkpoint(checkpoint: str, output: Path) -> dict[str, str]:
 
 
 def plain_language_model(model: ScMMGPTForConditionalGeneration) -> PreTrainedModel:
-    """The language model as a class of transformers, with the same modules and settings of generation."""
+    """Wrap the language model in its class of transformers, with the same modules and generation settings."""
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(copy.deepcopy(model.config.text_config), dtype=model.dtype)
     setattr(plain, plain.base_model_prefix, model.model.language_model)
@@ -53,7 +53,7 @@ def plain_language_model(model: ScMMGPTForConditionalGeneration) -> PreTrainedMo
 
 
 def cell_encoder(model: ScMMGPTForConditionalGeneration) -> ScMMGPTCellEncoder:
-    """The parts that turn cells into inputs of the language model, with the same weights."""
+    """Extract the parts that turn cells into inputs of the language model, with the same weights."""
     config = copy.deepcopy(model.config)
     config.auto_map = dict(ENCODER_AUTO_MAP)
     with torch.device("meta"):

@@ -9,7 +9,7 @@ from typing import Any
 from scmmgpt.commands.progress import log_if_slow
 
 
-_OPENED: list[tuple[Any, Any]] = []  # what identifies the file that is open in this process, and its cells
+_OPENED: list[tuple[Any, Any]] = []  # identity and cells of the file that is open in this process
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Source:
     Args:
         path: File, store or folder.
         split: Split of a corpus.
-        model: Checkpoint whose genes help to read text tables.
+        model: Checkpoint whose gene vocabulary helps to orient text tables.
     """
 
     path: Path
@@ -32,11 +32,11 @@ class Source:
         return (self.path / "manifest.json").is_file()
 
     def open(self) -> Any:
-        """The cells, with everything that a result keeps; matrices stay on disk where the result can copy them."""
+        """Open the cells and their annotations; matrices stay on disk if the writer can copy them from there."""
         return read_adata(self.path, self.split, self.model, backed=True)
 
     def open_rows(self, start: int, stop: int) -> Any:
-        """Cells `start` to `stop`; other rows are not loaded, unless the format is one of text."""
+        """Open cells `start` to `stop`; other rows are loaded only for text formats."""
         if self.is_corpus:
             from scmmgpt.train.data.corpus import open_corpus
 
@@ -44,7 +44,7 @@ class Source:
         return self._opened()[start:stop]
 
     def _opened(self) -> Any:
-        """The file, which stays open in this process for the next partition; only `var` is in memory."""
+        """Open the file, and keep it open in this process for the next partition; only `var` is in memory."""
         from scmmgpt.readers.cell_files import read_file
 
         key = (self, *self.fingerprint().values())
@@ -55,7 +55,7 @@ class Source:
         return _OPENED[0][1]
 
     def fingerprint(self) -> dict[str, Any]:
-        """A value that changes with the files of the source."""
+        """Path, split, size and modification time of the source, which identify its content."""
         files = sorted(path for path in self.path.rglob("*") if path.is_file()) if self.path.is_dir() else [self.path]
         stats = [file.stat() for file in files]
         newest = max((stat.st_mtime_ns for stat in stats), default=0)
@@ -64,7 +64,7 @@ class Source:
 
 
 def check_split(split: str | None, paths: Iterable[Path | None]) -> None:
-    """Refuse a split that was named for files of cells, which have none: all their cells would be read."""
+    """Refuse `--split` for files of cells, which have no splits: all their cells would be read."""
     named = [path for path in paths if path is not None]
     manifests = (next(path.glob(name), None) for path in named for name in ("manifest.json", "*/manifest.json"))
     if split is not None and not any(manifests):
@@ -76,13 +76,16 @@ def check_split(split: str | None, paths: Iterable[Path | None]) -> None:
 
 
 def outputs_of(paths: list[Path], split: str, model: str, output: Path) -> dict[Source, Path]:
-    """The sources of a command line, and the `.h5ad` file that each becomes: several, in the folder `output`.
+    """Find the sources of a command line, and the `.h5ad` file of each result.
 
-    A source is a path; or what is in it, if it is a folder of several data sets and so is `output`. For one file of
-    output, the reader of the folder says what it holds.
+    Each path is a source. If `output` is a folder, a folder of several data sets is replaced by these data sets. If
+    `output` is a file, a folder is read as one source.
+
+    Returns:
+        Source -> output; several results are written to the folder `output`.
 
     Raises:
-        ValueError: If there are several sources, and `output` is named like a file.
+        ValueError: If there are several sources, and `output` has the name of a file.
     """
     from scmmgpt.readers.mtx_folders import find_inside, find_matrices, is_zarr
     from scmmgpt.readers.soma import is_soma
@@ -103,7 +106,7 @@ def outputs_of(paths: list[Path], split: str, model: str, output: Path) -> dict[
 
 
 def output_names(paths: list[Path]) -> list[str]:
-    """Names for the results of sources: the path below the folder that all share, without the suffix.
+    """Name the results of sources by the path below the common parent folder, without the suffix.
 
     >>> output_names([Path("A/outs/cells.h5"), Path("B/outs/cells.h5"), Path("C.h5ad")])
     ['A-outs-cells', 'B-outs-cells', 'C']
@@ -120,9 +123,12 @@ def output_names(paths: list[Path]) -> list[str]:
 
 
 def read_adata(path: Path, split: str = "test", model: str | None = None, backed: bool = False) -> Any:
-    """Read a file of cells, or a split of a corpus that `prepare` made; the genes of `model` help to read tables.
+    """Read a file of cells, or a split of a corpus.
 
-    With `backed`, the matrices of an `.h5ad` or a Zarr store stay on disk.
+    Args:
+        split: Split of a corpus.
+        model: Checkpoint whose gene vocabulary helps to orient text tables.
+        backed: Whether the matrices of an `.h5ad` file or a Zarr store stay on disk.
     """
     with log_if_slow(f"Reading {path}"):
         if (path / "manifest.json").is_file():
@@ -136,7 +142,7 @@ def read_adata(path: Path, split: str = "test", model: str | None = None, backed
 
 
 def _gene_index(path: Path, model: str | None) -> Any:
-    """The genes of a checkpoint, by which the sides of a text table are judged; None for other formats."""
+    """Gene index of a checkpoint, which tells whether rows or columns of a text table are genes; else None."""
     from scmmgpt.readers.cell_files import is_table
 
     if model is None or not is_table(path):

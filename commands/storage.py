@@ -1,12 +1,14 @@
-"""Addresses of object stores and hubs (`s3://`, `gs://`, `hf://`, ...) in place of paths, by fsspec.
+"""Addresses of object stores and hubs (`s3://`, `gs://`, `hf://`, ...) instead of paths, by fsspec.
 
-`staged` replaces the addresses of a command line by paths of a staging folder. Inputs are downloaded into it before
-the work; outputs are uploaded after it, if it succeeded: an object appears whole or not at all, and of a folder the
-files that make it valid come last. The folder belongs to the command line. It is removed after success; after a
-failure it stays if it has partitions or a build to go on with. It lies in `SCMMGPT_STAGING`, by default in the cache
-of the user; workers of a cluster must see it under the same path.
+`staged` replaces the addresses of a command line by paths of a staging folder. Inputs are downloaded before the work.
+Outputs are uploaded after the work, if it succeeded: an object appears whole or not at all, and the files that make a
+folder valid are uploaded last.
 
-Credentials come from the environment, as the libraries of each store read them, and are never part of an address.
+Each command line has its own staging folder in `SCMMGPT_STAGING` (default: the cache of the user), which workers of a
+cluster must see under the same path. The folder is removed after success. After a failure, it is kept if it has
+partitions or a build to continue.
+
+Credentials come from the environment, as the library of each store expects them, and are never part of an address.
 """
 
 import atexit
@@ -29,9 +31,9 @@ SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "hf", "memory")
 ADDRESS = re.compile(rf"({'|'.join(SCHEMES)})://(.+)")
 OUTPUTS = ("-o", "--output", "--output_dir", "--table", "--evidence")  # options that name what is written
 GROWING = ("index", "prepare")  # commands that add to a folder that exists
-UNFINISHED = ("*.parts", ".build")  # what a command goes on with
-OBJECTS_BETWEEN = 20_000  # new objects between two looks for garbage, in place of 700: imports take 4.1 s, not 4.7
-LAST = ("config.json", "index.json", "manifest.json")  # files of a folder without which it is none
+UNFINISHED = ("*.parts", ".build")  # unfinished work that the same command continues
+OBJECTS_BETWEEN = 20_000  # threshold of garbage collection; with Python's 700, imports take 4.7 s instead of 4.1 s
+LAST = ("config.json", "index.json", "manifest.json")  # files that make a folder valid, uploaded last
 
 
 def root_folder() -> Path:
@@ -40,13 +42,14 @@ def root_folder() -> Path:
 
 
 def run_staged(name: str, words: Sequence[str], command: Callable[[list[str]], int]) -> int:
-    """Run a command on a command line whose addresses are replaced by paths; returns its exit status.
+    """Run a command with the addresses of its command line replaced by paths; return the exit status.
 
     Args:
-        name: Of the command, for errors of transfers.
-        command: Takes the words and returns the exit status; with 0 or 3 its outputs are uploaded.
+        name: Name of the command, for errors of transfers.
+        words: Command line.
+        command: Function of the words that returns the exit status; outputs are uploaded for status 0 or 3.
     """
-    # Libraries have a million objects, among which Python would look for garbage during imports and at the end.
+    # Libraries create a million objects; garbage collection would search them during imports and at exit.
     gc.set_threshold(OBJECTS_BETWEEN)
     atexit.register(gc.freeze)
     if not any(ADDRESS.fullmatch(word.partition("=")[2] if word.startswith("-") else word) for word in words):
@@ -64,10 +67,10 @@ def run_staged(name: str, words: Sequence[str], command: Callable[[list[str]], i
 
 @contextlib.contextmanager
 def staged(words: Sequence[str]) -> Iterator[tuple[list[str], Callable[[], None]]]:
-    """Download the inputs of a command line; yields its words with paths, and a function that uploads its outputs.
+    """Download the inputs of a command line; yield the words with paths, and a function that uploads the outputs.
 
     Raises:
-        ValueError: If the same command line is at work.
+        ValueError: If another process runs the same command line.
     """
     folder = root_folder() / hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
     paths, outputs, before, is_output = [], {}, "", False
@@ -78,13 +81,13 @@ def staged(words: Sequence[str]) -> Iterator[tuple[list[str], Callable[[], None]
     try:
         for word in words:
             option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-            found = ADDRESS.fullmatch(value)
-            if found is None:
+            address = ADDRESS.fullmatch(value)
+            if address is None:
                 paths.append(word)
                 before = word if word.startswith("-") else ""
                 continue
             is_output = (option or before) in OUTPUTS
-            path = folder / found[1] / found[2].strip("/")
+            path = folder / address[1] / address[2].strip("/")
             path.parent.mkdir(parents=True, exist_ok=True)
             if not is_output or words[0] in GROWING:
                 download(value, path, may_lack=is_output)
@@ -94,9 +97,9 @@ def staged(words: Sequence[str]) -> Iterator[tuple[list[str], Callable[[], None]
             before = "" if is_output else before
 
         def upload_all() -> None:
-            for path, (address, known) in outputs.items():
+            for path, (target, known) in outputs.items():
                 if path.exists():
-                    upload(path, address, known)
+                    upload(path, target, known)
             shutil.rmtree(folder, ignore_errors=True)
 
         yield paths, upload_all
@@ -108,7 +111,7 @@ def staged(words: Sequence[str]) -> Iterator[tuple[list[str], Callable[[], None]
 
 
 def as_addresses(text: str, folder: Path) -> str:
-    """A text with addresses in place of the paths in a staging folder.
+    """Replace the paths of a staging folder in a text by addresses.
 
     >>> as_addresses("/tmp/x/s3/bucket/cells.h5ad is empty", Path("/tmp/x"))
     's3://bucket/cells.h5ad is empty'
@@ -117,7 +120,7 @@ def as_addresses(text: str, folder: Path) -> str:
 
 
 def _store(address: str) -> tuple[Any, str]:
-    """The file system of an address, and the path in it."""
+    """Return the file system of an address, and the path in it."""
     import fsspec
 
     scheme = address.partition("://")[0]
@@ -130,28 +133,28 @@ def _store(address: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _transfer(what: str, address: str) -> Iterator[None]:
-    """Turn what a store raises into one error that names the address."""
+    """Turn errors of a store into one `OSError` that names the address."""
     try:
         yield
     except (FileNotFoundError, ImportError):
         raise
-    except Exception as error:  # each store has types of its own
+    except Exception as error:  # each store raises its own types
         why = " ".join(explain(error).split())[:200] or type(error).__name__
         raise OSError(f"{address} cannot be {what} ({type(error).__name__}: {why}).") from None
 
 
 def download(address: str, path: Path, *, may_lack: bool = False) -> None:
-    """Copy a file, or all files of a folder, from an address to a path; what is there whole is not copied again.
+    """Copy a file, or all files of a folder, from an address to a path; skip complete local files.
 
     Raises:
-        FileNotFoundError: If there is nothing at the address, unless it `may_lack`.
-        OSError: If the store refuses, or there is no room.
+        FileNotFoundError: If the address does not exist, unless `may_lack`.
+        OSError: If the store refuses, or the disk has too little space.
     """
     with _transfer("downloaded", address):
         store, place = _store(address)
         place = place.rstrip("/")
-        found = {place: store.info(place)} if store.isfile(place) else store.find(place, detail=True)
-        files = {name: int(info["size"] or 0) for name, info in found.items() if info["type"] == "file"}
+        listing = {place: store.info(place)} if store.isfile(place) else store.find(place, detail=True)
+        files = {name: int(info["size"] or 0) for name, info in listing.items() if info["type"] == "file"}
         targets = {name: path / name[len(place) :].strip("/") if name != place else path for name in files}
         missing = [n for n, t in targets.items() if not t.is_file() or files[n] and t.stat().st_size != files[n]]
         needed, free = sum(files[name] for name in missing), shutil.disk_usage(path.parent).free
@@ -161,7 +164,7 @@ def download(address: str, path: Path, *, may_lack: bool = False) -> None:
             targets[name].parent.mkdir(parents=True, exist_ok=True)
             temporary = targets[name].with_name(f".{targets[name].name}.tmp")
             store.get_file(name, str(temporary))
-            with contextlib.suppress(NotImplementedError):  # by its time a command knows a file again
+            with contextlib.suppress(NotImplementedError):  # commands recognise a file by its modification time
                 changed = store.modified(name).timestamp()
                 os.utime(temporary, (changed, changed))
             os.replace(temporary, targets[name])
@@ -170,15 +173,18 @@ def download(address: str, path: Path, *, may_lack: bool = False) -> None:
 
 
 def _state(path: Path) -> dict[Path, int]:
-    """Files of a path with their times of change."""
+    """Files of a path -> modification times (ns)."""
     files = [path] if path.is_file() else path.rglob("*")
     return {file: file.stat().st_mtime_ns for file in files if file.is_file()}
 
 
 def upload(path: Path, address: str, known: dict[Path, int]) -> None:
-    """Copy a file, or the files of a folder that are new or changed, to an address.
+    """Copy a file, or the new and changed files of a folder, to an address.
 
-    Stores of objects show an object once it is complete. Hidden files, locks for instance, stay.
+    Object stores show an object once it is complete. Hidden files, such as locks, are not uploaded.
+
+    Args:
+        known: State of the files before the work; see [`_state`].
     """
     with _transfer("uploaded", address):
         store, place = _store(address)

@@ -1,8 +1,8 @@
-"""Compute the results of a file again, and say what changed: cells, weights, code or versions.
+"""Recompute the results of a file, and report changes: of cells, weights, code or versions.
 
-Every result has a receipt (`receipt_scmmgpt`). `verify` repeats the verb with the options of the receipt, on the cells
-of the file itself or of the first input, and compares. Labels and texts are to be equal; numbers may differ by
-`TOLERANCE`, since processors round differently.
+Every result has a receipt (`receipt_scmmgpt`). `verify` repeats the command with the options of the receipt, on the
+cells of the file or of its original input, and compares. Labels and texts must be equal; numbers may differ by
+`TOLERANCE`, because processors round differently.
 """
 
 import contextlib
@@ -20,10 +20,11 @@ from scmmgpt.pipeline_scmmgpt import READ_OPTIONS, ScMMGPTPipeline
 from scmmgpt.receipt_scmmgpt import superseded
 
 
-TOLERANCE = 1e-3  # of scores and embeddings
-SHOWN = 5  # cells that the report names
-VERBS = ("annotate", "audit", "explain", "describe", "generate", "embed", "search")  # an explanation is of labels
-# Columns of obs of each verb, without their prefix.
+TOLERANCE = 1e-3  # largest absolute difference of scores and embeddings
+SHOWN = 5  # most changed cells that the report names
+# In the order of recomputation: `explain` needs the labels of `annotate`.
+VERBS = ("annotate", "audit", "explain", "describe", "generate", "embed", "search")
+# Verb -> columns of obs that must be equal, without their prefix.
 EXACT = {
     "annotate": ("cell_type", "cell_type_majority", "label_set"),
     "audit": ("audit", "audit_suggested"),
@@ -31,13 +32,13 @@ EXACT = {
     "describe": ("description",),
 }
 DECODING = ("num_beams", "do_sample", "temperature", "top_k", "top_p")  # options of `describe` for the language model
-CHECKPOINT = ("weights", "language_model", "settings", "vocabulary")  # what another checkpoint changes
+CHECKPOINT = ("weights", "language_model", "settings", "vocabulary")  # entries that differ for another checkpoint
 ENVIRONMENT = ("code", "device", "dtype")
 MEANING = {
     "cells": "the cells",
     "weights": "the weights",
     "language_model": "the weights of the language model",
-    "settings": "what the checkpoint stores of labels and thresholds",
+    "settings": "the labels and thresholds of the checkpoint",
     "vocabulary": "the gene or word vocabulary",
 }
 
@@ -51,11 +52,11 @@ NOTHING_COMPARED: dict[str, Any] = {
     "largest_difference": 0.0,
     "changes": {},
 }
-COMMANDS = {"explain": "annotate --evidence", "describe": "describe"}  # that compute superseded results again
+COMMANDS = {"explain": "annotate --evidence", "describe": "describe"}  # commands that recompute superseded results
 
 
 def receipts(uns: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """The receipts of a file: key of `uns`, verb, receipt."""
+    """Yield the receipts in `uns` of a file: key of `uns`, verb, receipt."""
     for key, entry in uns.items():
         for verb in VERBS:
             done = entry.get(verb) if isinstance(entry, Mapping) else None
@@ -64,10 +65,11 @@ def receipts(uns: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]
 
 
 def read_receipts(path: Path) -> list[tuple[str, str, dict[str, Any]]]:
-    """The receipts of an `.h5ad` file.
+    """Read the receipts of an `.h5ad` file.
 
     Raises:
-        ValueError: If it has none.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file has no receipt.
     """
     from scmmgpt.commands.results import can_copy
 
@@ -82,7 +84,11 @@ def read_receipts(path: Path) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def checkpoint_of(path: Path) -> str:
-    """The checkpoint that the receipts of a file name."""
+    """Name of the checkpoint in the receipts of a file.
+
+    Raises:
+        ValueError: If the receipts name no checkpoint, or several.
+    """
     names = sorted({receipt.get("checkpoint", "") for _, _, receipt in read_receipts(path)})
     if len(names) > 1 or not names[0]:
         raise ValueError(f"The receipts of {path} name the checkpoints {names}. Name one with --model.")
@@ -90,19 +96,23 @@ def checkpoint_of(path: Path) -> str:
 
 
 def verify_file(path: str | Path, pipeline: ScMMGPTPipeline, open_input: Callable[[], Any] | None = None) -> dict:
-    """Compute every result of a file again.
+    """Recompute every result of a file, and compare.
 
     Args:
         path: An `.h5ad` file that this package wrote.
         pipeline: The checkpoint.
-        open_input: Opens the file of cells that the results were computed from; by default the cells of `path`.
+        open_input: Opens the file of cells from which the results were computed; default: the cells of `path`.
 
     Returns:
-        JSON-able dict: `verified` (the same results, from the same cells and checkpoint), and `results`, a dict each:
-        `key` and `verb`; `cells`, `changed_cells` (names), `missing_cells` (names, not in the input) and `was` and
-        `now` (of exact results of changed cells, by name); `largest_difference` of numbers; `changes`, by entry of the
-        receipt, what was and what is. `superseded` results are of labels that the file no longer has: they are not
-        compared, and not verified.
+        JSON-able dict: `verified` (whether all results are the same, from the same cells and checkpoint), and
+        `results`, a list of dicts:
+
+        - `key` and `verb`;
+        - `cells` (number of compared cells), `changed_cells` and `missing_cells` (names; the latter are not in the
+          input), and `was` and `now` (labels or texts of the changed cells);
+        - `largest_difference` of numbers;
+        - `changes`: entry of the receipt -> old and new value;
+        - `verified`; `superseded` for a result of labels that the file no longer has, which is not compared.
     """
     from scmmgpt.readers.cell_files import read_file
 
@@ -134,7 +144,7 @@ def verify_file(path: str | Path, pipeline: ScMMGPTPipeline, open_input: Callabl
 
 @contextlib.contextmanager
 def _without_labels(adata: Any, key: str | None) -> Iterator[None]:
-    """Without the columns of labels of a key, which a result that came before these labels did not see."""
+    """Hide the label columns of `key` within the context, for a result that was computed before these labels."""
     names = [] if key is None else [n for n in (f"{key}_cell_type", f"{key}_by_profile") if n in adata.obs]
     held = {name: adata.obs.pop(name) for name in names}
     try:
@@ -145,7 +155,11 @@ def _without_labels(adata: Any, key: str | None) -> Iterator[None]:
 
 
 def options_of(verb: str, receipt: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The options of a receipt; others than those of the verb are refused, since a file may come from anyone."""
+    """Read the options of a receipt; refuse options that are not of the verb, because a file is not trusted.
+
+    Raises:
+        ValueError: If the receipt has an unknown option.
+    """
     options = json.loads(receipt["options"])
     named = inspect.signature(getattr(ScMMGPTPipeline, verb)).parameters.values()
     known = {parameter.name for parameter in named if parameter.kind is not parameter.VAR_KEYWORD}
@@ -161,7 +175,7 @@ def options_of(verb: str, receipt: Mapping[str, Any], path: Path) -> dict[str, A
 def compare(stored: Any, fresh: Any, key: str, verb: str) -> dict[str, Any]:
     """Compare the results of a verb, cell by cell, matched by name; see [`verify_file`]."""
     rows = pd.Index(fresh.obs_names).get_indexer(stored.obs_names) if fresh.obs_names.is_unique else None
-    if rows is None or not stored.obs_names.is_unique:  # names say nothing: cells are matched by their place
+    if rows is None or not stored.obs_names.is_unique:  # repeated names: match cells by position
         places = np.arange(stored.n_obs)
         rows = np.where(places < fresh.obs.shape[0], places, -1)
     here = rows >= 0
@@ -191,7 +205,7 @@ def compare(stored: Any, fresh: Any, key: str, verb: str) -> dict[str, Any]:
 
 
 def numbers(stored: Any, fresh: Any, key: str, verb: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of float64 arrays `(n_obs, ...)`: numbers of a verb in the file, and computed again."""
+    """Yield pairs of float64 arrays `(n_obs, ...)`: stored and recomputed numbers of a verb."""
     column = {"annotate": f"{key}_score", "search": key}.get(verb)
     pair: tuple[Any, Any]
     if column is not None:
@@ -211,7 +225,7 @@ def numbers(stored: Any, fresh: Any, key: str, verb: str) -> Iterator[tuple[np.n
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Entries of two receipts that differ, packages one by one: name -> what was and what is."""
+    """Differences of two receipts, with one entry for each package: name -> old and new value."""
     before, after = ({**r, **r.get("versions", {})} for r in (was, now))
     names = [*MEANING, *ENVIRONMENT, *after.get("versions", {})]
     pairs = {name: [str(before.get(name, "none")), str(after.get(name, "none"))] for name in names}
@@ -219,7 +233,7 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, lis
 
 
 def render(report: Mapping[str, Any]) -> list[str]:
-    """The report in sentences."""
+    """Format the report as lines of text."""
     lines = []
     for result in report["results"]:
         if result.get("superseded"):

@@ -1,4 +1,4 @@
-"""Import this in the process that workers are copies of: what each would load for its first cells is then shared."""
+"""Preload libraries in the process that workers are forked from, so that all workers share their memory."""
 
 import contextlib
 
@@ -8,7 +8,7 @@ from scmmgpt.commands.garbage import starting
 def load() -> None:
     """Import the libraries of a worker, and load the compiled loops."""
     import numpy as np
-    import pyarrow.parquet  # noqa: F401  imported when the first partition is written
+    import pyarrow.parquet  # noqa: F401  a worker needs it to write its first partition
     import scipy.sparse as sp
 
     import scmmgpt.commands.partitions
@@ -16,13 +16,13 @@ def load() -> None:
     from scmmgpt.cells_scmmgpt import Cells
     from scmmgpt.kernels_scmmgpt import WARM_UP_CELLS, kernels_pay
 
-    with contextlib.suppress(ImportError):  # the command says what is missing
+    with contextlib.suppress(ImportError):  # the command itself reports a missing library
         import distributed  # noqa: F401
 
     kernels_pay(WARM_UP_CELLS)
     Cells.from_csr(sp.csr_matrix(np.ones((1, 1), np.float32)), np.zeros(1, np.int32), sums_columns=False)
 
 
-# A later search among these objects would write to their memory, which is shared until then.
+# Garbage collection among these objects would write to their memory, and so end the sharing.
 with starting():
     load()

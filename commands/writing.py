@@ -1,8 +1,8 @@
-"""Rehearse the writing of an AnnData: what `.h5ad` cannot hold is found, and mended, before a model runs.
+"""Make an AnnData writable before a model runs: find and change the parts that `.h5ad` cannot store.
 
-Files of other tools, tables and Python sessions hold annotations that `.h5ad` has no place for: columns that mix
-numbers and text, nullable strings, intervals, dates, names that are reserved. Writing would fail after all cells are
-computed. `make_writable` writes each part to memory first, a row of each matrix, and changes what fails.
+Annotations of other tools, tables and Python sessions can have types that `.h5ad` does not support: columns that mix
+numbers and text, nullable strings, intervals, dates, reserved names. Writing would then fail after all cells are
+computed. `make_writable` first writes each part (of a matrix, one row) to memory, and changes the parts that fail.
 """
 
 import datetime
@@ -10,13 +10,16 @@ import logging
 import numbers
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import anndata
 import h5py
 import numpy as np
 import pandas as pd
+
+from scmmgpt.records_scmmgpt import in_few_lines
 
 
 logger = logging.getLogger(__name__)
@@ -27,10 +30,10 @@ SHOWN = 5  # most names that a warning lists
 
 
 def make_writable(adata: anndata.AnnData) -> list[str]:
-    """Change the parts of an AnnData that `.h5ad` cannot hold, in place, and return what was changed, as sentences.
+    """Change the parts of an AnnData that `.h5ad` cannot store, in place; return and log one sentence per change.
 
-    Matrices keep their values. Columns that fail become text; missing values stay missing. Other parts that fail are
-    left out. All changes are logged as warnings.
+    Matrices keep their values. Columns that fail become text, with missing values kept. Other parts that fail are
+    removed.
     """
     changes: list[str] = []
     adata.obs = writable_frame(adata.obs, "obs", changes)
@@ -38,7 +41,7 @@ def make_writable(adata: anndata.AnnData) -> list[str]:
     if adata.raw is not None:
         var = writable_frame(adata.raw.var, "raw.var", changes)
         if var is not adata.raw.var:
-            adata.raw = anndata.AnnData(adata.raw.X, obs=adata.obs[[]], var=var)
+            adata.raw = anndata.AnnData(adata.raw.X, obs=adata.obs[[]], var=var, varm=dict(adata.raw.varm))
     for part in ("layers", "obsm", "varm", "obsp", "varp"):
         elements = getattr(adata, part)
         for name in list(elements):
@@ -49,37 +52,45 @@ def make_writable(adata: anndata.AnnData) -> list[str]:
                 del elements[name]
                 changes.append(f"{part}[{name!r}] is left out: .h5ad cannot hold it ({type(value).__name__}).")
     adata.uns = writable_mapping(adata.uns, "uns", changes)
-    for change in changes:
+    for change in in_few_lines(changes):
         logger.warning(change)
     return changes
 
 
 def size_in_memory(adata: anndata.AnnData) -> int:
-    """Bytes of the matrices and tables of an AnnData, which is about what an uncompressed `.h5ad` takes."""
+    """Bytes of the matrices and tables of an AnnData, about the size of an uncompressed `.h5ad` file."""
     matrices = [adata.X, *(adata.layers[name] for name in adata.layers), *(adata.obsm[name] for name in adata.obsm)]
     if adata.raw is not None:
         matrices.append(adata.raw.X)
     total = OVERHEAD + sum(int(table.memory_usage(deep=True).sum()) for table in (adata.obs, adata.var))
     for matrix in matrices:
         arrays = [getattr(matrix, name, None) for name in ("data", "indices", "indptr")]
-        found = [array.nbytes for array in arrays if isinstance(array, np.ndarray)]
-        total += sum(found) if found else getattr(matrix, "nbytes", 0)
+        sizes = [array.nbytes for array in arrays if isinstance(array, np.ndarray)]
+        total += sum(sizes) if sizes else getattr(matrix, "nbytes", 0)
     return int(total)
+
+
+@contextmanager
+def nullable_strings() -> Iterator[None]:
+    """Let anndata write strings of which some are missing in the form that their file has: it refuses by default."""
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        yield
 
 
 def fits(value: Any) -> bool:
     """Whether `.h5ad` can hold a value; the value is written to a file in memory to find out."""
-    with h5py.File("rehearsal", "w", driver="core", backing_store=False) as file, warnings.catch_warnings():
+    in_memory = h5py.File("rehearsal", "w", driver="core", backing_store=False)
+    with in_memory as file, warnings.catch_warnings(), nullable_strings():
         warnings.simplefilter("ignore")
         try:
             anndata.io.write_elem(file, "value", value)
-        except Exception:  # whatever anndata and h5py raise for a type without a writer
+        except Exception:  # anndata and h5py raise many types for a value without a writer
             return False
     return True
 
 
 def writable_frame(frame: pd.DataFrame, name: str, changes: list[str]) -> pd.DataFrame:
-    """The frame itself, or a copy with columns, names and index that `.h5ad` can hold."""
+    """Return the frame itself, or a copy with columns, names and index that `.h5ad` can store."""
     columns = writable_names(frame.columns, name, changes)
     index = frame.index
     if index.dtype != object or pd.api.types.infer_dtype(index, skipna=False) not in ("string", "empty"):
@@ -104,7 +115,7 @@ def writable_frame(frame: pd.DataFrame, name: str, changes: list[str]) -> pd.Dat
 
 
 def writable_column(column: pd.Series) -> tuple[pd.Series, bool]:
-    """A column that `.h5ad` can hold, and whether its values are the same as before; missing values stay missing."""
+    """Convert a column for `.h5ad`; return it and whether its values are unchanged. Missing values stay missing."""
     if isinstance(column.dtype, pd.SparseDtype):
         return pd.Series(np.asarray(column), index=column.index), True
     if column.dtype == object:
@@ -118,7 +129,7 @@ def writable_column(column: pd.Series) -> tuple[pd.Series, bool]:
 
 
 def writable_names(names: Iterable[Any], where: str, changes: list[str]) -> list[str]:
-    """Names of columns, or keys of `uns`, as strings that are not reserved, without `/`, each once."""
+    """Turn names of columns or keys of `uns` into unique strings that are not reserved and contain no `/`."""
     done: list[str] = []
     names = list(names)
     for name in names:
@@ -134,7 +145,7 @@ def writable_names(names: Iterable[Any], where: str, changes: list[str]) -> list
 
 
 def text_of(value: Any) -> str:
-    """A value as text: bytes are decoded, and a whole number has no decimals.
+    """Convert a value to text: bytes are decoded, and whole numbers have no decimals.
 
     >>> text_of(b"B cell"), text_of(2.0), text_of(np.float32(0.5))
     ('B cell', '2', '0.5')
@@ -146,7 +157,7 @@ def text_of(value: Any) -> str:
 
 
 def writable_mapping(mapping: Mapping[Any, Any], where: str, changes: list[str]) -> dict[str, Any]:
-    """A copy of `uns`, or of a mapping in it, in types that `.h5ad` can hold; small values that fail become text."""
+    """Copy `uns`, or a mapping in it, in types that `.h5ad` can store; small values that fail become text."""
     done: dict[str, Any] = {}
     for (key, value), name in zip(mapping.items(), writable_names(mapping, where, changes), strict=True):
         place = f"{where}[{key!r}]"
@@ -169,12 +180,12 @@ def writable_mapping(mapping: Mapping[Any, Any], where: str, changes: list[str])
 
 
 def _array(value: Any) -> Any:
-    """A list, tuple or set as an array."""
+    """Convert a list, tuple or set to an array; None for other values."""
     return np.array(list(value)) if isinstance(value, list | tuple | set | frozenset) else None
 
 
 def _texts(value: Any) -> Any:
-    """Several values, of any types, as an array of texts."""
+    """Convert a collection of any types to an array of texts; None for other values."""
     is_many = isinstance(value, list | tuple | set | frozenset | np.ndarray | pd.Index | pd.Series)
     if not is_many or np.ndim(value) > 1:
         return None
@@ -182,7 +193,7 @@ def _texts(value: Any) -> Any:
 
 
 def _text(value: Any) -> Any:
-    """A number, a date or a path as text."""
+    """Convert a number, a date or a path to text; None for other values."""
     return text_of(value) if isinstance(value, SCALARS) else None
 
 

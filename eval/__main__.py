@@ -12,7 +12,7 @@ from scmmgpt.commands.files import check_folder, check_paths, exists
 from scmmgpt.commands.progress import log_if_slow
 
 
-# Modules of scmmgpt.eval, and those with a folder as output; others write a JSON file.
+# Modules of scmmgpt.eval. Modules of `WITH_FOLDERS` write a folder, other modules a JSON file.
 COMMANDS = tuple(
     "ablation abstention all annotation audit clustering condition crossdata description evidence finetuning "
     "generation learning_curve proof report zeroshot".split()

@@ -1,20 +1,20 @@
-"""What the parts of a checkpoint bring: its linear parts alone (wide), its network alone (deep), and both.
+"""Ablate a checkpoint: its linear parts alone (wide), its network alone (deep), and both.
 
 ```
 python -m scmmgpt.eval ablation --model CHECKPOINT [CHECKPOINT ...] --corpus corpus --output ablation.json
 ```
 
-Wide are the readout of labels, its token in the language model, and the states of cells with their flow; deep are the
-cell model, the Q-Former, its tokens in the language model and the expression head. A part is switched off in one
-trained checkpoint, so that what is left may miss what it was trained with. The rows, on the test split:
+Wide parts are the label readout, its token in the language model, and the cell states with their flow. Deep parts are
+the cell model, the Q-Former, its tokens in the language model, and the expression head. A part is switched off in a
+trained checkpoint without retraining, so the remaining parts may rely on the missing part. Rows, on the test split:
 
 * `annotation`: accuracy, after `calibrate` on the validation split for each choice of parts;
-* `search`: AUROC of the cells of a type for its text, mean over types; where the readout places no cells among texts,
-  both parts are added in standard deviations;
-* `descriptions`: share that name the true type;
-* `generation`: E-distance and two-sample AUC; nothing mixes states and expression head.
+* `search`: AUROC of the cells of a type for its text, mean over types; if the readout has no places of labels, the
+  standardised scores of both parts are added;
+* `descriptions`: share of the descriptions that name the true type;
+* `generation`: E-distance and two-sample AUC, for cell states and for the expression head, which are never mixed.
 
-Several checkpoints, of several seeds, give mean and spread.
+With checkpoints of several seeds, the table has means and standard deviations.
 """
 
 import json
@@ -51,7 +51,7 @@ BESIDE = ("mean profile + Poisson", "real training cells")
 
 @contextmanager
 def switched_off(module: torch.nn.Module, name: str) -> Iterator[None]:
-    """Without one of the modules of a module, which then is None."""
+    """Set a submodule to None within the context."""
     part = module._modules[name]
     module._modules[name] = None
     try:
@@ -62,7 +62,7 @@ def switched_off(module: torch.nn.Module, name: str) -> Iterator[None]:
 
 @contextmanager
 def without_places(bridge: ScMMGPTBridgeModel) -> Iterator[None]:
-    """Without the places of labels among texts, which the readout adds to the queries where a checkpoint has them."""
+    """Within the context, ignore the places of labels, which the readout otherwise adds to the embeddings of cells."""
     stored = bridge.config.label_readout
     bridge.config.label_readout = {name: value for name, value in (stored or {}).items() if name != "feature_width"}
     try:
@@ -73,7 +73,7 @@ def without_places(bridge: ScMMGPTBridgeModel) -> Iterator[None]:
 
 @contextmanager
 def silent(layer: torch.nn.Module) -> Iterator[None]:
-    """With a layer whose outputs are 0."""
+    """Replace the outputs of a layer by 0 within the context."""
     handle = layer.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
     try:
         yield
@@ -82,7 +82,7 @@ def silent(layer: torch.nn.Module) -> Iterator[None]:
 
 
 def labelled_test_cells(corpus: Corpus, label_key: str) -> tuple[AnnData, np.ndarray]:
-    """The labelled cells of the test split, and their labels."""
+    """Read the labelled cells of the test split, and their labels `(n_cells,)`."""
     adata = corpus.to_adata("test")
     labels = column_of(adata.obs, label_key)
     known = labels != None  # noqa: E711 (elementwise)
@@ -90,7 +90,7 @@ def labelled_test_cells(corpus: Corpus, label_key: str) -> tuple[AnnData, np.nda
 
 
 def annotate(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str, parts: str) -> float:
-    """Accuracy on the test split."""
+    """Accuracy on the test split; `parts` is one of `PARTS`."""
     bridge, (adata, truth) = pipeline._bridge(), labelled_test_cells(corpus, label_key)
     with ExitStack() as stack:
         if parts == "deep":
@@ -105,7 +105,7 @@ def annotate(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str, parts: s
 
 
 def search(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str) -> dict[str, float]:
-    """AUROC of the cells of a type for its text, mean over types, by parts."""
+    """AUROC of the cells of a type for its text, mean over types: part -> value."""
     (adata, truth), config = labelled_test_cells(corpus, label_key), pipeline.model.config
     if "labels" not in (config.annotation or {}):
         raise ValueError("The checkpoint stores no labels; run `scmmgpt calibrate` on the validation split before.")
@@ -145,7 +145,7 @@ def describe(pipeline: ScMMGPTPipeline, corpus: Corpus, train: LabelledCells, la
 def generate(
     pipeline: ScMMGPTPipeline, train: LabelledCells, test: LabelledCells, n_cells: int, parts: str, seed: int
 ) -> dict[str, dict[str, float]]:
-    """Measures of generated cells, and of the baselines: measure -> system -> value."""
+    """Evaluate generated cells, and the baselines: measure -> system -> value."""
     prompts = pipeline.label_prompts()
     with ExitStack() as stack:
         if parts == "deep":
@@ -158,10 +158,10 @@ def generate(
 
 
 def evaluate(checkpoint: str, corpus: Corpus, label_key: str, n_cells: int, seed: int) -> dict[str, dict[str, float]]:
-    """The measures of one checkpoint: row -> part or baseline -> value."""
+    """Evaluate one checkpoint: row -> part or baseline -> value."""
     pipeline = ScMMGPTPipeline.from_pretrained(checkpoint)
     if getattr(pipeline._bridge(), "label_readout", None) is None:
-        raise ValueError(f"{checkpoint} has no label readout; `align` and `tune` give it one.")
+        raise ValueError(f"{checkpoint} has no label readout. Name a checkpoint of `align` or `tune` that has one.")
     train, test = read_splits(corpus, label_key=label_key)
     regression = baselines.regression_on_shared_genes(train, test, seed=seed)
     accuracy = float((regression.labels == test.labels).mean())
@@ -183,7 +183,7 @@ def evaluate(checkpoint: str, corpus: Corpus, label_key: str, n_cells: int, seed
 
 
 def summarise(runs: Sequence[dict[str, dict[str, float]]]) -> str:
-    """A Markdown table: mean and, of several checkpoints, standard deviation."""
+    """Format a Markdown table: mean and, for several checkpoints, standard deviation."""
     columns = list(dict.fromkeys(name for run in runs for row in run.values() for name in row))
     rows = []
     for row in runs[0]:

@@ -1,17 +1,17 @@
-"""Evaluate abstention: labels of cells of known types, and abstention for cells of new types.
+"""Evaluate abstention: accuracy on cells of known types, and `Unknown` labels for cells of new types.
 
 ```
 python -m scmmgpt.eval abstention --model CHECKPOINT --known held_out.h5ad --new other_tissue.h5ad --output out.json
 python -m scmmgpt.eval abstention --data ../shared/data --output out.json
 ```
 
-Known cells: accuracy (a cell without a label is wrong), share without a label, accuracy of the others, and expected
-calibration error of the score. New cells: share without a label, and the area under the ROC curve of `novelty` and of
-`1 - score`, the baseline, for separating new cells from known ones. Of a checkpoint with held-out cells, the share of
-known cells whose set of labels has the true one, and the mean size of a set, by error rate.
+* Known cells: accuracy (`Unknown` is wrong), share of `Unknown`, accuracy of the other cells, and expected calibration
+  error of the score.
+* New cells: share of `Unknown`, and AUROC of `novelty`, and of the baseline `1 - score`, for new against known cells.
+* If the checkpoint stores thresholds of label sets: coverage and mean size of the label sets, by error rate.
 
-With `--data` nothing is loaded: `eval.left_out` leaves datasets and labels out of the annotation of `train release`,
-and `eval.candidates` types out of the candidates.
+With `--data`, no checkpoint is loaded. `eval.left_out` leaves datasets or labels out of the training of `train
+release`; `eval.candidates` leaves types out of the candidates.
 """
 
 import json
@@ -34,7 +34,7 @@ from scmmgpt.train.labels import column_of
 
 
 ERROR_RATES = (0.01, 0.05, 0.1, 0.2)
-# What may be left out of `--data`, and the options that do not apply to it.
+# Unit to leave out of `--data` -> options that do not apply.
 UNUSED: dict[str, tuple[str, ...]] = {
     "datasets": (),
     "labels": ("genes", "together"),
@@ -43,18 +43,18 @@ UNUSED: dict[str, tuple[str, ...]] = {
 
 
 def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_key: str) -> dict[str, Any]:
-    """Annotate both AnnData and compare.
+    """Annotate known and new cells, and compare.
 
     Args:
-        pipeline: A checkpoint of `finetune` or `calibrate`, which stores what novelty needs.
-        known: Held-out cells of known types, with their types in `obs[label_key]`; cells without one are left out.
+        pipeline: A checkpoint of `finetune` or `calibrate`, which stores the statistics of novelty.
+        known: Held-out cells of known types; cells without a type in `obs[label_key]` are left out.
         new: Cells of other types.
 
     Returns:
-        JSON-able dict: `known` and `new`, see the module, with `n_cells`.
+        JSON-able dict: `known` and `new`, each with `n_cells` and the measures of the module's docstring.
 
     Raises:
-        ValueError: If `known` has no such column, or the checkpoint cannot judge novelty in these files.
+        ValueError: If `known` has no such column, or the checkpoint has no novelty score for a file.
     """
     truth = column_of(known.obs, label_key)  # cleaned, as `finetune` reads them
     labelled = truth != None  # noqa: E711 (elementwise)
@@ -65,8 +65,8 @@ def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_k
     for name, obs in (("known", of_known), ("new", of_new)):
         if "scmmgpt_novelty" not in obs or obs["scmmgpt_novelty"].isna().any():
             raise ValueError(
-                f"Novelty of the {name} cells cannot be judged: the checkpoint stores nothing for it (run `finetune` "
-                "or `calibrate`), or the file measures too few of its genes."
+                f"The {name} cells have no novelty score: the checkpoint stores no statistics for it (run `finetune` "
+                "or `calibrate`), or the file measures too few genes of the checkpoint."
             )
     predicted = np.asarray(of_known["scmmgpt_cell_type"], dtype=str)
     answered, right = predicted != UNKNOWN, predicted == truth
@@ -91,16 +91,16 @@ def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_k
 
 
 def coverage_of_sets(pipeline: ScMMGPTPipeline, known: Any, truth: np.ndarray) -> dict[str, dict[str, float]]:
-    """Error rate -> `coverage` and `mean_size` of the sets of labels; empty if the checkpoint has none."""
+    """Error rate -> `coverage` and `mean_size` of the label sets; empty if the checkpoint has no thresholds."""
     if not (pipeline.model.config.annotation or {}).get("label_sets"):
         return {}
-    found = {}
+    by_rate = {}
     for error_rate in ERROR_RATES:
         sets = [text.split(" | ") for text in pipeline.annotate(known, error_rate=error_rate).obs["scmmgpt_label_set"]]
         covered = [label in labels for label, labels in zip(truth, sets, strict=True)]
         sizes = [len(labels) for labels in sets]
-        found[str(error_rate)] = {"coverage": float(np.mean(covered)), "mean_size": float(np.mean(sizes))}
-    return found
+        by_rate[str(error_rate)] = {"coverage": float(np.mean(covered)), "mean_size": float(np.mean(sizes))}
+    return by_rate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,11 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--known", help="file of held-out cells of known types")
     parser.add_argument("--new", help="file of cells of other types")
     parser.add_argument("--label-key", default="cell_type", help="obs column of the known types (%(default)s)")
-    parser.add_argument("--data", help="in place of a model: folder of the files of `train release`")
+    parser.add_argument("--data", help="folder of the files of `train release`, instead of --model")
     parser.add_argument("--leave-out", choices=UNUSED, default="datasets", help="unit, with --data (%(default)s)")
-    parser.add_argument("--genes", type=int, help="number of the most variable genes that a dataset keeps")
-    parser.add_argument("--alone", action="store_true", help="judge each cell without the others of its dataset")
-    parser.add_argument("--together", nargs="+", default=(), help="datasets to leave out together, such as a tissue's")
+    parser.add_argument("--genes", type=int, help="annotate with this number of the most variable genes of a dataset")
+    parser.add_argument("--alone", action="store_true", help="annotate each cell alone, without its dataset")
+    parser.add_argument(
+        "--together", nargs="+", default=(), help="datasets to leave out together, for example all of a tissue"
+    )
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args(argv)
     for option in UNUSED[args.leave_out]:

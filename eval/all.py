@@ -1,20 +1,20 @@
-"""Ours and the methods of others, trained on one corpus from the same parts, in one table for each task.
+"""Compare our method with published methods trained on one corpus from the same parts, in one table for each task.
 
 ```
 python -m scmmgpt.eval all --corpus results/demo/corpus --gene-texts gene_summary_human.csv.gz --output DIR
 ```
 
-DIR gets what is trained, `results.json` and `report.md`; what is complete there is not done again. With `--seeds 3`
-these are in `DIR/seed-0` and so on, and DIR gets the means over seeds with their spread.
+The outputs in DIR are the trained models, `results.json` and `report.md`; finished parts are reused. With `--seeds 3`
+these outputs are in `DIR/seed-0` and so on, and DIR has the means over seeds with their spread.
 
 * ours: `align`, `tune` and `calibrate` with the two configurations, then `annotate`, `describe` and `generate`;
-* the methods of `eval/methods.py`, which train for as many processor seconds as ours; `--time-factor` gives
-  *Cell2Sentence-style* more, whose sentences are long;
-* logistic regression, ridge, CellTypist, mean profiles with Poisson or negative binomial counts.
+* the methods of `eval/methods.py`, with the same CPU time for training as ours; `--time-factor` gives
+  *Cell2Sentence-style* more time, because its sentences are long;
+* logistic regression, ridge regression, CellTypist, and mean profiles with Poisson or negative binomial counts.
 
-All learn from the training split, and are compared on the test split. `report.md` starts with the margins that the
-published method claims over the best of others, here against *Cell2Sentence-style*: the discrepancy of descriptions,
-the accuracy of annotation, and the 5-NN accuracy of generated cells.
+All systems learn from the training split, and are compared on the test split. `report.md` begins with the margins that
+the published method claims over the best other method, here against *Cell2Sentence-style*: discrepancy of
+descriptions, accuracy of annotation, and 5-NN accuracy of generated cells.
 """
 
 import argparse
@@ -69,12 +69,12 @@ SENTENCES, CONTRAST, GENES = "Cell2Sentence-style", "LangCell-style", "GenePT-st
 AUTOENCODER = "scVI-style"
 MAX_NEW_TOKENS = 48  # of a description
 TASKS = ("annotation", "description", "generation", "retrieval", "clustering")
-BATCH_KEYS = ("dataset_id", "donor_id")  # the first with several values tells batches apart
+BATCH_KEYS = ("dataset_id", "donor_id")  # the first of these columns with several values is the batch
 
 
 @dataclass(frozen=True)
 class Study:
-    """The cells that all methods share, and where trained methods are kept."""
+    """The cells that all methods share, and the folder of the trained methods."""
 
     corpus: Corpus
     train: LabelledCells
@@ -83,22 +83,22 @@ class Study:
     args: argparse.Namespace
 
     def adata(self, split: str) -> AnnData:
-        """The cells of a split, as our commands read them."""
+        """Read the cells of a split as an AnnData."""
         return self.corpus.to_adata(split)
 
     @functools.cached_property
     def by_genes(self) -> tuple[np.ndarray, np.ndarray]:
-        """GenePT's embeddings of training and test cells; embedding the texts of thousands of genes takes minutes."""
+        """GenePT's embeddings of training and test cells, cached, because embedding the gene texts takes minutes."""
         train, test = methods.embed_by_genes([self.train, self.test], self.args.gene_texts)
         return train, test
 
     def words(self, config: str, folder: Path) -> list[str]:
-        """Words of a training command."""
+        """Words of the command line of a training command."""
         words = ["--config", config, "--corpus", str(self.corpus.path), "--output_dir", str(folder.absolute())]
         return [*words, "--seed", str(self.args.seed), "--report_to", "none", "--disable_tqdm", "true"]
 
     def once(self, name: str, train: Callable[[Path], None]) -> tuple[Path, float]:
-        """The folder of a method, trained if it is not, and the processor seconds that its training took."""
+        """Train a method unless its folder is complete; return the folder and the CPU seconds of the training."""
         folder, note = self.output / name, self.output / name / "seconds.json"
         if not note.is_file():
             start = time.process_time()
@@ -108,7 +108,7 @@ class Study:
 
 
 def calibrate(study: Study, checkpoint: Path) -> ScMMGPTPipeline:
-    """`scmmgpt calibrate` on the validation split, or the training split where there is none."""
+    """Run `scmmgpt calibrate` on the validation split, or on the training split if there is none."""
     from scmmgpt.commands.calibration import calibrate_checkpoint
 
     pipeline = ScMMGPTPipeline.from_pretrained(str(checkpoint.absolute()))
@@ -119,13 +119,13 @@ def calibrate(study: Study, checkpoint: Path) -> ScMMGPTPipeline:
 
 
 def run_align(study: Study, folder: Path, *more: str, **options: Any) -> None:
-    """Stage 1."""
+    """Run stage 1 with further words of the command line, and options of [`align.main`]."""
     words = [*study.words(study.args.align_config, folder), *more]
     align.main(*align.make_parser().parse_args_and_config(words), **options)
 
 
 def train_ours(study: Study) -> tuple[ScMMGPTPipeline, float, int]:
-    """Our checkpoint, the seconds of both stages, and the steps of stage 1 that would take as long."""
+    """Train our checkpoint; return it, the CPU seconds of both stages, and the stage-1 steps of the same time."""
     aligned, first = study.once("aligned", lambda folder: run_align(study, folder))
 
     def second_stage(folder: Path) -> None:
@@ -138,7 +138,7 @@ def train_ours(study: Study) -> tuple[ScMMGPTPipeline, float, int]:
 
 
 def by_name(study: Study, adata: AnnData, column: str) -> np.ndarray:
-    """A column of the annotated test split, in the order of the test cells."""
+    """Values of an obs column of the annotated test split, in the order of the test cells; None for missing cells."""
     rows, kept = match_names(adata.obs_names, study.test, "the test split")
     values = np.full(len(study.test), None, dtype=object)
     values[rows] = adata.obs[column].to_numpy()[kept]
@@ -147,17 +147,17 @@ def by_name(study: Study, adata: AnnData, column: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Trained:
-    """Ours and the methods that were trained beside it."""
+    """Our model and the compared methods, trained."""
 
-    pipeline: ScMMGPTPipeline
+    pipeline: ScMMGPTPipeline  # ours
     contrast: ScMMGPTPipeline  # LangCell-style
     sentences: methods.CellSentenceModel  # Cell2Sentence-style
-    templates: str  # of the descriptions that both language models learned
-    seconds: dict[str, float]  # processor time of training
+    templates: str  # caption templates of the descriptions that both language models learned
+    seconds: dict[str, float]  # CPU time of training by system
 
 
 def train_all(study: Study) -> Trained:
-    """Train what is not trained."""
+    """Train all methods, or load the methods that are already trained."""
     pipeline, seconds, steps = train_ours(study)
     words = [*study.words(study.args.tune_config, study.output / "cell2sentence"), "--aligned", "none"]
     data_args, model_args, training_args = tune.make_parser().parse_args_and_config(words)
@@ -182,14 +182,14 @@ def train_all(study: Study) -> Trained:
 
 
 def annotate(study: Study, pipeline: ScMMGPTPipeline) -> TypePrediction:
-    """The labels and scores of `scmmgpt annotate` for the test cells."""
+    """Annotate the test cells by `scmmgpt annotate`: labels and scores."""
     adata = pipeline.annotate(study.adata("test"))
     labels, scores = (by_name(study, adata, f"scmmgpt_{name}") for name in ("cell_type", "score"))
     return TypePrediction(labels.astype(str), scores.astype(float))
 
 
 def evaluate_texts(study: Study, trained: Trained) -> dict[str, dict]:
-    """Annotation and description: the type that a sentence model names is its annotation."""
+    """Evaluate annotation and description. The annotation of Cell2Sentence-style is the type that its text names."""
     train, test, seed = study.train, study.test, study.args.seed
     regression = baselines.regression_on_shared_genes(train, test, seed=seed)
     told = trained.sentences.describe(test, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
@@ -218,13 +218,13 @@ def evaluate_texts(study: Study, trained: Trained) -> dict[str, dict]:
 
 
 def standardize(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both, centred and scaled as the columns of `train` are: a penalty depends on the scale."""
+    """Standardise the columns of both by the training mean and deviation, because the penalty depends on the scale."""
     mean, spread = train.mean(axis=0), np.maximum(train.std(axis=0), 1e-12)
     return (train - mean) / spread, (test - mean) / spread
 
 
 def linear_annotation(study: Study) -> dict[str, TypePrediction]:
-    """GenePT's embedding with a linear head, ridge, and CellTypist."""
+    """Annotate the test cells by GenePT's embedding with a linear head, by ridge regression, and by CellTypist."""
     train, test, seed = study.train, study.test, study.args.seed
     x, y = standardize(*study.by_genes)
     predictions = {GENES: baselines.logistic_regression(x, train.labels, y, seed=seed)}
@@ -237,7 +237,10 @@ def linear_annotation(study: Study) -> dict[str, TypePrediction]:
 
 
 def evaluate_generation(study: Study, trained: Trained) -> dict:
-    """Generated cells of each type, and training cells read through sentences, which lose what no sentence holds."""
+    """Evaluate generated cells of each type.
+
+    The reference "real training cells as sentences" shows the loss from the conversion to sentences and back.
+    """
     train, seed, n = study.train, study.args.seed, study.args.cells_per_label
     prompts = trained.pipeline.label_prompts()
     ours = trained.pipeline.generate(prompts, n, seed=seed)
@@ -247,7 +250,7 @@ def evaluate_generation(study: Study, trained: Trained) -> dict:
     sentences = trained.sentences.sentences
     real = sentences.write(train, seed=seed)
     texts = np.repeat(list(prompts.values()), n).tolist()
-    longest = 1 + max(len(trained.sentences.tokenizer(text)["input_ids"]) for text in real)  # and the end
+    longest = 1 + max(len(trained.sentences.tokenizer(text)["input_ids"]) for text in real)  # one for the end token
     written = trained.sentences.generate(texts, max_new_tokens=longest, seed=seed)
     known = labels[np.isin(labels, train.labels)]
     noisy = baselines.negative_binomial_cells(known, train, seed=seed)
@@ -260,7 +263,7 @@ def evaluate_generation(study: Study, trained: Trained) -> dict:
         ),
     }
     if importlib.util.find_spec("scvi") is None:
-        logger.warning("The row of scVI is left out: scvi-tools, of the extra `integration`, is not installed.")
+        logger.warning("The row of scVI is left out, because scvi-tools (extra `integration`) is not installed.")
     else:
         limit = trained.seconds[results.MODEL_NAME]
         folder, seconds = study.once("scvi", lambda path: methods.train_scvi(train, path, seconds=limit, seed=seed))
@@ -271,7 +274,7 @@ def evaluate_generation(study: Study, trained: Trained) -> dict:
 
 
 def evaluate_spaces(study: Study, trained: Trained) -> dict[str, dict]:
-    """Retrieval among captions of the test cells, and clusters of the test cells, in the spaces of the methods."""
+    """Evaluate retrieval among captions of the test cells, and clusters of the test cells, for all embeddings."""
     train, test, seed = study.train, study.test, study.args.seed
     sampler = CaptionSampler(seed=seed)
     captions = sampler.caption(test.obs, cell_ids=hash_names(test.names))
@@ -301,10 +304,10 @@ def evaluate_spaces(study: Study, trained: Trained) -> dict[str, dict]:
 
 
 def place(study: Study, pipeline: ScMMGPTPipeline, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine similarities `(n_cells, n_texts)` and embeddings of the test cells in the space shared with texts.
+    """Compute similarities of test cells and texts `(n_cells, n_texts)`, and embeddings of the test cells.
 
-    The similarities are those of `scmmgpt search`, but for denials: a caption whose definition denies a marker would
-    have a score on another scale than the other captions of the same cell.
+    The similarities are those of `scmmgpt search` without denials: a caption whose definition denies a marker would
+    otherwise have a score on another scale than the other captions of the same cell.
     """
     adata = study.adata("test")
     choice = pipeline.processor.choose_input(adata)
@@ -319,7 +322,7 @@ def place(study: Study, pipeline: ScMMGPTPipeline, texts: list[str]) -> tuple[np
 
 
 def report(document: Mapping[str, Any]) -> str:
-    """All tables in Markdown."""
+    """Format all tables as Markdown."""
     corpus = document["corpus"]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in document["seconds"].items())
     parts = [
@@ -341,7 +344,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--align-config", default=str(CONFIGS / "align_tiny.yaml"), help="YAML of stage 1 (%(default)s)"
     )
     parser.add_argument("--tune-config", default=str(CONFIGS / "tune_tiny.yaml"), help="YAML of stage 2 (%(default)s)")
-    parser.add_argument("--gene-texts", help="table of gene summaries for GenePT-style; by default the genes' names")
+    parser.add_argument("--gene-texts", help="table of gene summaries for GenePT-style; default: names of the genes")
     parser.add_argument(
         "--cells-per-label", type=number(int, 2), default=100, help="cells to generate of each type (%(default)s)"
     )
@@ -352,13 +355,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--time-factor",
         type=number(float, 0, above=True),
         default=1.0,
-        help="processor time of Cell2Sentence-style training, as a multiple of ours (%(default)s)",
+        help="CPU time of Cell2Sentence-style training, as a multiple of ours (%(default)s)",
     )
     return parser
 
 
 def compare_methods(args: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """All tasks with one seed; also written to `output`, and read from there if they are."""
+    """Run all tasks with one seed, and write the results to `output`; existing results are read instead."""
     corpus = open_corpus(args.corpus)
     output.mkdir(parents=True, exist_ok=True)
     study = Study(corpus, *read_splits(corpus, label_key=args.label_key), output, args)
@@ -384,15 +387,15 @@ def compare_methods(args: argparse.Namespace, output: Path) -> dict[str, Any]:
 
 
 def average_seeds(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The document of several seeds: means of all tables, and the margins that they reach."""
+    """Average the documents of several seeds: means of all tables, and the margins that the means reach."""
     tasks = {task: results.average([document[task] for document in documents]) for task in TASKS}
     seconds = [document["seconds"] for document in documents]
     about: dict[str, Any] = {"seed": ", ".join(str(document["seed"]) for document in documents)}
     about["seconds"] = {name: np.mean([of[name] for of in seconds]) for name in seconds[0]}
     claims = find_claims(tasks, SENTENCES)
     for row in claims:
-        found = [next(own for own in document["claims"] if own["claim"] == row["claim"]) for document in documents]
-        row["by_seed"] = [own["reached"] for own in found]
+        of_seeds = [next(own for own in document["claims"] if own["claim"] == row["claim"]) for document in documents]
+        row["by_seed"] = [own["reached"] for own in of_seeds]
     return {**documents[0], **about, **tasks, "claims": claims}
 
 

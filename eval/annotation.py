@@ -1,4 +1,4 @@
-"""Evaluate cell type annotation against held-out labels, beside baselines on the same split.
+"""Evaluate cell type annotation against held-out labels, with baselines on the same split.
 
 python -m scmmgpt.eval annotation --corpus corpus --annotated annotated.h5ad --output annotation.json
 """
@@ -21,7 +21,7 @@ UNKNOWN = "unknown"  # stands for a missing prediction
 MEASURES = {
     "accuracy": results.Measure("accuracy", True, "Share of cells with the right type."),
     "macro_f1": results.Measure(
-        "macro F1", True, "Unweighted mean F1 of the true types: rare types count as much as others."
+        "macro F1", True, "Unweighted mean F1 of the true types: rare types have the same weight as frequent types."
     ),
     "weighted_f1": results.Measure(
         "weighted F1", True, "Mean F1 of the true types, weighted by their numbers of cells."
@@ -30,8 +30,8 @@ MEASURES = {
     "hierarchical_f1": results.Measure(
         "hierarchical F1",
         True,
-        "F1 of the terms of the Cell Ontology above the named and the true type, these included, over all cells: a "
-        "near relative is half right. A label without a term counts as one term.",
+        "F1, over all cells, between two sets of Cell Ontology terms: the predicted type with its ancestors, and the "
+        "true type with its ancestors. A related type is partly right. A label without a term is a set of one.",
     ),
     "ece": results.Measure(
         "calibration error",
@@ -53,7 +53,7 @@ def evaluate_annotation(
     n_resamples: int = results.N_RESAMPLES,
     seed: int = 0,
 ) -> dict:
-    """Score predicted types beside the baselines.
+    """Score predicted types and the baselines.
 
     Args:
         predictions: Predicted type of each test cell; a missing value counts as wrong.
@@ -61,8 +61,8 @@ def evaluate_annotation(
         train: The training cells of the model, for the baselines.
         test: The test cells, in the order of `predictions`.
         confidences: Confidence in [0, 1] of each prediction, or `None`.
-        regression: Prediction of logistic regression for the test cells; fitted where `None`.
-        others: Predictions of further methods for the test cells.
+        regression: Prediction of logistic regression for the test cells; fitted if None.
+        others: System -> prediction for the test cells, for further methods.
         n_resamples: Bootstrap replicates of the intervals.
         seed: Seed of the bootstrap, the shuffled control and the choice of C.
 
@@ -112,7 +112,7 @@ def _estimates(
 ) -> dict[str, results.Estimate]:
     scores = annotation_scores(predictions, truth, confidences)
     labels = np.unique(truth)
-    # One product gives the confusion counts of all replicates: the draws of each cell, summed by entry of the matrix.
+    # One matrix product sums the draws of cells by entry of the confusion matrix, for all replicates.
     columns = np.where(np.isin(predictions, labels), np.searchsorted(labels, predictions), len(labels))
     code = np.searchsorted(labels, truth) * (len(labels) + 1) + columns
     where = np.zeros((len(truth), len(labels) * (len(labels) + 1)))
@@ -128,12 +128,17 @@ def _estimates(
 def hierarchical_f1(
     predictions: np.ndarray, truth: np.ndarray, term_ids: Mapping[str, str | None], draws: np.ndarray
 ) -> results.Estimate:
-    """F1 of the labels' Cell Ontology terms and all terms above; `draws` `(n_draws, n_cells)` weight the cells."""
+    """F1 between the Cell Ontology terms, with ancestors, of predicted and true labels.
+
+    Args:
+        term_ids: Label -> Cell Ontology id; labels without an id are matched by name.
+        draws: Counts of the cells in bootstrap draws, `(n_draws, n_cells)`.
+    """
     from scmmgpt.train.data import ontology
 
     def lineage(label: str) -> set[str]:
         term = term_ids.get(label)
-        if not term or not ontology.ancestors(term):  # such as the id "unknown"
+        if not term or not ontology.ancestors(term):  # obs may hold an id such as "unknown"
             term = ontology.match_label("cell_type", label)[0]
         if label.lower() == UNKNOWN:
             return set()
@@ -201,7 +206,14 @@ def _calibration(confidences: np.ndarray, correct: np.ndarray) -> list[dict]:
 def read_annotated(
     path: str, test: LabelledCells, prediction_key: str, score_key: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Rows of `test` with a barcode of an annotated `.h5ad`, their predictions, and their confidences if stored."""
+    """Read the predictions for test cells from an annotated `.h5ad` file.
+
+    Returns:
+        Rows of `test`, the predicted labels, and the confidences or None.
+
+    Raises:
+        ValueError: If the file lacks the column of predictions.
+    """
     import anndata
 
     obs = anndata.read_h5ad(path, backed="r").obs
@@ -217,7 +229,7 @@ def read_annotated(
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add the arguments of the annotated file, which the report shares."""
+    """Add the arguments of this task, which the report also takes."""
     parser.add_argument("--annotated", required=required, help="annotated .h5ad of the held-out cells")
     parser.add_argument(
         "--prediction-key", default="scmmgpt_cell_type", help="obs column of predictions (%(default)s)"
@@ -228,7 +240,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 def evaluate_file(
     args: argparse.Namespace, train: LabelledCells, test: LabelledCells, regression: TypePrediction | None = None
 ) -> dict:
-    """Evaluate the annotated file; `regression` holds predictions for all test cells, fitted where `None`."""
+    """Evaluate the annotated file.
+
+    Args:
+        regression: Predictions of logistic regression for all test cells; fitted if None.
+    """
     regression = regression or baselines.regression_on_shared_genes(train, test, seed=args.seed)
     rows, predictions, scores = read_annotated(args.annotated, test, args.prediction_key, args.score_key)
     test, regression = test.take(rows), regression.take(rows)

@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FOLDS = 4  # of the cross-validation that chooses C; fewer where a label has fewer cells
+FOLDS = 4  # folds of the cross-validation of C; fewer if a label has fewer cells
 PRETRAINED = "finetune from the checkpoint"
 COMPONENTS = 50  # scanpy's default number of principal components
 
 
 @dataclass(frozen=True)
 class LabelBudget:
-    """Training cells with some labels shown, and test cells to annotate."""
+    """Training cells, some of them with visible labels, and test cells to annotate."""
 
     adata: AnnData  # all training cells, with counts in `X`
     labels: np.ndarray  # labels of the training cells, `(n_obs,)`
     shown: np.ndarray  # rows whose labels a system may use
     test: AnnData
-    seed: int  # of the random draws of a system
+    seed: int  # seed of a system
 
 
 def run_finetune(
@@ -49,7 +49,9 @@ def run_finetune(
 ) -> "ScMMGPTPipeline":
     """Run `python -m scmmgpt.train finetune` in this process and return the pipeline of its checkpoint.
 
-    The folder `output` gets the cells and the checkpoint. `options` are further words of the command line.
+    Args:
+        output: Folder for the cells and the checkpoint.
+        options: Further words of the command line.
     """
     from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
     from scmmgpt.train import finetune
@@ -66,7 +68,12 @@ def run_finetune(
 def finetuned(
     budget: LabelBudget, *, label_key: str, options: Sequence[str] = (), unlabelled: bool = False
 ) -> np.ndarray:
-    """Our fine-tuning. `unlabelled`: the file also holds the training cells whose labels are not shown."""
+    """Annotate the test cells by our fine-tuning.
+
+    Args:
+        options: Further words of the command line.
+        unlabelled: Whether the file also has the training cells without visible labels.
+    """
     labels = np.full(budget.adata.n_obs, None, dtype=object)
     labels[budget.shown] = budget.labels[budget.shown]
     adata = budget.adata.copy()
@@ -89,10 +96,10 @@ def expression(adata: AnnData) -> sparse.csr_matrix:
 def cross_validated_regression(
     train: baselines.Matrix, labels: np.ndarray, test: baselines.Matrix, *, seed: int = 0
 ) -> np.ndarray:
-    """Multinomial logistic regression, C by cross-validated accuracy; the seed draws the folds."""
+    """Multinomial logistic regression; C is chosen by cross-validated accuracy, with seeded folds."""
     model = LogisticRegression(warm_start=True, max_iter=baselines.MAX_ITERATIONS, tol=1e-3)
     n_folds = min(FOLDS, np.unique(labels, return_counts=True)[1].min())
-    best = 1.0  # scikit-learn's default, where a label has a single cell
+    best = 1.0  # scikit-learn's default, if a label has a single cell
     if n_folds > 1:
         folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels)
         best, _ = baselines.choose_penalty(model, train, labels, folds)
@@ -109,7 +116,8 @@ def regression(budget: LabelBudget) -> np.ndarray:
 def component_regression(budget: LabelBudget, scores: Callable[[AnnData], np.ndarray] | None = None) -> np.ndarray:
     """Logistic regression on principal components of log1p(CP10k) of all training cells.
 
-    `scores` gives more features of cells, `(n_obs, n_features)`.
+    Args:
+        scores: Function of an AnnData that returns further features, `(n_obs, n_features)`.
     """
     from sklearn.decomposition import PCA
 
@@ -124,14 +132,14 @@ def component_regression(budget: LabelBudget, scores: Callable[[AnnData], np.nda
 
 
 def label_scores(adata: AnnData, checkpoint: str) -> np.ndarray:
-    """Log probabilities of the labels that a checkpoint knows, `(n_obs, n_labels)`."""
+    """Log probabilities of the labels of a checkpoint, `(n_obs, n_labels)`."""
     annotated = load_pipeline(checkpoint).annotate(adata.copy(), min_score=0)
     return np.log(np.asarray(annotated.obsm["scmmgpt_probabilities"], dtype=np.float64) + 1e-4)
 
 
 @functools.lru_cache(maxsize=1)
 def load_pipeline(checkpoint: str) -> "ScMMGPTPipeline":
-    """A checkpoint, loaded once."""
+    """Load a checkpoint, cached."""
     from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
     return ScMMGPTPipeline.from_pretrained(checkpoint)
@@ -158,7 +166,7 @@ class _OneVersusRest:
 
 
 def celltypist_scores(budget: LabelBudget) -> pd.DataFrame:
-    """Scores of the labels by CellTypist with its default training, cells by labels; its own label is the highest."""
+    """Scores of the labels by CellTypist with its default training, cells x labels; the highest score is its label."""
     import celltypist as package
 
     def normalised(adata: AnnData) -> AnnData:
@@ -180,12 +188,12 @@ def celltypist_scores(budget: LabelBudget) -> pd.DataFrame:
 
 
 def celltypist(budget: LabelBudget) -> np.ndarray:
-    """The label of each cell by [`celltypist_scores`]."""
+    """Label with the highest [`celltypist_scores`] for each cell."""
     return celltypist_scores(budget).idxmax(axis=1).to_numpy().astype(str)
 
 
 def centroid(budget: LabelBudget) -> np.ndarray:
-    """The label whose mean log1p(CP10k) is nearest."""
+    """Label with the nearest mean log1p(CP10k) for each cell."""
     train = expression(budget.adata[budget.shown])
     with warnings.catch_warnings():
         # With one cell of each label, scikit-learn divides by 0 in a standard deviation that is not used here.
@@ -204,11 +212,11 @@ class System:
 
     predict: Callable[[LabelBudget], np.ndarray]  # -> predicted labels of the test cells
     random: bool = False  # whether predictions on the same cells depend on the seed
-    semi_supervised: bool = False  # learns from unlabelled cells, and does not run where all labels are shown
+    semi_supervised: bool = False  # whether it learns from unlabelled cells; skipped if all labels are visible
 
 
 def make_systems(label_key: str, options: Sequence[str], checkpoint: str | None = None) -> dict[str, System]:
-    """All systems by name, in the order of the table; with a checkpoint also those that start from it."""
+    """List all systems by name, in the order of the table; a checkpoint adds the systems that start from it."""
     ours = functools.partial(finetuned, label_key=label_key, options=options)
     pretrained: dict[str, System] = {}
     if checkpoint is not None:

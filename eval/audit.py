@@ -1,29 +1,30 @@
-"""Plant wrong labels in held-out cells, and measure how many of them `audit` ranks first.
+"""Plant wrong labels in held-out cells, and measure the precision of the ranking by `audit`.
 
 ```
 python -m scmmgpt.eval audit --adata cells.h5ad --label-key cell_type --output DIR
 python -m scmmgpt.eval audit --adata cells.h5ad --label-key cell_type --output DIR --model .
 ```
 
-`finetune` learns from three quarters of the cells, and the other quarter is judged. With `--model`, all cells are
-judged by that checkpoint as it is. Of the judged cells a share of the labels is replaced, by any other label, or by
-the label that the model finds most probable beside the true one ("near"). A label that shares a type of the checkpoint
-with the true one does not replace it ("T cell" is not wrong for a CD4 T cell). Precision at k is the share of replaced
-labels among the k cells that are ranked first, where k is their number. Labels of the file that are wrong from the
-start count against every system.
+`finetune` learns from three quarters of the cells, and the other quarter is audited. With `--model`, all cells are
+audited by the given checkpoint, without fine-tuning. A share of the labels of the audited cells is replaced: by any
+other label ("any"), or by the label that the model finds most probable after the true label ("near"). The replacement
+never shares a type of the checkpoint with the true label ("T cell" is not wrong for a CD4 T cell). With k replaced
+labels, precision at k is the share of replaced labels among the k cells ranked first. Labels that are wrong in the
+file itself count against every system.
 
-* audit: ranks by the score of `audit`, log odds of file and model;
-* model alone: by the log odds of the checkpoint, which has learned from the training cells, or from none of the file;
-* regression of the audit alone: by the log odds of the file, which are cross-validated on the given labels;
-* markers: by the mean standardised expression of the ten marker genes of the best other label, less those of the given
-  label. The markers come from a t-test on the training cells; with `--model`, on the judged cells and the labels that
-  they were given, as there are no other cells;
-* cross-validated regression of scikit-learn: likewise on the given labels of the judged cells, with its default
-  penalty, as confident learning does;
-* random: in hashed order.
+Systems and their ranking scores:
 
-With `--model`, cells are left out whose label means no type of the checkpoint or has fewer than five cells; they are
-counted. Counts are recovered where the file has other values, and the baselines get them, too.
+* audit: score of `audit`, which combines log odds of file and model;
+* model alone: log odds of the checkpoint, which saw the training cells, or with `--model` no cell of the file;
+* regression of the audit alone: log odds of the file, cross-validated on the given labels;
+* markers: mean standardised expression of the ten marker genes of the best other label, minus that of the given label.
+  The markers come from a t-test on the training cells; with `--model`, on the audited cells with the given labels;
+* cross-validated regression of scikit-learn: log odds from a regression with default penalty, cross-validated on the
+  given labels of the audited cells, as in confident learning;
+* random: hashed order.
+
+With `--model`, cells are left out, and counted, if their label means no type of the checkpoint or has fewer than five
+cells. If the file does not hold counts, recovered counts are used for all systems.
 """
 
 import argparse
@@ -57,7 +58,7 @@ from scmmgpt.train.labels import column_of
 
 N_MARKERS = 10
 COMPONENTS = 50
-FOLDS = 5  # of the regression on the labels of the file; a label needs a cell in each
+FOLDS = 5  # folds of the regression on the labels of the file; a label needs a cell in each fold
 KINDS = ("any", "near")
 
 
@@ -68,9 +69,14 @@ def plant(
     nearest: np.ndarray | None = None,
     same: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Labels of which a share is replaced by any other label of `truth`, or by `nearest`, `(n_cells,)` each.
+    """Replace a share of the labels.
 
-    `same` is bool `(n_labels, n_labels)` over the sorted labels: those that do not replace each other.
+    Args:
+        truth: Labels, `(n_cells,)`.
+        share: Share of the labels to replace; at least one label is replaced.
+        seed: Seed of the choice of cells and labels.
+        nearest: Replacement for each cell, `(n_cells,)`; default: a random other label.
+        same: Pairs of the sorted labels that don't replace each other, bool `(n_labels, n_labels)`.
     """
     given, names = truth.copy(), np.unique(truth)
     same = np.eye(len(names), dtype=bool) if same is None else same
@@ -82,13 +88,13 @@ def plant(
 
 
 def precision_at(score: np.ndarray, is_planted: np.ndarray, k: int) -> float:
-    """Share of planted cells among the `k` with the highest scores; NaN comes last."""
+    """Share of planted labels among the `k` cells with the highest scores; NaN ranks last."""
     first = np.argsort(-np.nan_to_num(score, nan=-np.inf), kind="stable")[:k]
     return float(is_planted[first].mean())
 
 
 def marker_scores(train: AnnData, labels: np.ndarray, test: AnnData) -> tuple[np.ndarray, np.ndarray]:
-    """Mean standardised expression of the markers of each label, `(n_cells, n_labels)`, and the labels, sorted."""
+    """Mean standardised expression of the markers of each label, `(n_cells, n_labels)`, and the sorted labels."""
     known = AnnData(expression(train), var=train.var[[]])
     known.obs["label"] = labels
     known.obs["label"] = known.obs["label"].astype("category")
@@ -104,13 +110,19 @@ def marker_scores(train: AnnData, labels: np.ndarray, test: AnnData) -> tuple[np
 
 
 def best_other(values: np.ndarray, names: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """The highest value of another label less that of the given one, `(n_cells,)`; `values` `(n_cells, n_labels)`."""
+    """Highest value of another label minus the value of the given label, `(n_cells,)`.
+
+    Args:
+        values: `(n_cells, n_labels)`.
+        names: Labels of the columns.
+        given: Label of each cell.
+    """
     own = names == given[:, None]
     return np.where(own, -np.inf, values).max(axis=1) - np.where(own, values, -np.inf).max(axis=1)
 
 
 def confident_scores(test: AnnData, given: np.ndarray, seed: int) -> np.ndarray:
-    """Log odds against the given labels by a regression that is cross-validated on the same labels."""
+    """Log odds against the given labels, from a regression cross-validated on the given labels, `(n_cells,)`."""
     points = TruncatedSVD(min(COMPONENTS, test.n_vars - 1), random_state=seed).fit_transform(expression(test))
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     model = LogisticRegression(max_iter=2000)
@@ -119,7 +131,7 @@ def confident_scores(test: AnnData, given: np.ndarray, seed: int) -> np.ndarray:
 
 
 def meanings(pipeline: ScMMGPTPipeline, names: np.ndarray) -> np.ndarray:
-    """The labels of the checkpoint that each label of a file means, bool `(len(names), n_labels)`."""
+    """Labels of the checkpoint that each label of a file means, bool `(len(names), n_labels)`."""
     labels = list(pipeline.annotation_settings()["labels"])
     stored = pipeline.model.config.annotation or {}
     numbers = {name: i for i, name in enumerate(labels)}
@@ -127,17 +139,20 @@ def meanings(pipeline: ScMMGPTPipeline, names: np.ndarray) -> np.ndarray:
 
 
 def overlap(members: np.ndarray, names: np.ndarray) -> np.ndarray:
-    """Pairs of labels that mean a common type, bool `(n_names, n_names)`; `members` are the [`meanings`].
+    """Pairs of labels that share a type of the checkpoint, bool `(n_names, n_names)`.
+
+    Args:
+        members: Result of [`meanings`].
 
     Raises:
-        ValueError: If a label means some type of every other one, so that nothing can replace it.
+        ValueError: If a label shares a type with every other label, so that no label can replace it.
     """
     same: np.ndarray = (members[:, None] & members).any(axis=2) | np.eye(len(names), dtype=bool)
     if same.all(axis=1).any():
         alone = names[same.all(axis=1)].tolist()
         raise ValueError(
             f"No wrong label can be planted for {alone[0]!r}: each of the {len(names)} labels "
-            f"({', '.join(names[:5])}) means a common type with it. Name a column with types that exclude each other."
+            f"({', '.join(names[:5])}) shares a type with it. Name a column with types that exclude each other."
         )
     return same
 
@@ -156,14 +171,16 @@ def evaluate_audit(
 
     Args:
         pipeline: The model.
-        test: Cells to judge.
-        truth: Their labels, `(n_cells,)`.
-        counts: The same cells for the baselines, counts in `X`.
-        train: Cells with counts and their labels, from which the markers come; None: from `counts` and given labels.
+        test: Cells to audit.
+        truth: Labels of the cells, `(n_cells,)`.
+        counts: The same cells with counts in `X`, for the baselines.
+        train: Cells with counts, and their labels, for the markers; default: `counts` with the given labels.
+        share: Share of the labels to replace.
+        seeds: Number of draws.
 
     Returns:
-        JSON-able dict: by kind of planted label, `precision` by system (a list over seeds), and of the verdict
-        "contradicted" its `precision` and `recall`; `n_cells` and `n_planted`.
+        JSON-able dict: `n_cells`, `n_planted`, and `kinds`: kind of replacement -> `precision` by system (a list over
+        seeds), and `precision` and `recall` of the verdict "contradicted".
     """
     names = np.unique(truth)
     members = meanings(pipeline, names)
@@ -175,7 +192,7 @@ def evaluate_audit(
     n_planted = max(1, round(share * len(truth)))
     result: dict[str, Any] = {"n_cells": len(truth), "n_planted": n_planted, "kinds": {}}
     for kind in KINDS:
-        found: dict[str, list[float]] = {}
+        by_system: dict[str, list[float]] = {}
         verdicts = []
         for seed in range(seeds):
             given = plant(truth, share, seed, nearest if kind == "near" else None, same)
@@ -192,18 +209,18 @@ def evaluate_audit(
                 "random": hashes(len(truth), seed).astype(float),
             }
             for system, score in scores.items():
-                found.setdefault(system, []).append(round(precision_at(score, is_planted, n_planted), 4))
+                by_system.setdefault(system, []).append(round(precision_at(score, is_planted, n_planted), 4))
             bad = audit.verdict == CONTRADICTED
             hits = float((bad & is_planted).sum())
             verdicts.append((hits / max(bad.sum(), 1), hits / is_planted.sum()))
         precision, recall = np.mean(verdicts, axis=0)
         verdict = {"precision": round(float(precision), 4), "recall": round(float(recall), 4)}
-        result["kinds"][kind] = {"precision": found, CONTRADICTED: verdict}
+        result["kinds"][kind] = {"precision": by_system, CONTRADICTED: verdict}
     return result
 
 
 def judge_finetuned(args: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tune on a part of the cells, and judge the others."""
+    """Fine-tune on a part of the cells, and audit the other cells."""
     adata, labels = read_labelled(args.adata, args.label_key)
     train, test = split_rows(labels, test_share=args.test_share)
     with tempfile.TemporaryDirectory() as folder:
@@ -216,7 +233,7 @@ def judge_finetuned(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def judge_all(args: argparse.Namespace) -> dict[str, Any]:
-    """Judge all cells by a checkpoint as it is."""
+    """Audit all cells by a given checkpoint."""
     pipeline = ScMMGPTPipeline.from_pretrained(args.model)
     adata: Any = read_file(args.adata)
     labels = np.array([label or "" for label in column_of(adata.obs, args.label_key)], dtype=str)
@@ -239,15 +256,15 @@ def judge_all(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Mean and standard deviation over seeds of precision at k, a line a system."""
+    """Format precision at k, mean ± standard deviation over seeds, with one line for each system."""
     lines = [f"| precision at {result['n_planted']} | {' | '.join(KINDS)} |", "| --- " * (len(KINDS) + 1) + "|"]
     for system in result["kinds"]["any"]["precision"]:
         values = [result["kinds"][kind]["precision"][system] for kind in KINDS]
         lines.append(f"| {system} | " + " | ".join(f"{np.mean(v):.3f} ± {np.std(v):.3f}" for v in values) + " |")
-    told = [result["kinds"][kind][CONTRADICTED] for kind in KINDS]
+    verdicts = [result["kinds"][kind][CONTRADICTED] for kind in KINDS]
     lines.append(
         "| called contradicted: precision, recall | "
-        + " | ".join(f"{v['precision']:.3f}, {v['recall']:.3f}" for v in told)
+        + " | ".join(f"{v['precision']:.3f}, {v['recall']:.3f}" for v in verdicts)
         + " |"
     )
     return "\n".join(lines) + "\n"
@@ -260,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--share", type=number(float, 0, 0.5, above=True), default=0.05, help="share of wrong labels (%(default)s)"
     )
     parser.add_argument("--seeds", type=number(int, 1), default=5, help="draws of wrong labels (%(default)s)")
-    text = "judge all cells by this checkpoint as it is, `.` for that of the package (default: fine-tune one)"
+    text = "audit all cells by this checkpoint, `.` for the checkpoint of the package (default: fine-tune a new one)"
     parser.add_argument("--model", metavar="CHECKPOINT", help=text)
     args = parser.parse_args(argv)
     result = judge_finetuned(args) if args.model is None else judge_all(args)

@@ -1,12 +1,12 @@
-"""Baselines, which anyone could compute without the model, and the shuffled control.
+"""Baselines that need no trained model, and the shuffled control.
 
-Baselines learn from the training cells of the model and never see labels of test cells. Hyper-parameters are chosen on
-a part of the training cells.
+Baselines are fitted to the training cells of the model and never see labels of test cells. Hyper-parameters are chosen
+on a part of the training cells.
 
 * types: `majority_class`, `nearest_centroid`, `logistic_regression`;
-* texts: `training_captions`, and in `description` the caption of a label alone;
+* texts: `training_captions`, and in `description` the caption of the label alone;
 * cells: `mean_cells`, `poisson_cells`, `negative_binomial_cells`;
-* control: `shuffled` outputs of the model itself.
+* control: `shuffled` outputs of the model.
 """
 
 import logging
@@ -37,11 +37,11 @@ Matrix: TypeAlias = np.ndarray | sparse.csr_matrix  # expression or components, 
 
 @dataclass(frozen=True)
 class TypePrediction:
-    """Predicted types `(n_cells,)`, the probability of each, and the chosen hyper-parameters as a JSON-able dict."""
+    """Predicted types of cells."""
 
-    labels: np.ndarray
-    confidences: np.ndarray | None = None
-    choices: dict | None = None
+    labels: np.ndarray  # str `(n_cells,)`
+    confidences: np.ndarray | None = None  # probability of each prediction, `(n_cells,)`
+    choices: dict | None = None  # chosen hyper-parameters, JSON-able
 
     def take(self, rows: np.ndarray) -> "TypePrediction":
         """The predictions at `rows`, in that order."""
@@ -50,7 +50,7 @@ class TypePrediction:
 
 
 def majority_class(train_labels: ArrayLike, n_cells: int) -> TypePrediction:
-    """Predict the most frequent training type (of several, the first by name), with its share as confidence."""
+    """Predict the most frequent training type (in a tie, the first by name), with its share as confidence."""
     names, counts = np.unique(np.asarray(train_labels).astype(str), return_counts=True)
     share = counts.max() / counts.sum()
     return TypePrediction(np.full(n_cells, names[counts.argmax()]), np.full(n_cells, share))
@@ -68,10 +68,13 @@ def nearest_centroid(train: Matrix, train_labels: ArrayLike, test: Matrix) -> Ty
 
 
 def logistic_regression(train: Matrix, train_labels: ArrayLike, test: Matrix, *, seed: int = 0) -> TypePrediction:
-    """Multinomial logistic regression on log1p(CP10k) of all genes, the strongest simple annotator of small data.
+    """Multinomial logistic regression on log1p(CP10k), the strongest simple annotator of small data.
 
-    The seed draws a fifth of the training cells for the choice of C; the model is then fitted on all training cells.
-    `choices` holds C and the validation accuracies.
+    C is chosen on a random fifth of the training cells; the model is then fitted to all training cells. `choices` has
+    C and the validation accuracies.
+
+    Raises:
+        ValueError: If there are too few training cells to hold out a part.
     """
     labels = np.asarray(train_labels).astype(str)
     if len(np.unique(labels)) == 1:
@@ -88,7 +91,11 @@ def logistic_regression(train: Matrix, train_labels: ArrayLike, test: Matrix, *,
 
 
 def regression_on_shared_genes(train: LabelledCells, test: LabelledCells, *, seed: int = 0) -> TypePrediction:
-    """`logistic_regression` over the genes that both splits have."""
+    """Fit [`logistic_regression`] to the genes that both splits share.
+
+    Raises:
+        ValueError: If no gene is shared.
+    """
     genes = np.intersect1d(train.genes, test.genes)
     if not len(genes):
         raise ValueError(
@@ -102,9 +109,9 @@ def regression_on_shared_genes(train: LabelledCells, test: LabelledCells, *, see
 def choose_penalty(
     model: LogisticRegression, x: Matrix, labels: np.ndarray, folds: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> tuple[float, dict[float, float]]:
-    """The C with the best accuracy over folds (rows to fit on, rows to predict), and the accuracy of each C.
+    """Choose C by accuracy over folds (rows to fit, rows to predict); return C and the accuracy of each C.
 
-    Of several, the smallest C is chosen.
+    In a tie, the smallest C is chosen.
     """
     hits, n = dict.fromkeys(INVERSE_PENALTIES, 0), 0
     for fitting, held_out in folds:
@@ -116,21 +123,21 @@ def choose_penalty(
 
 
 def fit_quietly(model: Any, x: Matrix, labels: np.ndarray) -> Any:
-    """Fit without warnings: a weakly penalised model that did not converge is a candidate like any other."""
+    """Fit without convergence warnings, because a model that did not converge is still a valid candidate."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(x, labels)
 
 
 def _validation_part(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to fit on and rows to choose C on; the only cell of a type is among the rows to fit on."""
+    """Split rows, stratified, into rows to fit and a fifth to choose C on; the only cell of a type is fitted."""
     names, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     repeated = np.flatnonzero(counts[codes] > 1)
     n_types = int((counts > 1).sum())
     n_validation = max(round(0.2 * len(labels)), n_types)
     if n_types < 2 or len(repeated) - n_validation < n_types:
         raise ValueError(
-            f"{len(labels)} training cells of {len(names)} types are too few to choose a penalty on a part of them. "
+            f"{len(labels)} training cells of {len(names)} types are too few to hold out a part for the choice of C. "
             "Give more training cells."
         )
     fitting, validation = train_test_split(
@@ -140,19 +147,19 @@ def _validation_part(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndar
 
 
 def shuffled(values: ArrayLike, *, seed: int = 0) -> np.ndarray:
-    """The values in random order over cells: a control that keeps their frequencies alone."""
+    """Shuffle the values over cells: a control that keeps only their frequencies."""
     return np.random.default_rng(seed).permutation(np.asarray(values, dtype=object))
 
 
 def training_captions(
     labels: ArrayLike, train_labels: ArrayLike, train_texts: Sequence[str], *, seed: int = 0
 ) -> list[str]:
-    """For each label, the text of a random training cell with that label."""
+    """Draw, for each label, the text of a random training cell with this label."""
     return [train_texts[row] for row in sample_rows(labels, train_labels, seed=seed)]
 
 
 def sample_rows(labels: ArrayLike, train_labels: ArrayLike, *, seed: int = 0) -> np.ndarray:
-    """For each label, a random row of `train_labels` with that label, drawn with replacement, int `(len(labels),)`."""
+    """Draw, for each label, a row of `train_labels` with this label, with replacement, int64 `(len(labels),)`."""
     rng = np.random.default_rng(seed)
     wanted, available = np.asarray(labels).astype(str), np.asarray(train_labels).astype(str)
     rows = np.empty(len(wanted), dtype=np.int64)
@@ -171,7 +178,7 @@ def _rows_of(label: str, train_labels: np.ndarray) -> np.ndarray:
 
 
 def mean_cells(prompts: Sequence[str] | np.ndarray, train: LabelledCells) -> np.ndarray:
-    """For each prompted type, the mean log1p(CP10k) profile of its training cells, float32 `(n_cells, n_genes)`."""
+    """Mean log1p(CP10k) of the training cells of each prompted type, float32 `(n_cells, n_genes)`."""
     expression = train.expression
     means = {}
     for label in set(prompts):
@@ -180,16 +187,16 @@ def mean_cells(prompts: Sequence[str] | np.ndarray, train: LabelledCells) -> np.
 
 
 def poisson_cells(prompts: Sequence[str] | np.ndarray, train: LabelledCells, *, seed: int = 0) -> np.ndarray:
-    """log1p(CP10k) of Poisson counts around the mean profile of each prompted type, float32 `(n_cells, n_genes)`.
+    """Draw Poisson counts around the mean profile of each prompted type; log1p(CP10k), float32 `(n_cells, n_genes)`.
 
-    The library size is that of a random training cell of the type.
+    Library sizes come from random training cells of the type.
     """
     totals, mean = _expected_counts(prompts, train, seed)
     return log1p_cp10k(np.random.default_rng(seed).poisson(mean), totals)
 
 
 def negative_binomial_cells(prompts: Sequence[str] | np.ndarray, train: LabelledCells, *, seed: int = 0) -> np.ndarray:
-    """As `poisson_cells`, with one dispersion a gene for all types, by the moments of the training cells."""
+    """As `poisson_cells`, with negative binomial counts; each gene has one dispersion, by the method of moments."""
     rng = np.random.default_rng(seed)
     totals, mean = _expected_counts(prompts, train, seed)
     excess, squares = np.zeros(len(train.genes)), np.zeros(len(train.genes))
@@ -206,7 +213,10 @@ def negative_binomial_cells(prompts: Sequence[str] | np.ndarray, train: Labelled
 def _expected_counts(
     prompts: Sequence[str] | np.ndarray, train: LabelledCells, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Library sizes of random training cells of the types `(n_cells,)`, and mean counts `(n_cells, n_genes)`."""
+    """Draw library sizes of training cells of the types, `(n_cells,)`; compute mean counts, `(n_cells, n_genes)`.
+
+    The mean counts are the mean shares of the type times the library size.
+    """
     totals = train.total_counts[sample_rows(prompts, train.labels, seed=seed)]
     shares = {}
     for label in set(prompts):

@@ -1,21 +1,23 @@
-"""Cells whose type is no candidate of `annotate --labels`, where another type of their class is one.
+"""Evaluate `annotate --labels` on cells whose type is not a candidate, but whose class has another candidate type.
 
 ```
 python -m scmmgpt.eval abstention --data ../shared/data --leave-out candidates --output candidates.json
 ```
 
-A user asks for "B cell" and "CD4-positive, alpha-beta T cell", and the file has CD8 T cells, which the checkpoint
-knows. Each dataset is left out in turn, as in `eval.crossdata`. Of each class with several types one type is a
-candidate, beside all types of the other classes. The cells of the class's other types are right if they get the class.
+Example: the candidates are "B cell" and "CD4-positive, alpha-beta T cell", and the file has CD8 T cells, a label of
+the checkpoint. Each dataset is left out in turn, as in `eval.crossdata`. A case has one candidate type of a class with
+several types, and all types of the other classes as candidates. Cells of the other types of the class are right if
+they get the class.
 
-* `readout`: the readout of the checkpoint, with its regression of the candidates alone for cells of no candidate;
-* `readout, without the regression of the candidates`: the same probabilities, as they are;
+* `readout`: the readout of the checkpoint; cells without a fitting candidate are scored by a regression that is
+  restricted to the candidates;
+* `readout, without the regression of the candidates`: the plain probabilities of the readout;
 * `logistic regression of the candidates`: balanced, fitted to the cells of the candidates, on log1p(CP10k) of 4,000
   genes that the dataset measures;
 * `nearest centroid of the candidates`: on the same genes.
 
-`cells_of_no_candidate` is the share of these cells that get their class, over cells and in the mean of cases;
-`cells_of_candidates` that of the cells of the other classes.
+`cells_of_no_candidate` is the accuracy of the class for cells without a candidate, averaged over cells and over cases.
+`cells_of_candidates` is the accuracy of the class for cells of the other classes.
 """
 
 import logging
@@ -50,19 +52,19 @@ SYSTEMS = READOUT, WITHOUT, REGRESSION, CENTROIDS
 
 @dataclass(frozen=True)
 class CandidateCase:
-    """Candidates of one class fewer."""
+    """A choice of candidates in which one class has a single candidate type."""
 
-    kept: tuple[str, str]  # class and type: the candidate of the class
+    kept: tuple[str, str]  # the class, and its only candidate type
     places: np.ndarray  # int64: positions of the candidates in the types of the readout
     rows: np.ndarray  # int64: cells of the other types of the class
     others: np.ndarray  # int64: cells of the other classes
 
 
 def cases_of(case: LeftOutSet, types: Sequence[tuple[str, str]]) -> Iterator[CandidateCase]:
-    """Each type of a class with several types as the class's only candidate.
+    """Yield, for each class with several types, the cases in which one of the types is the only candidate.
 
     Args:
-        case: The dataset that is left out.
+        case: The left-out dataset.
         types: (class, type) of each label of the readout.
     """
     classes, truth = np.array([label for label, _ in types]), case.test.labels
@@ -82,24 +84,31 @@ def named_by_readout(
     types: Sequence[tuple[str, str]],
     one: CandidateCase,
 ) -> dict[str, np.ndarray]:
-    """The class that each cell of the dataset gets by the readout, with and without the candidates' regression."""
+    """Predict the class of each cell by the readout, with and without the regression of the candidates."""
     names = sorted({types[place][0] for place in one.places})
     owners = np.full(len(types), -1)
     owners[one.places] = [names.index(types[place][0]) for place in one.places]
     texts = [kind or label for label, kind in types]
     candidates = Candidates(names, texts, owners, np.zeros(len(types), bool), {})
-    found = {}
+    predicted = {}
     for system, judge in ((READOUT, readout.among(panel, one.places.tolist())), (WITHOUT, panel)):
         scores, parts = judge(case.test.cells), candidates.doubt_parts()
         pooled = candidates.pool(label_probabilities(scores, logit_scale=1.0, doubt=DOUBT, parts=parts))
-        found[system] = np.array(names)[pooled.argmax(axis=1)]
-    return found
+        predicted[system] = np.array(names)[pooled.argmax(axis=1)]
+    return predicted
 
 
 def named_by_baselines(
     train: sparse.csr_matrix, pairs: np.ndarray, test: sparse.csr_matrix, model: Any, kept: tuple[str, str]
 ) -> dict[str, np.ndarray]:
-    """The same by systems that learn the cells of the candidates alone; `pairs` are class and type, `(n_train, 2)`."""
+    """Predict the class of each cell by systems that are fitted to the cells of the candidates only.
+
+    Args:
+        train, test: log1p(CP10k), `(n_cells, n_genes)`.
+        pairs: Class and type of each training cell, `(n_train, 2)`.
+        model: Unfitted regression.
+        kept: The class with one candidate, and its candidate type.
+    """
     rows = (pairs[:, 0] != kept[0]) | (pairs[:, 1] == kept[1])
     labels = pairs[rows, 0]
     centroids = baselines.nearest_centroid(train[rows], ["\t".join(pair) for pair in pairs[rows]], test).labels
@@ -111,8 +120,11 @@ def leave_candidates_out(folder: str | Path) -> dict[str, Any]:
     """See the top of this file; `folder` is as for `eval.crossdata`.
 
     Returns:
-        JSON-able dict: `n_cases`, `n_cells` of no candidate, `systems` (means), `by_set` (means of the cases of a
-        dataset) and `cases`.
+        JSON-able dict: `n_cases`, `n_cells` (without a candidate), `cells_of_no_candidate` and `cells_of_candidates`
+        (means by system), `by_set` (means over the cases of a dataset) and `cases`.
+
+    Raises:
+        ValueError: If there is no case.
     """
     sets, n_genes = crossdata.read_sets(folder, "coarse", MAX_CELLS)
     found = []
@@ -135,7 +147,7 @@ def leave_candidates_out(folder: str | Path) -> dict[str, Any]:
 
 
 def row_of(case: LeftOutSet, one: CandidateCase, named: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Of each system the share of the cells of no candidate, and of the others, that get their class."""
+    """Accuracy of each system on the cells without a candidate, and on the cells of the other classes."""
     truth = case.test.labels
     row: dict[str, Any] = {"dataset": case.test.name, "class": one.kept[0], "candidate": one.kept[1]}
     row |= {"n_cells": len(one.rows), "n_others": len(one.others)}
@@ -147,7 +159,7 @@ def row_of(case: LeftOutSet, one: CandidateCase, named: dict[str, np.ndarray]) -
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over cells and over cases, of all datasets and of each."""
+    """Average over cells and over cases, for all datasets together and for each dataset."""
     if not rows:
         raise ValueError("No dataset has a class of which two types are in the other datasets.")
 

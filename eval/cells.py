@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_CELLS = 50_000  # of a split; baselines do not gain from more, and evaluation stays in memory
+MAX_CELLS = 50_000  # most cells of a split; more cells do not improve the baselines, and need more memory
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LabelledCells:
     """Cells of one split."""
 
     counts: sparse.csr_matrix  # raw counts, float32 `(n_cells, n_genes)`
-    total_counts: np.ndarray  # library size over all genes of the source, `(n_cells,)`
+    total_counts: np.ndarray  # library size over all genes of the source, float64 `(n_cells,)`
     genes: np.ndarray  # gene symbols, `(n_genes,)`
     labels: np.ndarray  # cell types, `(n_cells,)`
     names: np.ndarray  # barcodes, `(n_cells,)`
@@ -50,7 +50,7 @@ class LabelledCells:
         return replace(self, **taken, obs={name: values[rows] for name, values in self.obs.items()})
 
     def select_genes(self, genes: np.ndarray) -> "LabelledCells":
-        """The same cells over these genes, in that order; genes without counts become zeros, library sizes stay."""
+        """Select genes, in this order. Genes that the cells lack become zeros; library sizes do not change."""
         columns, counts = pd.Index(self.genes).get_indexer(genes), self.counts
         if (columns < 0).any():  # -1 stands for the column of zeros, which is the last one
             zeros = sparse.csr_matrix((len(self), 1), dtype=np.float32)
@@ -59,7 +59,7 @@ class LabelledCells:
 
 
 def read_splits(corpus: "Corpus | str | Path", *, label_key: str = "cell_type") -> tuple[LabelledCells, LabelledCells]:
-    """The training cells and the held-out test cells of a corpus, which is open or a path."""
+    """Read the training cells and the held-out test cells of a corpus (open, or a path)."""
     if isinstance(corpus, str | Path):
         from scmmgpt.train.data.corpus import open_corpus
 
@@ -68,9 +68,12 @@ def read_splits(corpus: "Corpus | str | Path", *, label_key: str = "cell_type") 
 
 
 def read_split(corpus: "Corpus", split: str, *, label_key: str) -> LabelledCells:
-    """Read the labelled cells of a split, at most `MAX_CELLS` at random, over the genes that occur in the split.
+    """Read the labelled cells of a split, at most `MAX_CELLS` at random, over the genes with a count in the split.
 
     Cells without a type in the obs column `label_key` are left out with a warning.
+
+    Raises:
+        ValueError: If the corpus has no such column, or no cell has a type.
     """
     n_cells = corpus.n_cells(split)
     chosen = np.arange(n_cells)
@@ -107,7 +110,11 @@ def read_split(corpus: "Corpus", split: str, *, label_key: str) -> LabelledCells
 
 
 def read_labelled(path: str | Path, label_key: str) -> tuple["AnnData", np.ndarray]:
-    """The labelled cells of a corpus or a file of counts (`ValueError` for anything else), and their labels."""
+    """Read the labelled cells of a corpus or of a file, and their labels, str `(n_obs,)`.
+
+    Raises:
+        ValueError: If `X` does not hold counts.
+    """
     from scmmgpt.readers.cell_files import read_file
     from scmmgpt.train.labels import column_of
 
@@ -133,7 +140,10 @@ def match_names(names: ArrayLike, test: LabelledCells, source: str) -> tuple[np.
     """Find the cells of the file `source` in the test split, by barcode.
 
     Returns:
-        Rows of `test`, and the rows of the file that match them, both int arrays of one length.
+        Rows of `test`, and the matching rows of the file, int arrays of equal length.
+
+    Raises:
+        ValueError: If barcodes repeat, or none matches.
     """
     index, barcodes = pd.Index(test.names), np.asarray(names).astype(str)
     if not index.is_unique:
@@ -160,7 +170,7 @@ def match_names(names: ArrayLike, test: LabelledCells, source: str) -> tuple[np.
 
 
 def ontology_ids(cells: LabelledCells) -> dict[str, str | None]:
-    """Cell type -> its Cell Ontology id."""
+    """Cell type -> Cell Ontology id, or None; empty without the obs column of ids."""
     ids = cells.obs.get("cell_type_ontology_term_id")
     if ids is None:
         return {}

@@ -1,13 +1,12 @@
-"""Clusters and batches in embeddings of cells: AvgBIO and AvgBATCH as scGPT reports them.
+"""Score clusters and batches in embeddings of cells: AvgBIO and AvgBATCH as reported by scGPT.
 
 python -m scmmgpt.eval clustering --cells FILE --label-key KEY --batch-key KEY --output FILE.json
 
 AvgBIO is the mean of NMI and ARI of Leiden clusters against the types, at the resolution with the highest NMI, and of
 the silhouette width of types. AvgBATCH is the mean of the graph connectivity of types and the silhouette width of
-batches within types. Definitions are those of scIB (Luecken et al. 2022), silhouettes scaled to 0..1. With
-The share of nearest cells with the same type is what a search for cells like a cell finds. With
-`scib-metrics`, what it recommends today stands beside them; with `harmonypy`, Harmony is a baseline (both are in the
-extra `integration`).
+batches within types. Definitions are those of scIB (Luecken et al. 2022), with silhouettes scaled to 0..1. The share
+of nearest cells with the same type is the precision of a search for similar cells. If `scib-metrics` is installed, its
+recommended metrics are added; if `harmonypy` is installed, Harmony is a baseline (extra `integration`).
 """
 
 import argparse
@@ -33,11 +32,11 @@ from scmmgpt.eval.cells import read_labelled
 
 logger = logging.getLogger(__name__)
 
-RESOLUTIONS = np.arange(1, 11) / 5  # of Leiden: 0.2 to 2
+RESOLUTIONS = np.arange(1, 11) / 5  # of Leiden clustering: 0.2 to 2
 N_NEIGHBORS = 15
-N_NEAREST = 10  # hits of a search, by default
+N_NEAREST = 10  # default number of hits of a search
 N_COMPONENTS = 50
-N_VARIABLE = 2000  # genes, as scanpy's tutorials take
+N_VARIABLE = 2000  # variable genes, as in scanpy's tutorials
 LISI_NEIGHBORS = 90  # three times the perplexity, as in the paper of LISI
 MEASURES = {
     "avg_bio": results.Measure("AvgBIO", True, "Mean of NMI, ARI and the silhouette width of types."),
@@ -47,25 +46,34 @@ MEASURES = {
     "nearest": results.Measure("nearest cells", True, "Share of the ten nearest cells with a cell's type."),
     "avg_batch": results.Measure("AvgBATCH", True, "Mean of graph connectivity and silhouette width of batches."),
     "connectivity": results.Measure(
-        "graph connectivity", True, "Share of a type in its largest connected part of the graph, mean over types."
+        "graph connectivity", True, "Share of a type in its largest connected component of the graph, mean over types."
     ),
     "asw_batch": results.Measure(
         "ASW of batches", True, "1 minus the absolute silhouette width of batches within a type, mean over types."
     ),
     "bras": results.Measure(
-        "BRAS", True, "Silhouette of batches within types against the nearest batch; scib-metrics, in its place."
+        "BRAS", True, "Batch removal adapted silhouette, which replaces the ASW of batches; scib-metrics."
     ),
-    "ilisi": results.Measure("iLISI", True, "Batches among neighbours: 0 one, 1 all alike; scib-metrics."),
-    "clisi": results.Measure("cLISI", True, "Types among neighbours: 1 one; scib-metrics."),
+    "ilisi": results.Measure("iLISI", True, "Mixing of batches among neighbours: 0 none, 1 complete; scib-metrics."),
+    "clisi": results.Measure("cLISI", True, "Purity of types among neighbours: 1 is one type; scib-metrics."),
 }
 
 
 def evaluate_clustering(
     embeddings: Mapping[str, np.ndarray], types: np.ndarray, batches: np.ndarray | None = None, *, seed: int = 0
 ) -> dict:
-    """Score embeddings `(n_cells, width)` of each system, ours first under `results.MODEL_NAME`.
+    """Score the embedding of each system.
 
-    Measures of batches need at least two batches. There are no intervals, since resampled cells have no clusters.
+    Intervals are not computed, because clusters of resampled cells have no meaning.
+
+    Args:
+        embeddings: System -> embedding `(n_cells, width)`, ours under `results.MODEL_NAME`.
+        types: Type of each cell.
+        batches: Batch of each cell; measures of batches need at least two batches.
+        seed: Seed of neighbours and clusters.
+
+    Returns:
+        JSON-able dict; see `results.tabulate`.
     """
     estimates = {
         system: {
@@ -81,7 +89,7 @@ def evaluate_clustering(
 def cluster_scores(
     points: np.ndarray, types: np.ndarray, batches: np.ndarray | None = None, *, seed: int = 0
 ) -> dict[str, float]:
-    """All measures of one embedding."""
+    """Compute all measures of one embedding `(n_cells, width)`: measure -> value."""
     import scanpy
 
     adata = AnnData(obs={"type": types.astype(str)}, obsm={"X": points.astype(np.float32)})
@@ -92,8 +100,7 @@ def cluster_scores(
             adata, resolution=resolution, flavor="igraph", n_iterations=2, directed=False, random_state=seed
         )
         clusters = adata.obs["leiden"].to_numpy()
-        found = normalized_mutual_info_score(types, clusters), adjusted_rand_score(types, clusters)
-        best = max(best, found)
+        best = max(best, (normalized_mutual_info_score(types, clusters), adjusted_rand_score(types, clusters)))
     width = float((silhouette_score(points, types) + 1) / 2)
     scores = {"avg_bio": float(np.mean([*best, width])), "nmi": best[0], "ari": best[1], "asw_type": width}
     scores["nearest"] = nearest_alike(points, types)
@@ -114,14 +121,14 @@ def cluster_scores(
 
 
 def nearest_alike(points: np.ndarray, types: np.ndarray) -> float:
-    """Share of the `N_NEAREST` nearest cells of a cell, itself left out, that have its type; mean over cells."""
+    """Share of the `N_NEAREST` nearest other cells that have the type of a cell, averaged over cells."""
     n_nearest = min(N_NEAREST, len(types) - 1)
     nearest = NearestNeighbors(n_neighbors=n_nearest).fit(points).kneighbors(return_distance=False)
     return float((types[nearest] == types[:, None]).mean())
 
 
 def scib_scores(points: np.ndarray, types: np.ndarray, batches: np.ndarray) -> dict[str, float]:
-    """What scib-metrics recommends today; nothing where it is not installed."""
+    """Metrics that scib-metrics recommends; empty if the package is not installed."""
     if importlib.util.find_spec("scib_metrics") is None:
         return {}
     import scib_metrics
@@ -137,21 +144,21 @@ def scib_scores(points: np.ndarray, types: np.ndarray, batches: np.ndarray) -> d
 
 
 def components(train: np.ndarray, test: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Principal components of test cells, fitted to training cells; log1p(CP10k) `(n_cells, n_genes)`, both."""
+    """Fit principal components to training cells and transform test cells; both log1p(CP10k) `(n_cells, n_genes)`."""
     width = min(N_COMPONENTS, *(n - 1 for n in train.shape))
     return PCA(width, random_state=seed).fit(train).transform(test)
 
 
 def variable_genes(values: np.ndarray) -> np.ndarray:
-    """The `N_VARIABLE` columns of log1p(CP10k) `(n_cells, n_genes)` that vary most, by scanpy, bool `(n_genes,)`."""
+    """Mark scanpy's `N_VARIABLE` highly variable genes of log1p(CP10k) `(n_cells, n_genes)`, bool `(n_genes,)`."""
     import scanpy
 
-    found = scanpy.pp.highly_variable_genes(AnnData(values), n_top_genes=N_VARIABLE, inplace=False)
-    return np.asarray(found["highly_variable"])
+    table = scanpy.pp.highly_variable_genes(AnnData(values), n_top_genes=N_VARIABLE, inplace=False)
+    return np.asarray(table["highly_variable"])
 
 
 def harmony(points: np.ndarray, batches: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Harmony's correction of principal components for batches."""
+    """Correct principal components `(n_cells, width)` for batches by Harmony."""
     import harmonypy
 
     table = pd.DataFrame({"batch": batches})
@@ -163,8 +170,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m scmmgpt.eval clustering", description="Score clusters and batches.")
     parser.add_argument("--cells", required=True, help="file of counts with types and batches in `obs`, or a corpus")
     parser.add_argument("--label-key", default="cell_type", help="obs column of types (%(default)s)")
-    parser.add_argument("--batch-key", help="obs column of batches; by default, batches are not scored")
-    parser.add_argument("--model", help="checkpoint whose embeddings are scored; by default the built-in one")
+    parser.add_argument("--batch-key", help="obs column of batches; default: batches are not scored")
+    parser.add_argument("--model", help="checkpoint that embeds the cells; default: the checkpoint of the package")
     parser.add_argument("--output", required=True, help="JSON file to write")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of components and clusters (%(default)s)")
     return parser

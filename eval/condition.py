@@ -1,28 +1,27 @@
-r"""Find cells in a condition by a text: conditions that training cells of other types show, or no training cell.
+r"""Evaluate the search for cells in a condition by a text, with training cells of other types or with none.
 
 ```
 python -m scmmgpt.eval condition --adata cells.h5ad --condition-key condition --condition "IFN-beta stimulated" \
     --text "stimulated with interferon" --gene-texts gene_summary_human.csv.gz --output result.json
 ```
 
-Clusters stand for cell types: of principal components, after the mean of each condition was subtracted. The measure is
-the area under the ROC curve of the text's score, for cells of the condition among all cells, with intervals of
-resampled cells:
+Clusters stand for cell types: k-means clusters of principal components, after the mean of each condition was
+subtracted. The measure is the AUROC of the text's score for cells in the condition, with bootstrap intervals over
+cells:
 
-* `auroc`: the mean over clusters, in which a cluster of 80 cells weighs as much as one of 800;
-* `auroc_by_pairs`: the share of pairs of cells of one cluster that are in the right order, so that clusters weigh by
-  what they say;
-* `auroc_pooled`: of all cells, also of pairs of different clusters.
+* `auroc`: the mean over clusters; clusters of 80 and of 800 cells have the same weight;
+* `auroc_by_pairs`: the mean over clusters, weighted by the number of pairs of cells;
+* `auroc_pooled`: over all cells, pairs of different clusters included.
 
-The systems:
+Systems:
 
-* `label, learned in other clusters` and `search, learned in other clusters`: each cluster in turn is left out;
-  `finetune` learns the conditions as labels from the other clusters; the log odds of the label by `annotate`, and
-  `search` by the text, sort the left-out cells;
+* `label, learned in other clusters` and `search, learned in other clusters`: each cluster is left out in turn, and
+  `finetune` learns the conditions as labels from the other clusters. The left-out cells are ranked by the log odds of
+  the label (`annotate`), or by the text (`search`).
 * `search by genes, condition not seen`: `finetune` learns the clusters of cells without the condition, with texts
-  about genes, and `search --by genes` sorts all cells;
-* `mean difference, other clusters`: the difference of the conditions' mean expression in the other clusters, which
-  knows no words;
+  about genes. `search --by genes` ranks all cells.
+* `mean difference, other clusters`: projection onto the difference of mean expression between the conditions in the
+  other clusters; uses no text.
 * `library size`: the number of counts.
 """
 
@@ -48,11 +47,11 @@ from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
 
 COMPONENTS = 20
-N_DRAWS = 500  # of an interval
+N_DRAWS = 500  # bootstrap draws of an interval
 
 
 def find_clusters(adata: AnnData, conditions: np.ndarray, n_clusters: int) -> np.ndarray:
-    """Clusters of the cells, int `(n_obs,)`, after the mean of each condition was subtracted."""
+    """Cluster the cells after subtracting the mean of each condition; return clusters, int `(n_obs,)`."""
     values = expression(adata).toarray()
     for condition in np.unique(conditions):
         values[conditions == condition] -= values[conditions == condition].mean(axis=0)
@@ -67,9 +66,10 @@ def learn_and_score(
     score: Callable[[ScMMGPTPipeline, AnnData], Any],
     **options: Any,
 ) -> Any:
-    """What `score` returns for `cells`, by a model that was fine-tuned on `adata` and `labels`.
+    """Fine-tune on `adata` with `labels`, and return `score(pipeline, cells)`.
 
-    `options` are fields of a new model.
+    Args:
+        options: Fields of `--new_model`.
     """
     adata = adata.copy()
     adata.obs["label"] = labels
@@ -79,13 +79,13 @@ def learn_and_score(
 
 
 def search(pipeline: ScMMGPTPipeline, cells: AnnData, text: str, by: str = "similarity") -> np.ndarray:
-    """Scores of a text, `(n_obs,)`."""
+    """Scores of the cells for a text, `(n_obs,)`."""
     pipeline.search(cells, text, by=by, key_added="score")
     return cells.obs["score"].to_numpy()
 
 
 def log_odds(pipeline: ScMMGPTPipeline, cells: AnnData, label: str) -> np.ndarray:
-    """Log odds of a label against the others, `(n_obs,)`."""
+    """Log odds of a label against all other labels, `(n_obs,)`."""
     pipeline.annotate(cells, min_score=0)
     of_label = np.asarray(cells.uns["scmmgpt"]["annotate"]["labels"]) == label
     probabilities = cells.obsm["scmmgpt_probabilities"].astype(np.float64).clip(min=1e-30)
@@ -93,7 +93,7 @@ def log_odds(pipeline: ScMMGPTPipeline, cells: AnnData, label: str) -> np.ndarra
 
 
 def area(yes: np.ndarray, no: np.ndarray, seed: int) -> Estimate:
-    """Area under the ROC curve of scores of cells with the condition `(n_yes,)` and without it `(n_no,)`."""
+    """AUROC of the scores of cells in the condition `(n_yes,)` against other cells `(n_no,)`, with replicates."""
     no = np.sort(no)
     places = [np.searchsorted(no, yes, side) for side in ("left", "right")]
     drawn_yes, drawn_no = (bootstrap_draws(len(of), n_resamples=N_DRAWS, seed=seed) for of in (yes, no[::-1]))
@@ -104,7 +104,7 @@ def area(yes: np.ndarray, no: np.ndarray, seed: int) -> Estimate:
 
 
 def areas(scores: np.ndarray, truth: np.ndarray, clusters: np.ndarray) -> dict[str, Any]:
-    """The measures of scores `(n_obs,)` (see the top of this file), with intervals of resampled cells."""
+    """Compute the measures of the module's docstring for scores `(n_obs,)`, with bootstrap intervals over cells."""
     within = {
         str(cluster): area(scores[(clusters == cluster) & truth], scores[(clusters == cluster) & ~truth], seed)
         for seed, cluster in enumerate(np.unique(clusters))
@@ -112,15 +112,15 @@ def areas(scores: np.ndarray, truth: np.ndarray, clusters: np.ndarray) -> dict[s
     }
     values = np.array([of.value for of in within.values()])
     replicates, n_pairs = np.array([of.replicates for of in within.values()]), [of.n for of in within.values()]
-    found = {"auroc_pooled": area(scores[truth], scores[~truth], 0)}
+    overall = {"auroc_pooled": area(scores[truth], scores[~truth], 0)}
     for name, weights in {"auroc": None, "auroc_by_pairs": n_pairs}.items():
         mean, drawn = (np.average(of, axis=0, weights=weights) for of in (values, replicates))
-        found[name] = Estimate(float(mean), sum(n_pairs), drawn)
+        overall[name] = Estimate(float(mean), sum(n_pairs), drawn)
     sizes = {str(cluster): int((clusters == cluster).sum()) for cluster in np.unique(clusters)}
     return {
-        **{name: of.value for name, of in found.items()},
+        **{name: of.value for name, of in overall.items()},
         "auroc_worst_cluster": float(values.min()),
-        "intervals": {name: of.interval for name, of in found.items()},
+        "intervals": {name: of.interval for name, of in overall.items()},
         "clusters": {
             name: {"cells": sizes[name], "auroc": of.value, "interval": of.interval} for name, of in within.items()
         },
@@ -130,7 +130,7 @@ def areas(scores: np.ndarray, truth: np.ndarray, clusters: np.ndarray) -> dict[s
 def evaluate(
     adata: AnnData, conditions: np.ndarray, condition: str, text: str, n_clusters: int, gene_texts: str | None
 ) -> dict[str, dict[str, Any]]:
-    """The measures of every system."""
+    """Compute the measures of every system: system -> measures; see [`areas`]."""
     truth, clusters = conditions == condition, find_clusters(adata, conditions, n_clusters)
     values = expression(adata)
     learned, searched, differences = (np.zeros(adata.n_obs) for _ in range(3))
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--condition-key", required=True, help="column of obs with the conditions")
     parser.add_argument("--condition", required=True, help="the condition that the text describes")
     parser.add_argument("--text", required=True, help="text to search for")
-    parser.add_argument("--gene-texts", help="table of what genes do, columns symbol and summary")
+    parser.add_argument("--gene-texts", help="table of gene functions, columns symbol and summary")
     parser.add_argument("--clusters", type=number(int, 2), default=6, help="number of clusters (%(default)s)")
     parser.add_argument("--output", required=True, help="JSON file to write")
     args = parser.parse_args(argv)

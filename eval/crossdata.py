@@ -1,4 +1,4 @@
-"""Cell types across datasets: each dataset is left out in turn, and annotated by systems that learn from the others.
+"""Annotate across datasets: leave out each dataset in turn, and annotate it by systems that learn from the others.
 
 ```
 python -m scmmgpt.eval crossdata --data ../shared/data --output DIR
@@ -66,7 +66,7 @@ from scmmgpt.train.references import reference_table
 logger = logging.getLogger(__name__)
 
 INVERSE_PENALTIES = (0.003, 0.03, 0.3)  # C of logistic regression
-N_FOLDS = 3  # of training datasets, by which C is chosen
+N_FOLDS = 3  # folds of training datasets for the choice of C
 N_RESAMPLES = 500
 MODEL = "pooled readout"
 WITH_PROFILES = f"{MODEL}, by types, with reference profiles"
@@ -82,27 +82,27 @@ class LabelledSet:
     measured: np.ndarray  # int64: ids of the genes that the file measures
     labels: np.ndarray  # (n_cells,) of str
     types: np.ndarray  # (n_cells,) of str: types within a label, such as terms of the Cell Ontology; "" if unknown
-    tissues: np.ndarray  # (n_cells,) of str, in words; "" if unknown
+    tissues: np.ndarray  # (n_cells,) of str: names of tissues; "" if unknown
 
     def take(self, rows: np.ndarray) -> "LabelledSet":
-        """Some of the cells."""
+        """Select cells by row."""
         kept = {name: getattr(self, name)[rows] for name in ("cells", "labels", "types", "tissues")}
         return replace(self, **kept)
 
 
 @dataclass(frozen=True)
 class LeftOutSet:
-    """Training datasets, with targets in `classes`, and the cells to annotate."""
+    """A left-out dataset to annotate, and the training datasets."""
 
     train: list[LabelledSet]
     test: LabelledSet
     classes: list[str]  # candidates, sorted; every class of `test` is among them
     n_genes: int  # size of the vocabulary
-    of_tissue: np.ndarray  # bool (n_cells, n_classes): the classes that the tissue of each cell has
-    folder: str | Path = ""  # of the data, with the reference profiles
+    of_tissue: np.ndarray  # bool (n_cells, n_classes): classes of the tissue of each cell
+    folder: str | Path = ""  # folder of the data, with the reference profiles
 
     def datasets(self) -> list[Dataset]:
-        """The training cells of the candidates' classes, by dataset."""
+        """Training cells of the candidate classes, by dataset, with targets in `classes`."""
         parts = []
         for part in self.train:
             rows = np.flatnonzero(np.isin(part.labels, self.classes))
@@ -113,12 +113,15 @@ class LeftOutSet:
 
 
 def read_sets(folder: str | Path, level: str, max_cells: int) -> tuple[list[LabelledSet], int]:
-    """The datasets of `label_classes.json`, and the size of the gene vocabulary.
+    """Read the datasets of `label_classes.json`; return them and the size of the gene vocabulary.
 
     Args:
-        folder: See the top of this file.
+        folder: See the module's docstring.
         level: `coarse` or `fine`.
-        max_cells: Cells of a label of a file, drawn at random.
+        max_cells: Most cells of a label of a file, drawn at random.
+
+    Raises:
+        FileNotFoundError: If the folder has no table of classes.
     """
     from scmmgpt.readers.cell_files import read_file
     from scmmgpt.reading_scmmgpt import choose_input
@@ -126,7 +129,7 @@ def read_sets(folder: str | Path, level: str, max_cells: int) -> tuple[list[Labe
 
     path = Path(folder, "tables", "label_classes.json")
     if not path.is_file():
-        raise FileNotFoundError(f"There is no {path}; --data needs the table of the labels' classes.")
+        raise FileNotFoundError(f"There is no {path}; the folder of --data needs this table of classes.")
     index, reviewed = reference_gene_index(), read_label_table("human")["sets"]
     sets = []
     for name, table in json.loads(path.read_text(encoding="utf-8")).items():
@@ -152,7 +155,7 @@ def read_sets(folder: str | Path, level: str, max_cells: int) -> tuple[list[Labe
 def leave_out(
     sets: Sequence[LabelledSet], name: str, candidates: str, n_genes: int, folder: str | Path = ""
 ) -> LeftOutSet:
-    """The case of one dataset; its cells of classes that no other has are left out."""
+    """Leave out one dataset; drop its cells of classes that no other dataset has."""
     train = [part for part in sets if part.name != name]
     (test,) = (part for part in sets if part.name == name)
     known = sorted({label for part in train for label in part.labels})
@@ -162,7 +165,7 @@ def leave_out(
 
 
 def tissue_candidates(sets: Sequence[LabelledSet], tissues: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """The classes of each cell's tissue, bool `(n_cells, n_classes)`; all for a tissue of which there are no cells."""
+    """Classes of each cell's tissue, bool `(n_cells, n_classes)`; all classes for a tissue without labelled cells."""
     terms = ontology.tissue_terms(pair for part in sets for pair in zip(part.tissues, part.labels, strict=True))
     rows = {}
     for name in set(tissues):
@@ -172,7 +175,7 @@ def tissue_candidates(sets: Sequence[LabelledSet], tissues: np.ndarray, classes:
 
 
 def thin(part: LabelledSet, share: float, seed: int = 0) -> LabelledSet:
-    """A random share of the cells of each label, at least one."""
+    """Draw a share of the cells of each label, at least one cell."""
     rng = np.random.default_rng(seed)
     of_labels = [rng.permutation(np.flatnonzero(part.labels == label)) for label in np.unique(part.labels)]
     rows = np.sort(np.concatenate([rows[: max(round(share * len(rows)), 1)] for rows in of_labels]))
@@ -180,12 +183,12 @@ def thin(part: LabelledSet, share: float, seed: int = 0) -> LabelledSet:
 
 
 def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Unweighted mean F1 of the classes that are in `truth`."""
+    """Unweighted mean F1 of the classes in `truth`."""
     return float(f1_score(truth, predicted, average="macro", labels=np.unique(truth), zero_division=0))
 
 
 def resampled_f1(truth: np.ndarray, predicted: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """[`macro_f1`] of each draw of cells, `(n_draws,)`; `draws` are row numbers `(n_draws, n_cells)`."""
+    """[`macro_f1`] of bootstrap draws, `(n_draws,)`; `draws` has row numbers, `(n_draws, n_cells)`."""
     labels, codes = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
     true, named = codes[: len(truth)], codes[len(truth) :]
 
@@ -206,9 +209,11 @@ def pooled(case: LeftOutSet) -> np.ndarray:
 
 
 def pooled_by_types(case: LeftOutSet, *, alone: bool = False, profiles: bool = False) -> np.ndarray:
-    """Our readout of the types within the classes, whose probabilities are summed; with `alone`, each cell by itself.
+    """Class probabilities of the pooled readout of types, `(n_cells, n_classes)`; types of a class are summed.
 
-    `profiles` are as for [`fit_by_types`].
+    Args:
+        alone: Skip the refinement by the other cells.
+        profiles: See [`fit_by_types`].
     """
     readout, types = fit_by_types(case, profiles)
     panel = readout.for_genes(case.test.measured)
@@ -219,10 +224,13 @@ def pooled_by_types(case: LeftOutSet, *, alone: bool = False, profiles: bool = F
 
 
 def fit_by_types(case: LeftOutSet, profiles: bool) -> tuple[ScMMGPTLabelReadout, list[tuple[str, str]]]:
-    """The readout of the types within the classes, and its labels: (class, type).
+    """Fit the pooled readout to the types within the classes; return it and its labels, pairs (class, type).
 
-    With `profiles`, reference profiles of the types and of other cells join the datasets, as in the released
-    checkpoint. A cell of unknown type counts for each type of its class a part.
+    A cell of unknown type is divided evenly among the types of its class.
+
+    Args:
+        profiles: Whether reference profiles of the types and of other cells join the datasets, as in the released
+            checkpoint.
     """
     kinds = sorted({pair for part in case.train for pair in zip(part.labels, part.types, strict=True)})
     kinds = [pair for pair in kinds if pair[0] in case.classes]
@@ -246,7 +254,10 @@ def fit_by_types(case: LeftOutSet, profiles: bool) -> tuple[ScMMGPTLabelReadout,
 
 
 def shared_expression(case: LeftOutSet, n_genes: int) -> tuple[sparse.csr_matrix, np.ndarray, sparse.csr_matrix]:
-    """log1p(CP10k) over variable genes of the left-out dataset: training cells, their labels, test cells."""
+    """log1p(CP10k) of the `n_genes` most variable measured genes: training cells, training labels, test cells.
+
+    The genes are among those that the left-out dataset measures; their variance is that of the training cells.
+    """
     parts = case.datasets()
     genes = case.test.measured
 
@@ -262,7 +273,7 @@ def shared_expression(case: LeftOutSet, n_genes: int) -> tuple[sparse.csr_matrix
 
 
 def logistic_regression(case: LeftOutSet, *, n_genes: int) -> np.ndarray:
-    """Balanced logistic regression."""
+    """Log probabilities of balanced logistic regression, `(n_cells, n_classes)`."""
     train, labels, test = shared_expression(case, n_genes)
     parts = case.datasets()
     groups = np.repeat(np.arange(len(parts)), [len(part.targets) for part in parts])
@@ -279,25 +290,25 @@ def logistic_regression(case: LeftOutSet, *, n_genes: int) -> np.ndarray:
 
 
 def new_regression() -> LogisticRegression:
-    """Balanced, and starting from the coefficients of its last fit, at a tolerance for choices."""
+    """Make a balanced regression that starts from the coefficients of its last fit, with a loose tolerance."""
     return LogisticRegression(class_weight="balanced", warm_start=True, tol=1e-3, max_iter=baselines.MAX_ITERATIONS)
 
 
 def known_f1(model: Any, rows: sparse.csr_matrix, truth: np.ndarray) -> float:
-    """[`macro_f1`] of the rows whose class the model knows; 1 if there are none."""
+    """[`macro_f1`] of the rows whose class is among the model's classes; 1 if there are none."""
     known = np.isin(truth, model.classes_)
     return macro_f1(truth[known], model.predict(rows[known])) if known.any() else 1.0
 
 
 def celltypist(case: LeftOutSet, *, n_genes: int) -> np.ndarray:
-    """CellTypist with its default training."""
+    """Scores of CellTypist with its default training, `(n_cells, n_classes)`."""
     train, labels, test = shared_expression(case, n_genes)
-    both = [AnnData(sparse.csr_matrix(matrix.expm1())) for matrix in (train, test)]  # it is given counts, as elsewhere
+    both = [AnnData(sparse.csr_matrix(matrix.expm1())) for matrix in (train, test)]  # `celltypist_scores` takes counts
     budget = annotators.LabelBudget(both[0], labels, np.arange(len(labels)), both[1], 0)
     return annotators.celltypist_scores(budget)[case.classes].to_numpy()
 
 
-# Each gives scores of the classes, (n_cells, n_classes).
+# System -> function that returns scores of the classes, (n_cells, n_classes).
 SYSTEMS: dict[str, Callable[[LeftOutSet], np.ndarray]] = {
     MODEL: pooled,
     f"{MODEL}, by types": pooled_by_types,
@@ -310,11 +321,19 @@ SYSTEMS: dict[str, Callable[[LeftOutSet], np.ndarray]] = {
 
 
 def summarise(records: Sequence[dict], truths: dict[str, np.ndarray], key: str = "predicted") -> list[dict]:
-    """For each system: macro-F1 by dataset, the mean, its interval, and the lead of ours over the system.
+    """Summarise each system: macro-F1 by dataset, mean, interval, and the lead of our system over it.
 
-    Ours is the row with reference profiles, as the released checkpoint has them, else the model. `lead_by_set` has the
-    lead in each dataset and its interval; resampled cells are the same for both systems. `key` of the
-    records has the predictions. Where the classes are terms, `hierarchical` is the mean F1 over terms.
+    Our system is the one with reference profiles, as in the released checkpoint, or else `MODEL`. Resampled cells are
+    the same for both systems of a lead.
+
+    Args:
+        records: Predictions by system and dataset.
+        truths: Dataset -> true classes.
+        key: Field of the predictions in a record.
+
+    Returns:
+        Rows with `system`, `mean`, `by_set`, `interval`, `lead`, `lead_interval` and `lead_by_set` (lead and interval
+        in each dataset); for classes that are Cell Ontology ids also `hierarchical` (F1 by dataset).
     """
     of_system: dict[str, dict[str, np.ndarray]] = {}
     for record in records:
@@ -348,12 +367,12 @@ def summarise(records: Sequence[dict], truths: dict[str, np.ndarray], key: str =
 
 
 def hierarchical(truth: np.ndarray, predicted: np.ndarray, ids: Mapping[str, str]) -> float:
-    """F1 over the terms of the cells' classes and all terms above them."""
+    """See [`hierarchical_f1`]."""
     return hierarchical_f1(predicted, truth, ids, np.ones((1, len(truth)))).value
 
 
 def markdown_table(rows: Sequence[dict]) -> str:
-    """Systems by datasets, macro-F1 x 100."""
+    """Format a Markdown table of systems x datasets, macro-F1 x 100."""
     names = list(rows[0]["by_set"])
     lines = [f"| | mean | lead of ours | {' | '.join(names)} |", "| --- |" + " --- |" * (len(names) + 2)]
     for row in rows:
@@ -374,7 +393,7 @@ def markdown_table(rows: Sequence[dict]) -> str:
 
 
 def eval_results(rows: Sequence[dict], notes: str) -> list[dict[str, Any]]:
-    """Mean macro-F1 of ours as entries of the Hub's `.eval_results`, of systems that have annotated all sets."""
+    """Convert the mean macro-F1 of our systems that annotated all datasets to the Hub's `.eval_results` format."""
     n_sets = max(len(row["by_set"]) for row in rows)
     entries = [
         EvalResultEntry(DATASET, "macro_f1", round(row["mean"], 4), notes=f"{row['system']}; {notes}")
@@ -390,7 +409,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, help="folder of .h5ad files with tables/label_classes.json")
     parser.add_argument("--output", required=True, help="folder for results.json and table.md")
     parser.add_argument("--level", choices=("coarse", "fine"), default="coarse", help="labels to score (%(default)s)")
-    parser.add_argument("--candidates", choices=("all", "present"), default="all", help="labels to choose from")
+    parser.add_argument("--candidates", choices=("all", "present"), default="all", help="candidate classes")
     parser.add_argument(
         "--max-cells", type=number(int, 1), default=100, help="cells of each label of a dataset (%(default)s)"
     )
@@ -407,7 +426,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def chosen_systems(names: Sequence[str] | None, folder: str | Path) -> list[str]:
-    """The named systems, by default all; that of reference profiles needs their file."""
+    """Check the named systems (default: all). The system with reference profiles needs their file."""
     path = Path(folder, reference_table()["file"])
     if names is None:
         return [system for system in SYSTEMS if system != WITH_PROFILES or path.is_file()]
@@ -417,7 +436,7 @@ def chosen_systems(names: Sequence[str] | None, folder: str | Path) -> list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Runs in `results.json` of the output folder are not repeated."""
+    """Run the command line. Runs in `results.json` of the output folder are reused."""
     args = make_parser().parse_args(argv)
     annotators.quieten()
     systems = chosen_systems(args.systems, args.data)

@@ -1,4 +1,4 @@
-"""Evaluate generated descriptions of held-out cells beside captions that need no language model.
+"""Evaluate generated descriptions of held-out cells, with captions that need no language model as baselines.
 
 python -m scmmgpt.eval description --corpus corpus --descriptions descriptions.csv --output description.json
 """
@@ -40,24 +40,25 @@ MEASURES = {
     "named_type_accuracy": results.Measure(
         "names true type",
         True,
-        "Share of descriptions whose first named cell type (or synonym of one) is the true type.",
+        "Share of descriptions whose first named cell type, by name or synonym, is the true type.",
     ),
     "type_depth": results.Measure(
         "depth of type",
         True,
-        "Mean score of the first named type: 1 for the true type, less for a type above it in the Cell Ontology, by "
-        "the steps between them, and 0 for any other.",
+        "Mean score of the first named type: 1 for the true type; less for an ancestor in the Cell Ontology, by the "
+        "number of steps; 0 for any other type.",
     ),
     "genes_expressed": results.Measure(
         "named genes expressed",
         True,
-        "Mean share of the mentions of genes in a description that its cell expresses, repeated ones not counted; 0 "
-        "where no gene is named.",
+        "Mean share of the gene mentions in a description that are true of its cell; a repeated mention counts as "
+        "false; 0 if no gene is named.",
     ),
     "grounded": results.Measure(
         "grounded",
         True,
-        "Share of descriptions that name a gene, none twice, and whose cells express all named genes.",
+        "Share of descriptions in which every gene mention is true of the cell, no gene is repeated, and at least one "
+        "gene is named.",
     ),
     "cosine": results.Measure(
         "cosine", True, "Mean cosine of description and reference, as all-MiniLM-L6-v2 sentence embeddings."
@@ -96,21 +97,21 @@ def evaluate_descriptions(
     n_resamples: int = results.N_RESAMPLES,
     seed: int = 0,
 ) -> dict:
-    """Score descriptions beside captions that are looked up instead of generated.
+    """Score descriptions, and as baselines captions that are looked up instead of generated.
 
     Args:
         descriptions: Generated text of each cell.
         references: Reference text of each cell.
         cell_types: True type of each cell.
         train_labels: Types of the training cells.
-        label_text: Cell type -> its label-only caption.
-        parse: Text and candidate types -> the type that the text names, `None` where the text names none.
+        label_text: Cell type -> caption of the label alone.
+        parse: Text and candidate types -> the type that the text names, or None.
         baseline_labels: Predictions of logistic regression; adds baselines with captions of the predicted types.
-        train_texts: Text of each training cell; adds baselines that copy one of them.
-        others: Texts of the cells by further methods.
-        checks: Metric of `MEASURES` -> its value for a text and the position of the text's cell.
+        train_texts: Text of each training cell; adds baselines that copy a training text.
+        others: System -> text of each cell, for further methods.
+        checks: Metric of `MEASURES` -> function of a text and the position of its cell.
         embed: Sentence embedder, texts -> array `(n, d)`.
-        names: Barcodes, for the samples.
+        names: Barcode of each cell, for the samples.
         n_resamples: Bootstrap replicates of the intervals.
         seed: Seed of the bootstrap, the control and the drawn captions.
 
@@ -152,9 +153,9 @@ def evaluate_descriptions(
 
 
 def _sample_rows(n: int, seed: int) -> np.ndarray:
-    """Rows of the pairs to score: all, or `MAX_PAIRS` of them."""
+    """Rows of the pairs to score: all rows, or `MAX_PAIRS` random rows, ascending."""
     if n < 2:
-        raise ValueError(f"Texts of {n} cells cannot be compared. Give two cells at least.")
+        raise ValueError(f"Texts of {n} cells cannot be compared. Give at least two cells.")
     if n <= MAX_PAIRS:
         return np.arange(n)
     logger.info("Sampled %d of %d descriptions.", MAX_PAIRS, n)
@@ -170,7 +171,7 @@ def _systems(
     label_text: Callable[[str], str],
     seed: int,
 ) -> dict[str, tuple[str, list[str]]]:
-    """Role and texts of the model, of captions looked up for predicted and for true types, and of the control."""
+    """System -> role and texts: the model, looked-up captions of predicted and of true types, and the control."""
     systems: dict[str, tuple[str, list[str]]] = {results.MODEL_NAME: (results.MODEL, texts)}
     if predicted is not None:
         systems["label of logistic regression"] = (results.BASELINE, [label_text(label) for label in predicted])
@@ -190,7 +191,7 @@ def _systems(
 def _estimates(
     texts: list[str], truths: list[str], hits: np.ndarray, x: np.ndarray, y: np.ndarray, draws: np.ndarray, seed: int
 ) -> dict[str, results.Estimate]:
-    """Estimates for texts with embeddings x, whose references `truths` have embeddings y."""
+    """Estimate all metrics of texts (embeddings `x`) against references `truths` (embeddings `y`)."""
     n = len(truths)
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     cosine = (x * y).sum(1) / np.maximum(norms, 1e-12)
@@ -210,7 +211,7 @@ def _estimates(
 
 
 def _bleu_replicates(texts: list[str], references: list[str], draws: np.ndarray) -> np.ndarray:
-    """Corpus BLEU of every replicate, whose n-gram counts are the sums of those of its sentences."""
+    """Corpus BLEU of every bootstrap replicate, from the summed n-gram counts of its sentences."""
     bleu = sacrebleu.BLEU(effective_order=True)
     scored = [bleu.sentence_score(text, [reference]) for text, reference in zip(texts, references, strict=True)]
     statistics = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scored])
@@ -227,7 +228,7 @@ def _samples(
     predicted: np.ndarray | None,
     barcodes: np.ndarray | None,
 ) -> list[dict]:
-    """The `N_SAMPLES` cells to show: one of each type in turn, in the given order, right or wrong alike."""
+    """Choose `N_SAMPLES` cells to show: one of each type in turn, in the given order, right or wrong."""
     by_type: dict[str, list[int]] = {}
     for i, label in enumerate(types):
         by_type.setdefault(label, []).append(i)
@@ -247,9 +248,12 @@ def _samples(
 
 
 def read_descriptions(path: str, test: LabelledCells) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of `test` with a barcode of a `.h5ad` or table of `scmmgpt describe`, and the description of each.
+    """Read the descriptions of test cells from a `.h5ad` file or a table of `scmmgpt describe`.
 
     A table has the barcodes in one of `BARCODE_COLUMNS` and the texts in one of `TEXT_COLUMNS`.
+
+    Returns:
+        Rows of `test` that the file describes, and the description of each.
     """
     if str(path).endswith(".h5ad"):
         import anndata
@@ -259,16 +263,16 @@ def read_descriptions(path: str, test: LabelledCells) -> tuple[np.ndarray, np.nd
         table = pd.read_csv(path, dtype=str, keep_default_na=False, sep="\t" if str(path).endswith(".tsv") else ",")
     columns = []
     for names in (BARCODE_COLUMNS, TEXT_COLUMNS):
-        found = [name for name in names if name in table]
-        if not found:
+        present = [name for name in names if name in table]
+        if not present:
             raise ValueError(f"{path} has none of the columns {list(names)}; it has {list(table.columns)}.")
-        columns.append(table[found[0]].astype(str).to_numpy())
+        columns.append(table[present[0]].astype(str).to_numpy())
     rows, kept = match_names(columns[0], test, path)
     return rows, columns[1][kept]
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add the arguments of the descriptions, which the report shares."""
+    """Add the arguments of this task, which the report also takes."""
     parser.add_argument(
         "--descriptions", required=required, help="described cells: .csv or .h5ad of `scmmgpt describe`"
     )
@@ -278,7 +282,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 def evaluate_file(
     args: argparse.Namespace, train: LabelledCells, test: LabelledCells, regression: TypePrediction | None = None
 ) -> dict:
-    """Evaluate the descriptions; `regression` holds predictions for all test cells, fitted where `None`."""
+    """Evaluate the described file.
+
+    Args:
+        regression: Predictions of logistic regression for all test cells; fitted if None.
+    """
     regression = regression or baselines.regression_on_shared_genes(train, test, seed=args.seed)
     rows, descriptions = read_descriptions(args.descriptions, test)
     predicted = regression.take(rows).labels
@@ -295,9 +303,12 @@ def evaluate_cells(
     others: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
 ) -> dict:
-    """Evaluate descriptions of the test cells against answers of the templates.
+    """Evaluate descriptions of the test cells against answers drawn from the templates.
 
-    `predicted` are the types by logistic regression, and `others` texts of further methods.
+    Args:
+        templates: See [`CaptionSampler`].
+        predicted: Type of each test cell by logistic regression.
+        others: System -> text of each test cell, for further methods.
     """
     from scmmgpt.train.data.captions import CaptionSampler, parse_cell_type
 
@@ -333,7 +344,7 @@ def _write_answers(sampler: "CaptionSampler", cells: LabelledCells) -> list[str]
 def _checks(
     test: LabelledCells, term_ids: dict[str, str | None], references: Sequence[str]
 ) -> dict[str, Callable[[str, int], float]]:
-    """What can be verified of a text about a test cell: its type, and its genes if the references name any."""
+    """Make the checks of a text against its cell: of the type, and of genes if the references name genes."""
     from scmmgpt.train.rewards import agreement, genes_in_text, score_type
 
     index = GeneIndex({name: i for i, name in enumerate(test.genes)})
@@ -346,7 +357,7 @@ def _checks(
     def of_type(text: str, row: int) -> float:
         return score_type(text, test.labels[row], term_ids.get(test.labels[row])) or 0.0
 
-    if not any(map(named, references)):  # short templates ask for no genes, so that none is missing
+    if not any(map(named, references)):  # short templates name no genes, so descriptions need none
         return {"type_depth": of_type}
     return {
         "type_depth": of_type,

@@ -1,13 +1,13 @@
-"""Test the named evidence by deletion: does a label's score fall when its ten genes are taken out of the cell?
+"""Test the evidence of labels by deletion: does the score of a label fall if its named genes are deleted?
 
 ```
 python -m scmmgpt.eval evidence --model CHECKPOINT --cells held_out.h5ad --output out.json
 ```
 
-Of each cell with evidence, as many genes are deleted as are named (their counts become zero, the cell keeps its
-measured genes), and the cell is annotated again. Deleted are the named genes or, for comparison, random expressed
-genes, the genes with the highest counts, and the genes with the largest weights of the label among the expressed. The
-score is the log odds of the label against all other labels. No true label is needed.
+In each cell with evidence, the counts of genes are set to zero (the genes stay measured), and the cell is annotated
+again. The deleted genes are the named genes or, for comparison, the same number of random expressed genes, of genes
+with the highest counts, or of expressed genes with the largest weights of the label. The score is the log odds of the
+label against all other labels. No true labels are needed.
 """
 
 import json
@@ -29,7 +29,7 @@ from scmmgpt.readers.cell_files import read_file
 
 
 def delete_genes(cells: Cells, deleted: np.ndarray) -> Cells:
-    """The cells without the entries where `deleted`, bool `(nnz,)`, is true."""
+    """Drop the counts where the mask `deleted`, bool `(nnz,)`, is true."""
     rows = cells.rows()[~deleted]
     indptr = np.searchsorted(rows, np.arange(len(cells) + 1))
     genes, counts = cells.gene_ids[~deleted], cells.counts[~deleted]
@@ -37,7 +37,7 @@ def delete_genes(cells: Cells, deleted: np.ndarray) -> Cells:
 
 
 def first_entries(cells: Cells, keys: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """The entries with the largest keys of each cell, bool `(nnz,)`: `n[i]` of cell `i`."""
+    """Mark the `n[i]` entries with the largest keys in each cell `i`, bool `(nnz,)`."""
     rows = cells.rows()
     order = np.lexsort((-keys, rows))
     chosen = np.zeros(len(keys), dtype=bool)
@@ -46,10 +46,10 @@ def first_entries(cells: Cells, keys: np.ndarray, n: np.ndarray) -> np.ndarray:
 
 
 def deletions(cells: Cells, evidence: Evidence, n_draws: int, seed: int) -> dict[str, list[np.ndarray]]:
-    """What each way deletes from the cells, bool `(nnz,)`; random genes are drawn several times."""
+    """Make the masks of deleted counts, bool `(nnz,)`, by kind of deletion; random genes have `n_draws` masks."""
     rows, panel = cells.rows(), evidence.explainer.panel
-    found = evidence.of_cells.genes
-    named = np.where(found == NONE, -1, panel.gene_ids[found])
+    places_of_evidence = evidence.of_cells.genes
+    named = np.where(places_of_evidence == NONE, -1, panel.gene_ids[places_of_evidence])
     width = int(max(cells.gene_ids.max(initial=0), panel.gene_ids.max())) + 1
     keys = np.unique((np.arange(len(cells))[:, None] * width + named)[named >= 0])
     is_named = np.isin(rows * width + cells.gene_ids, keys)
@@ -67,9 +67,11 @@ def deletions(cells: Cells, evidence: Evidence, n_draws: int, seed: int) -> dict
 
 
 def log_odds(pipeline: ScMMGPTPipeline, cells: Cells, genes: np.ndarray, meant: np.ndarray) -> np.ndarray:
-    """Log odds of the label of each cell against all others, `(n_cells,)`, by `annotate`.
+    """Log odds, by `annotate`, of the label of each cell against all other labels, float64 `(n_cells,)`.
 
-    `meant`, bool `(n_cells, n_labels)`, are the labels of the checkpoint that it means: those below a broader type.
+    Args:
+        meant: Labels of the checkpoint that the label of a cell means, bool `(n_cells, n_labels)`; a broader type
+            means several labels.
     """
     counts = cells.to_csr(int(genes.max()) + 1)[:, genes]
     names = pd.Index([f"cell{i}" for i in range(len(cells))])
@@ -82,13 +84,15 @@ def log_odds(pipeline: ScMMGPTPipeline, cells: Cells, genes: np.ndarray, meant: 
 
 
 def evaluate_evidence(pipeline: ScMMGPTPipeline, adata: Any, n_draws: int = 5, seed: int = 0) -> dict[str, Any]:
-    """Delete genes of every cell of an AnnData in each way, and measure by how much the score of its label falls.
+    """Delete genes from every cell of an AnnData by each kind of deletion, and measure the fall of the label's score.
 
     Returns:
-        JSON-able dict: `n_cells` with evidence, `named` (mean number of named genes) and, by way of deletion, `drop`
-        (mean, of log odds), `named_drop_more` (share of cells in which the named genes lower the score more, a mean
-        over draws) and `label_lost` (share of cells whose label was more probable than all others together, and no
-        longer is).
+        JSON-able dict: `n_cells` with evidence, `named` (mean number of named genes) and `ways`: kind of deletion ->
+        `drop` (mean fall of the log odds), `named_drop_more` (share of cells in which the named genes lower the log
+        odds more, averaged over draws) and `label_lost` (share of cells whose log odds fall from above to below 0).
+
+    Raises:
+        ValueError: If no cell has evidence.
     """
     evidence = pipeline.explain(pipeline.annotate(adata))
     labels = adata.uns["scmmgpt"]["annotate"]["labels"].tolist()
@@ -129,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = OneLineParser(prog="python -m scmmgpt.eval evidence", description=__doc__)
     parser.add_argument("--model", required=True, help="checkpoint with a label readout")
-    parser.add_argument("--cells", required=True, help="file of cells that were not trained on")
+    parser.add_argument("--cells", required=True, help="file of held-out cells")
     parser.add_argument("--draws", type=number(int, 1), default=5, help="draws of random genes (%(default)s)")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the draws (%(default)s)")
     parser.add_argument("--output", help="JSON file to write")

@@ -28,7 +28,7 @@ SEEN_ON_WHITE = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.2, 1,
 
 
 def data_uri(figure: Figure) -> str:
-    """The figure as an SVG data URI, so that the page needs no file beside it."""
+    """Encode the figure as an SVG data URI, so that the page is a single file."""
     buffer = io.BytesIO()
     with figure_style():
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None}, dpi=150)
@@ -40,9 +40,9 @@ def _wrapped(label: str) -> str:
 
 
 def type_colors(labels: Sequence[str]) -> dict[str, Any]:
-    """One colour a type, the same in every figure of a report.
+    """Assign one colour to each type, the same in every figure of a report.
 
-    The first ten can be told apart by people with any vision of colours (Petroff 2021, arXiv:2107.02270).
+    The first ten colours are distinguishable with colour-vision deficiency (Petroff 2021, arXiv:2107.02270).
     """
     names = ("petroff10", "Set2", "tab20b", "tab20c")
     colors = [color for name in names for color in matplotlib.color_sequences[name]]
@@ -50,9 +50,10 @@ def type_colors(labels: Sequence[str]) -> dict[str, Any]:
 
 
 def confusion_figure(confusion: Mapping) -> Figure:
-    """Counts of true (down) by predicted (across) types, shaded by the share of the true type.
+    """Draw counts of true types (rows) x predicted types (columns), shaded by the share of the true type.
 
-    `rows_are`, "true type" by default, says what the rows are.
+    Args:
+        confusion: `labels` of the rows, `columns`, `counts`, and optionally `rows_are`, the title of the rows.
     """
     counts = np.array(confusion["counts"])
     rows, columns = confusion["labels"], confusion["columns"]
@@ -96,16 +97,16 @@ def calibration_figure(calibration: Sequence[Mapping]) -> Figure:
 
 
 def umap_coordinates(points: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """UMAP of points `(n, d)` to `(n, 2)`, the same for the same seed.
+    """Embed points `(n, d)` by UMAP, `(n, 2)`; deterministic for a seed.
 
-    Neighbours are exact, by scikit-learn: umap compiles its own search, and below 4,096 points calls a Python function
-    for each pair of them.
+    Neighbours are exact, from scikit-learn: umap would first compile its own search, and below 4,096 points would call
+    a Python function for each pair of points.
     """
     points = np.asarray(points, dtype=np.float32)
     n_neighbors = min(15, len(points) - 1)
     distances, indices = NearestNeighbors(n_neighbors=n_neighbors).fit(points).kneighbors(points)
     with warnings.catch_warnings():
-        # umap warns about optional back ends when it is imported, and that new points could not be placed.
+        # umap warns about optional back ends on import, and that new points can't be transformed.
         warnings.simplefilter("ignore")
         import umap
 
@@ -114,7 +115,7 @@ def umap_coordinates(points: np.ndarray, *, seed: int = 0) -> np.ndarray:
 
 
 def tsne_coordinates(points: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """t-SNE of points `(n, d)` to `(n, 2)`: for a map of one report, where UMAP compiles for longer than it runs."""
+    """Embed points `(n, d)` by t-SNE, `(n, 2)`; for the one map of a report, t-SNE is faster than compiling UMAP."""
     perplexity = min(30.0, max((len(points) - 1) / 3, 1.0))
     init = "pca" if points.shape[1] >= 2 else "random"
     reducer = TSNE(perplexity=perplexity, init=init, max_iter=500, random_state=seed, n_jobs=-1)
@@ -122,7 +123,7 @@ def tsne_coordinates(points: np.ndarray, *, seed: int = 0) -> np.ndarray:
 
 
 def scatter_figure(points: np.ndarray, columns: Mapping[str, np.ndarray]) -> Figure:
-    """Points `(n, 2)` coloured by columns `(n,)`, a panel each: numbers by shade, words by hue, in a legend below."""
+    """Draw points `(n, 2)` with one panel for each column `(n,)`: numbers as shades, words as hues with a legend."""
     kinds = [len(set(map(str, values))) for values in columns.values() if np.asarray(values).dtype.kind not in "fiu"]
     height = 4.2 + LEGEND_ROW * -(-max(kinds, default=0) // 2)
     with figure_style():
@@ -177,9 +178,10 @@ def evidence_figure(table: Mapping[str, np.ndarray], names: Sequence[str]) -> Fi
 def map_figures(
     real: np.ndarray, real_labels: np.ndarray, generated: np.ndarray, prompts: np.ndarray, colors: Mapping
 ) -> tuple[Figure, Figure]:
-    """Maps of real cells `(n_real, 2)` and generated cells `(n_generated, 2)`, coloured by type and by origin.
+    """Draw maps of real cells `(n_real, 2)` and generated cells `(n_generated, 2)`, coloured by type and by origin.
 
-    `colors` maps a type to its colour.
+    Args:
+        colors: Type -> colour.
     """
     raster = len(real) + len(generated) > MAX_VECTOR_POINTS
     size = float(np.clip(6000 / (len(real) + len(generated)), 3, 26))
@@ -211,7 +213,7 @@ def map_figures(
 
 
 def marker_genes(train: LabelledCells) -> list[tuple[str, str]]:
-    """Three marker genes of each type among training cells (scanpy, Wilcoxon), as (type, gene), each gene once."""
+    """Find three marker genes of each training type (scanpy, Wilcoxon); return pairs (type, gene), each gene once."""
     import anndata
     import pandas as pd
     import scanpy
@@ -238,9 +240,12 @@ def marker_genes(train: LabelledCells) -> list[tuple[str, str]]:
 def marker_figure(
     markers: Sequence[tuple[str, str]], types: Sequence[str], real: np.ndarray, generated: np.ndarray
 ) -> Figure:
-    """Mean log1p(CP10k) `(n_types, n_markers)` of marker genes, real held-out cells above generated cells.
+    """Draw the mean expression of marker genes, with real held-out cells above generated cells.
 
-    `types` are the rows, and `markers` (type, gene) the columns.
+    Args:
+        markers: Columns: pairs (type, gene).
+        types: Rows.
+        real, generated: Mean log1p(CP10k), `(n_types, n_markers)`.
     """
     scale = np.maximum(real.max(0), 1e-6)
     with figure_style():

@@ -1,4 +1,4 @@
-"""Fine-tuning beside the usual methods, with all labels or with few cells of each label.
+"""Compare fine-tuning with common methods, with all labels or with few labelled cells of each label.
 
 ```
 python -m scmmgpt.eval finetuning --adata cells.h5ad --label-key cell_type --output DIR [-- OPTIONS OF FINETUNE]
@@ -8,17 +8,17 @@ A stratified quarter of the labelled cells is held out, and no setting is chosen
 training cells:
 
 * `finetune`: `python -m scmmgpt.train finetune`, then `annotate`, as a user runs them;
-* `finetune, unlabelled`: the same, with all other training cells in the file as unlabelled cells;
-* with `--checkpoint`, what pre-training brings: `finetune from the checkpoint`, also with unlabelled cells, and
-  `regression with its scores`, which has the log probabilities of the checkpoint's labels beside the components;
+* `finetune, unlabelled`: the same, with the other training cells in the file as unlabelled cells;
+* with `--checkpoint`, the gain from pre-training: `finetune from the checkpoint`, also with unlabelled cells, and
+  `regression with its scores`, whose features are components and log probabilities of the checkpoint's labels;
 * `logistic regression`: log1p(CP10k) of all genes, C by cross-validation (with one cell of each label: C = 1);
 * `regression on components`: logistic regression on 50 principal components of all training cells, labelled or not;
 * `CellTypist`: `celltypist.train` with its defaults on log1p(CP10k);
 * `nearest centroid` and `majority class`: the simplest methods.
 
-A seed draws the labelled cells and feeds the random draws of a system. The setting `all` repeats over seeds on one
-split; `all, other splits` holds out other quarters. DIR gets `results.json` (every run), `results.csv`, `shots.png`
-and `table.md`, which is also printed.
+A seed draws the labelled cells and seeds the system. The setting `all` repeats over seeds on one split; `all, other
+splits` holds out other quarters. The outputs in DIR are `results.json` (every run), `results.csv`, `shots.png` and
+`table.md`, which is also printed.
 """
 
 import logging
@@ -54,14 +54,14 @@ OURS = (PRETRAINED, "finetune", "finetune, unlabelled")
 
 
 def draw_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Rows of `shots` random cells of every label, or of all cells of a label with fewer, ascending."""
+    """Draw the rows of `shots` cells of every label (all cells if there are fewer), ascending."""
     rng = np.random.default_rng([seed, shots])
     chosen = [rng.permutation(np.flatnonzero(labels == label))[:shots] for label in np.unique(labels)]
     return np.sort(np.concatenate(chosen))
 
 
 def draw_runs(labels: np.ndarray, *, shots: Sequence[int], seeds: int, splits: int, test_share: float) -> list[dict]:
-    """All runs: setting, seed, rows to train on, positions among these whose labels are shown, and rows to test on."""
+    """List all runs: `setting`, `seed`, rows `train` and `test`, and `shown`, the labelled positions in `train`."""
     runs = []
     for split in range(max(splits, 1)):
         train, test = split_rows(labels, test_share=test_share, seed=split)
@@ -83,11 +83,11 @@ def key_of(record: dict) -> tuple[str, int, str]:
 def evaluate(
     adata: AnnData, labels: np.ndarray, systems: dict[str, System], runs: list[dict], *, done: Sequence[dict] = ()
 ) -> Iterator[dict]:
-    """Scores of every system in every run of `draw_runs`; records in `done` are not computed again.
+    """Score every system in every run of `draw_runs`; records in `done` are reused.
 
     Yields:
-        Records with `setting`, `seed`, `system`, `accuracy`, `macro_f1`, `seconds` (processor time of training and
-        prediction) and `right` (a string of 0 and 1 over the test cells).
+        Records with `setting`, `seed`, `system`, `accuracy`, `macro_f1`, `seconds` (CPU time of training and
+        prediction) and `right` (a string with 1 for each test cell that is right, else 0).
     """
     records = {key_of(record): record for record in done}
     for run in runs:
@@ -131,14 +131,15 @@ def summarise(records: list[dict]) -> list[dict]:
 
 
 def compare(records: list[dict], ours: str) -> list[dict]:
-    """Accuracy of `ours` minus that of each other system, with the 95 % interval over resampled test cells.
+    """Difference in accuracy between `ours` and each other system, with the 95 % interval over resampled test cells.
 
-    Differences are means over seeds on the same test cells. The setting with other test cells has no interval.
+    Differences are averaged over seeds on the same test cells. `all, other splits` has other test cells for each seed,
+    and therefore no interval.
     """
 
     def rights(setting: str, system: str) -> dict[int, np.ndarray]:
-        found = (r for r in records if (r["setting"], r["system"]) == (setting, system))
-        return {r["seed"]: np.array(list(r["right"]), dtype=float) for r in found}
+        runs = (r for r in records if (r["setting"], r["system"]) == (setting, system))
+        return {r["seed"]: np.array(list(r["right"]), dtype=float) for r in runs}
 
     rows = []
     for setting in dict.fromkeys(record["setting"] for record in records):
@@ -163,7 +164,7 @@ def compare(records: list[dict], ours: str) -> list[dict]:
 
 
 def table_of(rows: list[dict]) -> str:
-    """A table of systems by settings for each metric: mean ± standard deviation, the best mean in bold."""
+    """Format a table of systems x settings for each metric: mean ± standard deviation, the best mean in bold."""
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     titles = [f"{s} a label" if s.isdigit() else s for s in settings]
     tables = []
@@ -180,17 +181,17 @@ def table_of(rows: list[dict]) -> str:
 
 
 def shots_figure(rows: list[dict]) -> "Figure":
-    """Accuracy and macro-F1 over the number of labelled cells, with error bars of one standard deviation."""
+    """Draw accuracy and macro-F1 over the number of labelled cells, with error bars of one standard deviation."""
     from matplotlib.figure import Figure
 
     settings = [s for s in dict.fromkeys(row["setting"] for row in rows) if s != OTHER_SPLITS]
     systems = [s for s in dict.fromkeys(row["system"] for row in rows) if s != "majority class"]
-    found = {(row["system"], row["setting"]): row for row in rows}
+    row_of = {(row["system"], row["setting"]): row for row in rows}
     with figure_style():
         figure = Figure(figsize=(8.4, 3.6), layout="constrained")
         for axes, (metric, title) in zip(figure.subplots(1, 2), METRICS.items(), strict=True):
             for number, system in enumerate(systems):
-                points = [(i, found[system, s]) for i, s in enumerate(settings) if (system, s) in found]
+                points = [(i, row_of[system, s]) for i, s in enumerate(settings) if (system, s) in row_of]
                 x = [i + 0.04 * (number - len(systems) / 2) for i, _ in points]
                 y, error = [row[metric] for _, row in points], [row[f"{metric}_sd"] or 0 for _, row in points]
                 width, style = (2, "-") if system in OURS else (1, "--")
@@ -204,7 +205,7 @@ def shots_figure(rows: list[dict]) -> "Figure":
 
 
 def write_outputs(records: list[dict], about: dict, output: str | Path) -> str:
-    """Write `results.json`, `results.csv`, `table.md` and `shots.png`; returns the table."""
+    """Write `results.json`, `results.csv`, `table.md` and `shots.png`; return the table."""
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     rows = summarise(records)
@@ -219,7 +220,7 @@ def write_outputs(records: list[dict], about: dict, output: str | Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Runs in `results.json` of the output folder stay and are not repeated."""
+    """Run the command line. Runs in `results.json` of the output folder are reused."""
     argv = sys.argv[1:] if argv is None else list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = training_parser("finetuning", __doc__.split("\n\n")[0])
@@ -234,8 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=3,
         help="number of splits for the setting `all`; 0 leaves it out (%(default)s)",
     )
-    parser.add_argument("--systems", nargs="*", help="names of the systems to run; by default all")
-    parser.add_argument("--checkpoint", help="trained checkpoint of other cells, to start from and to compare")
+    parser.add_argument("--systems", nargs="*", help="names of the systems to run; default: all")
+    parser.add_argument("--checkpoint", help="checkpoint trained on other cells; adds the systems that start from it")
     args, options = parser.parse_args(argv[:cut]), argv[cut + 1 :]
     quieten()
     adata, labels = read_labelled(args.adata, args.label_key)

@@ -2,10 +2,10 @@
 
 python -m scmmgpt.eval generation --corpus corpus --generated generated.h5ad --output generation.json
 
-Principal components fit some noise of their own cells: in components of its training cells, a generator looks better
-than real cells of the same kind. The space of comparison therefore comes from held-out cells, of which one half fits
-the components and the other is compared, then the other way round. All is drawn several times; every measure has its
-mean, and its spread over the draws. "Real training cells" are the floor: what real cells of the same types reach.
+Principal components fit some noise of the cells that they are computed from. In components of its own training cells,
+a generator therefore looks better than real cells. The components here come from one half of the held-out cells, and
+the other half is compared; then the halves are swapped. Halves and cells are drawn several times, and every measure
+has its mean and its spread over the draws. The row "real training cells" shows the best values to expect.
 """
 
 import argparse
@@ -31,9 +31,9 @@ PROMPT_KEYS = ("label", "cell_type")  # obs columns of generated cells that may 
 MIN_GENES = 20  # fewer shared genes do not separate types
 MAX_VARIABLE_GENES = 2000  # for the correlation of profiles
 NUM_TOP_GENES = 100  # the most expressed, for the correlation of genes
-MAX_PER_TYPE = 500  # cells of a type on each side of a distance
+MAX_PER_TYPE = 500  # most cells of a type on each side of a distance
 N_DRAWS = 3
-CELLS_PER_DRAW = 100  # of a type; with fewer, a distance is one throw of dice
+CELLS_PER_DRAW = 100  # cells of a type in a draw; distances of fewer cells are mostly noise
 REAL_NAME = "real held-out cells"
 
 MEASURES = {
@@ -45,14 +45,14 @@ MEASURES = {
     "energy_distance_all_genes": results.Measure(
         "E-distance, all genes",
         False,
-        "The same between log1p(CP10k) of all genes instead of components, where noise of counts is most of the "
-        f"distance between two cells; of at most {CELLS_PER_DRAW} cells of a type on each side.",
+        "The same for log1p(CP10k) of all genes instead of components. Count noise dominates the distances of cells. "
+        f"At most {CELLS_PER_DRAW} cells of a type on each side.",
     ),
     "two_sample_auc": results.Measure(
         "two-sample AUC",
         False,
-        "AUROC of a random forest that tells generated from real held-out cells, with equal numbers of cells of each "
-        "type on both sides: 0.5 means that it cannot.",
+        "AUROC of a random forest that separates generated from real held-out cells, with equal numbers of cells of "
+        "each type on both sides: 0.5 means no separation.",
     ),
     "gromov_wasserstein": results.Measure(
         "Gromov-Wasserstein",
@@ -85,14 +85,14 @@ MEASURES = {
     "nearest_training_cell": results.Measure(
         "nearest training cell",
         None,
-        "Distance of a cell to the nearest training cell, averaged over types: 0 for a copy. Cells that are nearer "
-        "than real held-out cells are copied in part.",
+        "Distance of a cell to the nearest training cell, averaged over types: 0 for a copy. A value below that of "
+        "real held-out cells means partial copies.",
     ),
     "mmd2": results.Measure(
         "MMD²",
         False,
-        "Unbiased squared maximum mean discrepancy of the cells of the E-distance, with one bandwidth from all "
-        "held-out cells.",
+        "Unbiased squared maximum mean discrepancy of the same cells as for the E-distance, with one bandwidth from "
+        "all held-out cells.",
     ),
     "profile_correlation": results.Measure(
         "profile correlation",
@@ -114,14 +114,12 @@ RESAMPLED = ("energy_distance", "mmd2", "profile_correlation")  # averages over 
 
 
 class GeneratedCells(NamedTuple):
-    """Generated cells: log1p(CP10k) `(n_cells, n_genes)`, the prompted types `(n_cells,)`, gene symbols `(n_genes,)`,
-    and library sizes `(n_cells,)`, `None` where the cells are means.
-    """
+    """Generated cells."""
 
-    expression: np.ndarray
-    prompts: np.ndarray
-    genes: np.ndarray
-    library_sizes: np.ndarray | None = None
+    expression: np.ndarray  # log1p(CP10k), `(n_cells, n_genes)`
+    prompts: np.ndarray  # prompted types, `(n_cells,)`
+    genes: np.ndarray  # gene symbols, `(n_genes,)`
+    library_sizes: np.ndarray | None = None  # `(n_cells,)`; None if the cells are mean profiles
 
     def take(self, rows: np.ndarray) -> "GeneratedCells":
         """The cells at `rows`, in that order."""
@@ -139,13 +137,13 @@ def evaluate_generation(
     n_draws: int = N_DRAWS,
     seed: int = 0,
 ) -> dict:
-    """Score generated cells beside the baselines and real cells.
+    """Score generated cells, the baselines and real cells against held-out cells.
 
     Args:
-        generated: Genes that no training cell has are left out.
+        generated: Generated cells; genes that no training cell has are left out.
         train: Real training cells, for the baselines.
-        test: Real held-out cells, which no generator has seen: the space, and the truth.
-        others: System -> role, and cells for the same prompts, over all genes of the training cells.
+        test: Real held-out cells, for the space and as the truth; no generator may have seen them.
+        others: System -> role and cells for the same prompts, over all genes of the training cells.
         n_resamples: Bootstrap replicates of the intervals, over all draws.
         n_draws: Draws of halves of the held-out cells and of cells of every system.
         seed: Seed of all random draws.
@@ -198,7 +196,7 @@ def evaluate_generation(
 
 
 def _types_with_real_cells(types: np.ndarray, train: LabelledCells, test: LabelledCells) -> np.ndarray:
-    """Whether there are training and test cells of each prompted type, bool `(n_generated,)`."""
+    """Mark the generated cells whose type has training and test cells, bool `(n_generated,)`."""
     kept = np.isin(types, test.labels) & np.isin(types, train.labels)
     if not kept.any():
         raise ValueError(
@@ -215,10 +213,11 @@ def _types_with_real_cells(types: np.ndarray, train: LabelledCells, test: Labell
 def draw_systems(
     generated: GeneratedCells, train: LabelledCells, test: LabelledCells, draw: int, n_draws: int, seed: int
 ) -> dict[str, tuple[str, GeneratedCells]]:
-    """Role and cells of every system, in one draw."""
+    """Draw the cells of every system: system -> role and cells."""
     rng, ours = np.random.default_rng(seed), draw_part(generated, draw, n_draws)
     prompts, genes = ours.prompts, ours.genes
-    poisson_sizes = train.total_counts[baselines.sample_rows(prompts, train.labels, seed=seed)]  # as `poisson_cells`
+    # `poisson_cells` draws the same rows, and so the same library sizes.
+    poisson_sizes = train.total_counts[baselines.sample_rows(prompts, train.labels, seed=seed)]
     poisson = GeneratedCells(baselines.poisson_cells(prompts, train, seed=seed), prompts, genes, poisson_sizes)
     means = GeneratedCells(baselines.mean_cells(prompts, train), prompts, genes)
     shuffled = ours._replace(prompts=baselines.shuffled(prompts, seed=seed).astype(str))
@@ -233,14 +232,18 @@ def draw_systems(
 
 
 def select(cells: GeneratedCells, genes: np.ndarray, prompts: np.ndarray) -> GeneratedCells:
-    """The cells of these prompts, over these genes in their order."""
+    """Select the cells of these prompts, and these genes in this order."""
     place = {gene: i for i, gene in enumerate(cells.genes)}
     chosen = cells._replace(expression=cells.expression[:, [place[gene] for gene in genes]], genes=genes)
     return chosen.take(np.flatnonzero(np.isin(cells.prompts, prompts)))
 
 
 def draw_part(cells: GeneratedCells, draw: int, n_draws: int) -> GeneratedCells:
-    """Generated cells of one draw: where a type has enough, the draws share none; otherwise every draw has all."""
+    """Select the generated cells of one draw.
+
+    Draws are disjoint for a type with `CELLS_PER_DRAW` cells for each draw. Otherwise every draw has all its cells. A
+    draw has at most `MAX_PER_TYPE` cells of a type.
+    """
     rows = []
     for label in np.unique(cells.prompts):
         own = np.random.default_rng(len(cells.prompts)).permutation(np.flatnonzero(cells.prompts == label))
@@ -250,7 +253,7 @@ def draw_part(cells: GeneratedCells, draw: int, n_draws: int) -> GeneratedCells:
 
 
 def draw_real_cells(prompts: np.ndarray, cells: LabelledCells, rng: np.random.Generator) -> GeneratedCells:
-    """Random real cells in the form of generated ones: of each type as many as prompts, or all cells."""
+    """Draw real cells: as many of each type as there are prompts, or all cells of the type if there are fewer."""
     wanted = zip(*np.unique(prompts, return_counts=True), strict=True)
     rows = np.concatenate([rng.permutation(np.flatnonzero(cells.labels == label))[:n] for label, n in wanted])
     taken = cells.take(rows)
@@ -258,7 +261,7 @@ def draw_real_cells(prompts: np.ndarray, cells: LabelledCells, rng: np.random.Ge
 
 
 def halve(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Mark a random half of the cells of each type, bool `(n_cells,)`; the odd cell goes to either half."""
+    """Mark a random half of the cells of each type, bool `(n_cells,)`; the half of an odd cell is random."""
     rng = np.random.default_rng(seed)
     marked = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
@@ -269,7 +272,7 @@ def halve(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class HeldOutCells:
-    """Half of the real held-out cells, in the space of the other half."""
+    """One half of the real held-out cells, in principal components of the other half."""
 
     space: knn.PCA
     points: np.ndarray  # principal components of the compared half, `(n_real, n_components)`
@@ -288,7 +291,7 @@ class HeldOutCells:
 
     @classmethod
     def of(cls, train: LabelledCells, test: LabelledCells, for_space: np.ndarray, seed: int) -> "HeldOutCells":
-        """Fit the space to the test cells of the mask `for_space`, and hold the others in it."""
+        """Fit the components to the test cells of the mask `for_space`, and transform the other test cells."""
         fitting, compared = (test.take(np.flatnonzero(mask)) for mask in (for_space, ~for_space))
         space = knn.fit_cell_space(fitting.expression, seed=seed)
         points = space.transform(compared.expression)
@@ -305,7 +308,7 @@ class HeldOutCells:
 
 @dataclass(frozen=True)
 class Score:
-    """A value of a measure, with bootstrap replicates where it has some, and its values by type."""
+    """A value of a measure, with bootstrap replicates (or None) and values by type (or None)."""
 
     value: float
     n: int
@@ -319,7 +322,11 @@ Scores = dict[str, Score]
 def score_cells(
     cells: GeneratedCells, prompts: np.ndarray, train: LabelledCells, test: LabelledCells, seed: int
 ) -> Scores:
-    """Measures that need no space; `prompts` are those of the model, whose numbers of cells all systems share."""
+    """Score cells by the measures that need no components.
+
+    Args:
+        prompts: Prompted types of the model's cells. Correlations use the same number of cells of a type in all rows.
+    """
     rng = np.random.default_rng(seed)
     top = np.argsort(-np.asarray(train.expression.mean(0)).ravel(), kind="stable")[:NUM_TOP_GENES]
     measured: dict[str, dict[str, float]] = defaultdict(dict)
@@ -340,7 +347,7 @@ def score_cells(
 
 
 def score_all_genes(cells: GeneratedCells, test: LabelledCells, seed: int) -> Scores:
-    """The energy distance without a space of fewer dimensions."""
+    """Compute the energy distance over log1p(CP10k) of all genes, averaged over types."""
     rng, by_type = np.random.default_rng(seed), {}
     for label in np.unique(cells.prompts):
         sides = (np.flatnonzero(of == label) for of in (cells.prompts, test.labels))
@@ -355,14 +362,14 @@ def score_all_genes(cells: GeneratedCells, test: LabelledCells, seed: int) -> Sc
 
 
 def nearest_score(points: np.ndarray, labels: np.ndarray, truth: HeldOutCells) -> Score:
-    """Mean distance of points `(n, n_components)` of the types `(n,)` to the nearest training cell."""
+    """Mean distance of points `(n, n_components)` to the nearest training cell, averaged over the types `(n,)`."""
     near = realism.nearest_distances(points, truth.training_points)
     by_type = {str(label): float(near[labels == label].mean()) for label in np.unique(labels)}
     return Score(float(np.mean([*by_type.values()])), len(points), None, by_type)
 
 
 def score_in_space(cells: GeneratedCells, truth: HeldOutCells, n_resamples: int, seed: int) -> Scores:
-    """Measures of cells beside held-out cells, in the space of other held-out cells."""
+    """Score cells against one half of the held-out cells, in components of the other half."""
     points, labels, n = truth.space.transform(cells.expression), cells.prompts, len(cells.prompts)
     scores = {"nearest_training_cell": nearest_score(points, labels, truth)}
     mine, theirs = realism.match_proportions(labels, truth.labels, np.random.default_rng(seed))
@@ -397,7 +404,12 @@ def score_in_space(cells: GeneratedCells, truth: HeldOutCells, n_resamples: int,
 
 
 def diversity(variances: Mapping[str, tuple[float, float]], n: int) -> Scores:
-    """Variance of generated over that of real cells, from both of each type; no score where real cells do not vary."""
+    """Variance of generated cells divided by the variance of real cells; types without real variance are left out.
+
+    Args:
+        variances: Type -> variance of generated cells, variance of real cells.
+        n: Number of generated cells.
+    """
     varied = {label: pair for label, pair in variances.items() if pair[1] > 1e-9}
     if not varied:
         return {}
@@ -408,7 +420,7 @@ def diversity(variances: Mapping[str, tuple[float, float]], n: int) -> Scores:
 def _compare_samples(
     cells: np.ndarray, x: np.ndarray, truth: HeldOutCells, rows: np.ndarray, n_resamples: int, seed: int
 ) -> dict[str, tuple[float, np.ndarray]]:
-    """Value and replicates of each measure, for the cells (points x) of one type and the held-out cells `rows`."""
+    """Compare generated cells of one type (components `x`) with the held-out cells `rows`: value and replicates."""
     y = truth.points[rows]
     wx = results.bootstrap_draws(len(x), n_resamples=n_resamples, seed=seed)
     wy = results.bootstrap_draws(len(y), n_resamples=n_resamples, seed=seed + 1)
@@ -425,7 +437,7 @@ def _compare_samples(
 def _profile_correlation(
     x: np.ndarray, y: np.ndarray, center: np.ndarray, wx: np.ndarray, wy: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Correlation over genes of the mean profiles of x and y, both minus `center`, and its replicates."""
+    """Correlation over genes of the mean profiles of `x` and `y`, both minus `center`, and its replicates."""
 
     def correlate(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
@@ -438,9 +450,9 @@ def _profile_correlation(
 
 
 def combine(draws: Sequence[Sequence[Scores]]) -> dict[str, results.Estimate]:
-    """Estimate of each measure from its scores by draw and half: the mean, the spread over draws, and replicates.
+    """Combine the scores of draws and halves to an estimate of each measure: mean, spread over draws, and replicates.
 
-    A measure without replicates has no interval: a few draws of the same cells are not a sample of cells.
+    A measure without replicates has no interval, because a few draws of the same cells are not a sample of cells.
     """
     estimates = {}
     for name in MEASURES:
@@ -472,7 +484,7 @@ def _by_type(draws: Sequence[Sequence[Scores]]) -> dict[str, dict[str, float]]:
 def align_genes(
     generated: GeneratedCells, train: LabelledCells, test: LabelledCells
 ) -> tuple[GeneratedCells, LabelledCells, LabelledCells]:
-    """Bring generated, training and held-out cells onto the genes that all of them have."""
+    """Restrict generated, training and held-out cells to the genes that generated and training cells share."""
     symbols, shape = np.asarray(generated.genes).astype(str), generated.expression.shape
     if shape[1] != len(symbols) or len(set(symbols)) != len(symbols):
         raise ValueError(f"Generated cells of shape {shape} need as many distinct genes, but got {len(symbols)}.")
@@ -495,10 +507,9 @@ def read_generated(path: str, *, prompt_key: str | None = None) -> GeneratedCell
     """Read generated cells.
 
     Args:
-        path: The `.h5ad` of `scmmgpt generate`, with gene symbols as `var_names`. Where it has `layers["counts"]` and
-            `obs["library_size"]`, the counts are normalised by the library size like those of real cells; otherwise
-            `X` is log1p(CP10k).
-        prompt_key: obs column of the prompted type; "label" or "cell_type" where `None`.
+        path: File of `scmmgpt generate` (`.h5ad`), with gene symbols as `var_names`. Counts in `layers["counts"]` are
+            normalised by `obs["library_size"]`, as for real cells; without these two, `X` is log1p(CP10k).
+        prompt_key: obs column of the prompted type; default: "label" or "cell_type".
     """
     import anndata
 
@@ -523,7 +534,7 @@ def read_generated(path: str, *, prompt_key: str | None = None) -> GeneratedCell
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add the arguments of the generated cells, which the report shares."""
+    """Add the arguments of this task, which the report also takes."""
     parser.add_argument("--generated", required=required, help=".h5ad of generated cells, log1p(CP10k) or counts")
     parser.add_argument("--prompt-key", help=f"obs column of the prompted type (default: {' or '.join(PROMPT_KEYS)})")
 
@@ -536,5 +547,5 @@ def evaluate_file(args: argparse.Namespace, train: LabelledCells, test: Labelled
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    about = "Score generated cells beside profiles that need no model."
+    about = "Score generated cells, with profiles that need no model as baselines."
     return run_task("generation", about, add_arguments, evaluate_file, argv)

@@ -1,25 +1,26 @@
-"""The learning curve: datasets left out, annotated by systems that learn from a share of the other datasets' cells.
+"""Learning curve: annotate left-out datasets by systems that learn from a share of the cells of the other datasets.
 
 ```
 python -m scmmgpt.eval learning_curve --data ../shared/data --sets liver_he lymphoid_ref ... --output DIR
 ```
 
-Datasets and classes are those of `eval crossdata`. The datasets of `--sets` are left out in three groups (every
-third). Of the other datasets a fifth of the cells of each class is held out, and the systems learn from a share of the
-rest, at least one cell of each class of a dataset. All systems see the same cells:
+Datasets and classes are those of `eval crossdata`. The datasets of `--sets` form three groups (every third), and each
+group is left out in turn. In the other datasets, a fifth of the cells of each class is held out. The systems learn
+from a share of the remaining cells, at least one cell of each class of a dataset. All systems see the same cells:
 
 * `linear` (wide): the pooled readout, solved for the genes of a dataset;
-* `logistic regression`: log1p(CP10k) of the 2,000 most variable genes that the left-out dataset measures, balanced,
-  C = `INVERSE_PENALTY`; for held-out cells those of all genes;
-* `network` (deep): a new cell model, the mean of its states and a linear layer. It reads the most expressed of the
-  2,000 most variable genes, and takes the same number of steps at every share, on batches that are balanced over
-  classes and datasets;
-* `both`: log probabilities of `linear`, and a multiple of those of `network`. The multiple has the best mean
-  macro-F1 on the datasets that the other two groups leave out.
+* `logistic regression`: balanced, C = `INVERSE_PENALTY`, on log1p(CP10k) of the 2,000 most variable genes that the
+  left-out dataset measures; for held-out cells, the genes are chosen among all genes;
+* `network` (deep): a new cell model with a linear layer on the mean of its states. The input is the most expressed of
+  the 2,000 most variable genes. The number of steps is the same for every share, and batches are balanced over classes
+  and datasets;
+* `both`: log probabilities of `linear` plus a multiple of the log probabilities of `network`. The multiple has the
+  best mean macro-F1 on the datasets that the other two folds leave out.
 
-The table has the mean macro-F1 over datasets left out, and over held-out cells of the datasets of training; `±` is the
-standard deviation over seeds, which draw the share of the cells and start the network. `slope` is the gain in points
-for ten times the cells, by least squares over the shares. DIR gets `results.json`, `table.md` and the scores.
+The table has the mean macro-F1 over left-out datasets, and over held-out cells of the training datasets. `±` is the
+standard deviation over seeds, which draw the share of the cells and initialise the network. `slope` is the gain in
+points for ten times the cells, by least squares over the shares. The outputs in DIR are `results.json`, `table.md` and
+the scores.
 """
 
 import argparse
@@ -57,14 +58,14 @@ logger = logging.getLogger(__name__)
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
 N_FOLDS = 3
 HELD_OUT = 0.2  # share of the cells of a class of a training dataset
-N_GENES = 2000  # of logistic regression and network
-INVERSE_PENALTY = 0.03  # of logistic regression, amid those of `eval crossdata`
+N_GENES = 2000  # genes of logistic regression and of the network
+INVERSE_PENALTY = 0.03  # C of logistic regression, the middle of those of `eval crossdata`
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 MAX_TOKENS = 64  # genes of a cell
-TOKEN_DROPOUT = 0.2  # share of a cell's genes that a step does not see: datasets differ in the genes they detect
+TOKEN_DROPOUT = 0.2  # share of a cell's genes that a step drops, because datasets differ in the detected genes
 BATCH_SIZE, WARMUP, LEARNING_RATE, WEIGHT_DECAY = 32, 20, 2e-3, 0.01
 N_SPECIAL = 2  # padding and `<cls>`
-MULTIPLES = (0.0, 0.1, 0.3, 1.0, 3.0)  # of the network's log probabilities beside those of the readout
+MULTIPLES = (0.0, 0.1, 0.3, 1.0, 3.0)  # candidate weights of the network's log probabilities in `both`
 PLACES = {"new": "datasets left out", "known": "held-out cells"}
 
 Scores = list[np.ndarray]  # log probabilities (n_cells, n_classes) of each part to annotate
@@ -72,7 +73,7 @@ Scores = list[np.ndarray]  # log probabilities (n_cells, n_classes) of each part
 
 @dataclass(frozen=True)
 class Fold:
-    """Cells to learn from, held-out cells of the same datasets (`known`), and datasets left out (`new`)."""
+    """Training cells, held-out cells of the same datasets (`known`), and left-out datasets (`new`)."""
 
     train: list[LabelledSet]
     known: list[LabelledSet]
@@ -86,13 +87,16 @@ class Fold:
         return [*self.known, *self.new]
 
     def dataset(self, part: LabelledSet) -> Dataset:
-        """Cells of one dataset as training takes them."""
+        """Convert one part to a [`Dataset`] with targets in `classes`."""
         targets = np.searchsorted(self.classes, part.labels)
         return Dataset(part.cells.to_csr(self.n_genes), part.measured, targets)
 
 
 def make_folds(sets: Sequence[LabelledSet], names: Sequence[str], n_genes: int) -> list[Fold]:
-    """Leave out every third of the named datasets in turn; classes of one cell or dataset are not annotated there."""
+    """Leave out each third of the named datasets in turn, and hold out `HELD_OUT` of the other cells of each class.
+
+    Left-out cells of classes without training cells are dropped, and so are held-out parts with a single class.
+    """
     folds = []
     for number_ in range(N_FOLDS):
         out, train, known = names[number_::N_FOLDS], [], []
@@ -111,13 +115,13 @@ def make_folds(sets: Sequence[LabelledSet], names: Sequence[str], n_genes: int) 
 
 
 def linear(fold: Fold, seed: int, steps: int) -> Scores:
-    """Our readout."""
+    """Score all parts by the pooled readout."""
     readout = fit_pooled_readout([fold.dataset(part) for part in fold.train], len(fold.classes))
     return [readout.for_genes(part.measured)(part.cells) for part in fold.parts]
 
 
 def logistic_regression(fold: Fold, seed: int, steps: int) -> Scores:
-    """A regression for each left-out dataset, and one for held-out cells."""
+    """Fit one regression for all held-out cells, and one for each left-out dataset."""
     counts = vstack([part.cells.to_csr(fold.n_genes) for part in fold.known], format="csr")
     everything = np.arange(fold.n_genes)
     known = replace(fold.known[0], cells=Cells.from_csr(counts, everything), measured=everything)
@@ -137,7 +141,11 @@ def logistic_regression(fold: Fold, seed: int, steps: int) -> Scores:
 
 
 def tokenise(data: Dataset, genes: np.ndarray, shares: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, log1p(CP10k) on the scale of whole transcriptomes, and mask of `<cls>` and the most expressed `genes`."""
+    """Tokenise cells: `<cls>` and the most expressed of `genes`, with log1p(CP10k) on the whole-transcriptome scale.
+
+    Returns:
+        Ids int64, expression float32 and mask int64, each `(n_cells, 1 + MAX_TOKENS)`.
+    """
     values = np.log1p(dense_expression(data, genes, shares))
     top = np.argsort(-values, axis=1, kind="stable")[:, :MAX_TOKENS]
     expression = np.take_along_axis(values, top, axis=1)
@@ -148,7 +156,7 @@ def tokenise(data: Dataset, genes: np.ndarray, shares: np.ndarray) -> tuple[torc
 
 
 class MeanClassifier(torch.nn.Module):
-    """A new cell model, and classes from the mean state of a cell's tokens: that of `<cls>` learns too slowly."""
+    """A new cell model with a linear classifier on the mean state of the tokens; `<cls>` alone learns too slowly."""
 
     def __init__(self, config: ScGPTConfig, n_classes: int) -> None:
         super().__init__()
@@ -162,7 +170,7 @@ class MeanClassifier(torch.nn.Module):
 
 
 def network(fold: Fold, seed: int, steps: int) -> Scores:
-    """A new cell model and head, trained on the labels."""
+    """Train a new cell model and its classifier on the labels, and score all parts."""
     datasets = [fold.dataset(part) for part in fold.train]
     shares = expected_shares(datasets, len(fold.classes))
     genes = variable_genes(datasets, np.flatnonzero(shares), shares, N_GENES)
@@ -191,7 +199,7 @@ def train(
     seed: int,
     steps: int,
 ) -> None:
-    """Take steps on batches of cells, which `chances` draw."""
+    """Train on batches of cells drawn with probabilities `chances`, `(n_cells,)`."""
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP, steps)
@@ -224,7 +232,7 @@ SYSTEMS: dict[str, Callable[[Fold, int, int], Scores]] = {
 
 
 def scores_of_parts(fold: Fold, scores: Sequence[np.ndarray]) -> dict[str, dict[str, float]]:
-    """Macro-F1 of each part: `new` or `known` -> dataset -> value."""
+    """Compute macro-F1 of each part: `known` or `new` -> dataset -> value."""
     names = np.asarray(fold.classes)
     f1 = [macro_f1(part.labels, names[of.argmax(axis=1)]) for part, of in zip(fold.parts, scores, strict=True)]
     values = list(zip((part.name for part in fold.parts), f1, strict=True))
@@ -232,7 +240,7 @@ def scores_of_parts(fold: Fold, scores: Sequence[np.ndarray]) -> dict[str, dict[
 
 
 def stack(folds: Sequence[Fold], wide: Sequence[Scores], deep: Sequence[Scores]) -> Iterator[tuple[float, Scores]]:
-    """For each fold the multiple that the datasets left out of the other folds choose, and the sum of both parts."""
+    """Yield, for each fold, the multiple chosen on the left-out datasets of the other folds, and the summed scores."""
     sums = [
         [[w + m * d for w, d in zip(*pair, strict=True)] for pair in zip(wide, deep, strict=True)] for m in MULTIPLES
     ]
@@ -244,7 +252,7 @@ def stack(folds: Sequence[Fold], wide: Sequence[Scores], deep: Sequence[Scores])
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each system and place: mean and standard deviation over seeds at each share, and the slope."""
+    """Compute, for each system and place, mean and standard deviation over seeds at each share, and the slope."""
     rows = []
     for system, place in dict.fromkeys((run["system"], place) for run in runs for place in PLACES):
         own = [run for run in runs if run["system"] == system]
@@ -263,13 +271,13 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def mean_and_spread(values: Sequence[float]) -> list[float]:
-    """Mean, and standard deviation where there are several values."""
+    """Mean, followed by the standard deviation if there are several values."""
     spread = [float(np.std(values, ddof=1))] if len(values) > 1 else []
     return [float(np.mean(values)), *spread]
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Systems by shares for each place, macro-F1 x 100."""
+    """Format a Markdown table for each place: systems x shares, macro-F1 x 100."""
     tables = []
     for place, title in PLACES.items():
         own = [row for row in rows if row["place"] == place]
@@ -281,11 +289,11 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def run_share(args: argparse.Namespace, folds: Sequence[Fold], share: float, seed: int) -> Iterator[dict[str, Any]]:
-    """The records of all systems at one share; scores that are in the output folder are not computed again."""
+    """Yield the records of all systems at one share; scores in the output folder are reused."""
     thinned = [replace(fold, train=[thin(part, share, seed) for part in fold.train]) for fold in folds]
     found: dict[str, list[Scores]] = {}
     for system, place in ((system, place) for system in SYSTEMS for place in range(len(folds))):
-        own_seed = seed if share < 1 or system == "network" else 0  # the others have no draw but that of the cells
+        own_seed = seed if share < 1 or system == "network" else 0  # other systems have no randomness of their own
         path = Path(args.output, "scores", f"{system}-{share:g}-{own_seed}-{place}.npz")
         if not path.is_file():
             start = time.process_time()
@@ -312,17 +320,17 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = OneLineParser(prog="python -m scmmgpt.eval learning_curve", description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", required=True, help="folder of .h5ad files with tables/label_classes.json")
-    parser.add_argument("--sets", nargs="+", required=True, help="datasets to leave out, three at least")
+    parser.add_argument("--sets", nargs="+", required=True, help="datasets to leave out, at least three")
     parser.add_argument("--output", required=True, help="folder for results.json and table.md")
     parser.add_argument("--max-cells", type=number(int, 1), default=100, help="cells of each label (%(default)s)")
-    parser.add_argument("--steps", type=number(int, 1), default=300, help="of the network (%(default)s)")
+    parser.add_argument("--steps", type=number(int, 1), default=300, help="steps of the network (%(default)s)")
     parser.add_argument("--seeds", type=number(int, 1), default=2, help="repetitions (%(default)s)")
     parser.add_argument(
         "--shares",
         type=number(float, 0, 1, above=True),
         nargs="+",
         default=list(SHARES),
-        help="of the training cells (%(default)s)",
+        help="shares of the training cells (%(default)s)",
     )
     return parser
 

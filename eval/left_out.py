@@ -1,23 +1,25 @@
-"""The annotation of `train release` on cells of datasets, and of cell types, that were left out of it.
+"""Evaluate the annotation of `train release` on datasets, and on cell types, left out of its training.
 
 ```
 python -m scmmgpt.eval abstention --data ../shared/data --output out.json
 python -m scmmgpt.eval abstention --data ../shared/data --leave-out labels --output labels.json
 ```
 
-* A dataset left out: readout, novelty, temperature, sets of labels and the least score come from the other datasets.
-  Its cells are known if another dataset has their type, else new.
-* A label left out: all cells of a type, and of broader terms of it, are left out of all datasets (`eval.untrained`).
+* Datasets: readout, novelty, temperature, label sets and smallest score come from the other datasets. A cell of the
+  left-out dataset is known if another dataset has its type, else new.
+* Labels: all cells of a type, and of broader terms of the type, are left out of all datasets (`eval.untrained`).
 
-Novelty is judged with the cells of the dataset, as `annotate` does; with `--alone`, each cell by itself.
+Novelty uses all cells of the dataset, as `annotate` does; with `--alone`, it uses one cell at a time. With
+`--genes N`, each dataset is annotated with its N most variable genes, because many shared files have no others; the
+fitted models are the same.
 
-With `--genes N` each dataset is judged by its N most variable genes, as many files are shared; what is fitted stays.
+Measures of known cells: accuracy if every cell gets a label (`forced_accuracy`) and of `annotate`, calibration error
+of the score, area under the risk-coverage curve, and coverage of the label sets. Measures of new cells: share of
+`Unknown`, share of `Unknown` or a correct broader term, and AUROC of the novelty against known cells of the same
+dataset.
 
-Of known cells: accuracy with every cell named (`forced`) and as `annotate` names them, calibration error of the score,
-area under the risk-coverage curve, coverage of the sets of labels. Of new ones: the share that is `Unknown` or gets a
-broader term that is right, and, for the area under the ROC curve of the novelty, how the novelty tells them from known
-cells of the same dataset. The few numbers that `train.left_out.calibrate` fits to the other datasets come from
-readouts that had seen the dataset.
+One leak remains: the settings that `train.left_out.calibrate` fits to the other datasets come from readouts that were
+trained on the left-out dataset.
 """
 
 import logging
@@ -57,34 +59,34 @@ ERROR_RATES = (0.05, 0.1, 0.2)
 class Sources:
     """The labelled cells of `train release`."""
 
-    names: list[str]  # of the datasets
+    names: list[str]  # names of the datasets
     datasets: list[Dataset]
     types: list[str]  # Cell Ontology ids of the labels
-    meanings: np.ndarray  # as for `fit_pooled_readout`
+    meanings: np.ndarray  # see `fit_pooled_readout`
     reference: Reference | None = None
     profiles: TypeProfiles | None = None
-    tissues: Sequence[LabelledSource] = ()  # of which the cells have tissues, one for each dataset
-    profiled: frozenset[tuple[str, str]] = frozenset()  # pairs of a tissue and a type that has a profile there
+    tissues: Sequence[LabelledSource] = ()  # cells with tissues, one source for each dataset
+    profiled: frozenset[tuple[str, str]] = frozenset()  # see `profiled_tissues`
 
     def tissues_without(self, group: Collection[int]) -> list[dict[str, Any]]:
-        """The tissues that a checkpoint has without the datasets of a group."""
+        """Tissues that a checkpoint trained without the datasets of a group would store."""
         left = [source for number, source in enumerate(self.tissues) if number not in group]
         return release.tissues_of(left, prepare.read_label_table("human"), self.profiled) if left else []
 
     @cached_property
     def terms(self) -> list[dict[str, Any]]:
-        """Broader terms of the labels, as a checkpoint has them."""
+        """Terms of the labels and of their ancestors; see [`ontology.label_terms`]."""
         return ontology.label_terms({str(ontology.term_name(term)): term for term in self.types})
 
     @cached_property
     def in_terms(self) -> list[list[int]]:
-        """The labels of each term."""
+        """Positions of the labels of each term."""
         names = [str(ontology.term_name(term)) for term in self.types]
         return [[place for place, name in enumerate(names) if name in term["labels"]] for term in self.terms]
 
 
 def read_sources(folder: str | Path) -> Sources:
-    """The datasets that the reviewed table names, over the genes of the release."""
+    """Read the datasets of the reviewed table, over the gene vocabulary of the release."""
     table, files = prepare.read_label_table("human"), prepare._expand([str(folder)])
     specs = prepare.reviewed_sources(dict(zip(prepare.name_sources(files), files, strict=True)), table)
     vocabulary = release.shared_vocabulary(specs, folder)
@@ -116,11 +118,13 @@ def annotate(
     alone: bool = False,
     tissues: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, np.ndarray]:
-    """Cells of one dataset as `annotate` names them: the columns of `choose_labels`, and `probabilities`.
+    """Name the cells of one dataset as `annotate` does.
 
-    `of_sets` are the probabilities without what the cells say of their tissues, of which sets of labels are.
+    Returns:
+        The columns of `choose_labels`; `probabilities` `(n_cells, n_labels)`; and `of_sets`, the probabilities without
+        the tissue prior, from which label sets are made.
     """
-    alone = alone or sources.reference is None  # whose profiles novelty by neighbours needs
+    alone = alone or sources.reference is None  # novelty by neighbours needs reference profiles
     unit = settings["lead_unit" if alone else "batch_unit"]
     cells = replace(cells, scores=cells.alone) if alone else left_out.with_neighbours(cells)
     labels = np.flatnonzero((cells.scores > ABSENT).any(axis=0))
@@ -137,7 +141,7 @@ def annotate(
 
 
 def known_scores(columns: dict[str, np.ndarray], targets: np.ndarray, types: Sequence[str]) -> dict[str, float]:
-    """Means over the known cells of a dataset, and their number."""
+    """Number of known cells of a dataset, and means over them: accuracies, and shares of abstention."""
     best = columns["probabilities"].argmax(axis=1)
     answered = columns["cell_type"] != UNKNOWN
     right = columns["cl_id"] == np.asarray(types)[targets]
@@ -151,14 +155,14 @@ def known_scores(columns: dict[str, np.ndarray], targets: np.ndarray, types: Seq
 
 
 def is_broader(columns: dict[str, np.ndarray], targets: np.ndarray, types: Sequence[str]) -> np.ndarray:
-    """Whether each cell is `Unknown`, or has a term above its type, bool `(n_cells,)`."""
+    """Whether each cell is `Unknown`, or named by an ancestor of its type, bool `(n_cells,)`."""
     above = [set(ontology.ancestors(types[target])) for target in targets]
     unknown = columns["cell_type"] == UNKNOWN
     return np.array([no or term in terms for no, term, terms in zip(unknown, columns["cl_id"], above, strict=True)])
 
 
 def risk_area(score: np.ndarray, right: np.ndarray) -> float:
-    """Area under the risk-coverage curve: the error rate of the k cells of the highest scores, mean over k."""
+    """Area under the risk-coverage curve: mean over k of the error rate of the k cells with the highest scores."""
     order = np.argsort(-score, kind="stable")
     return float((np.cumsum(~right[order]) / np.arange(1, len(order) + 1)).mean())
 
@@ -166,7 +170,13 @@ def risk_area(score: np.ndarray, right: np.ndarray) -> float:
 def summarise_known(
     sources: Sources, cells: LeftOut, probabilities: np.ndarray, sets: dict[float, np.ndarray]
 ) -> dict[str, Any]:
-    """Calibration, risk and coverage of all known cells together; `sets` are bool `(n_cells, n_labels)` by rate."""
+    """Calibration, risk and coverage of all known cells together.
+
+    Args:
+        cells: The known cells of all datasets.
+        probabilities: float `(n_cells, n_labels)`.
+        sets: Error rate -> members of the label sets, bool `(n_cells, n_labels)`.
+    """
     score, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == cells.targets
     rows = np.arange(len(score))
     rows_of_set = [rows[cells.datasets == i] for i in np.unique(cells.datasets)]
@@ -194,7 +204,7 @@ def summarise_known(
 
 
 def most_variable(data: Dataset, n_genes: int) -> Dataset:
-    """The dataset with its `n_genes` most variable genes (of log1p(CP10k)) alone."""
+    """Restrict a dataset to its `n_genes` genes with the highest variance of log1p(CP10k)."""
     logs = (diags(COUNTS_PER_10K / np.asarray(data.counts.sum(axis=1)).ravel().clip(min=1e-9)) @ data.counts).log1p()
     mean = np.asarray(logs.mean(axis=0)).ravel()
     variance = np.asarray(logs.power(2).mean(axis=0)).ravel() - mean**2
@@ -212,10 +222,13 @@ def leave_datasets_out(
     judged: LeftOut | None = None,
     alone: bool = False,
 ) -> dict[str, Any]:
-    """Known and new cells of each group of datasets, left out together. `cells` are of `leave_each_out`.
+    """Evaluate known and new cells of groups of datasets; the datasets of a group are left out together.
 
-    `judged`, by default the same, are what is named, by settings that are fitted to `cells`: of a group of several
-    datasets those of `leave_out`.
+    Args:
+        cells: Result of `leave_each_out`, to which the settings are fitted.
+        groups: Groups of positions of datasets.
+        judged: Cells to name; default: `cells`. For a group of several datasets: the result of `leave_out`.
+        alone: See [`annotate`].
     """
     known_rows, new_rows, kept, parts = {}, [], [], []
     sets: dict[float, list[np.ndarray]] = {rate: [] for rate in ERROR_RATES}
@@ -252,16 +265,16 @@ def leave_datasets_out(
 
 
 def members(probabilities: np.ndarray, settings: dict[str, Any], rate: float) -> np.ndarray:
-    """Whether each label is in the set of each cell, as `label_sets` writes it."""
+    """Whether each label is in the label set of each cell, bool `(n_cells, n_labels)`."""
     names = [str(label) for label in range(probabilities.shape[1])]
     sets = label_sets(probabilities, names, set_threshold(settings["label_sets"], rate))
-    return np.array([np.isin(names, found.split(" | ")) for found in sets])
+    return np.array([np.isin(names, words.split(" | ")) for words in sets])
 
 
 def new_cells(
     sources: Sources, cells: LeftOut, columns: dict[str, np.ndarray], new: np.ndarray, dataset: str
 ) -> list[dict[str, Any]]:
-    """For each type of the cells that are new: how many are `Unknown`, and how many that or a right broader term."""
+    """For each type of new cells: shares of `Unknown`, and of `Unknown` or a correct broader term."""
     rows = []
     fine = is_broader(columns, cells.targets, sources.types)
     for target in np.unique(cells.targets[new]):
@@ -273,7 +286,7 @@ def new_cells(
 
 
 def leave_labels_out(sources: Sources, cells: LeftOut, alone: bool = False) -> dict[str, Any]:
-    """Each label left out, see [`eval.untrained`]; `cells` are of `leave_each_out`."""
+    """Leave out each label; see [`eval.untrained`]. `cells` is the result of `leave_each_out`."""
     parts = "known_laboratories", "new_laboratory", "own_types", "own_types_without_profile"
     found: dict[str, list[dict[str, Any]]] = {part: [] for part in parts}
     known: dict[str, dict[str, float]] = {}
@@ -300,7 +313,7 @@ def leave_labels_out(sources: Sources, cells: LeftOut, alone: bool = False) -> d
 
 
 def fit_for_file(sources: Sources, left: int | None, settings: dict[str, Any]) -> untrained.Fitted:
-    """The readout of all datasets but one."""
+    """Fit readout, novelty and tissues to all datasets except number `left` (None: to all datasets)."""
     train = [data for number, data in enumerate(sources.datasets) if number != left]
     readout, own = left_out.fit_known(train, sources.meanings, sources.reference)
     novelty = fit_pooled_novelty(train, train[0].counts.shape[1]) or {}
@@ -309,7 +322,7 @@ def fit_for_file(sources: Sources, left: int | None, settings: dict[str, Any]) -
 
 
 def weighted(rows: Any) -> dict[str, float]:
-    """Means over cells of the numbers of some rows."""
+    """Means of the float columns of rows, weighted by `n_cells`."""
     rows = list(rows)
     sizes = [row["n_cells"] for row in rows]
     names = [n for n in rows[0] if all(isinstance(row.get(n), float) for row in rows)] if rows else []
@@ -323,13 +336,21 @@ def evaluate_left_out(
     n_genes: int | None = None,
     alone: bool = False,
 ) -> dict[str, Any]:
-    """Leave each dataset out, or those of `together` at once; or each label.
+    """Leave out each dataset, or the datasets of `together` at once, or each label, and evaluate the annotation.
 
-    With `n_genes` each dataset is judged by its most variable genes alone; with `alone`, each cell by itself.
+    Args:
+        folder: Folder of the files of `train release`.
+        what: `"datasets"` or `"labels"`.
+        together: Names of datasets to leave out together; empty: each dataset in turn.
+        n_genes: Annotate each dataset with its most variable genes; None: all genes.
+        alone: Annotate each cell without the other cells of its dataset.
 
     Returns:
-        JSON-able dict: `new`, cells of types that are left out, and their mean `new_together`; of datasets also
-        `known` (by dataset) and `known_together`. Of labels those of [`leave_labels_out`].
+        JSON-able dict. For datasets: `known` (by dataset), `known_together`, `new` (by dataset and type) and the mean
+        `new_together`. For labels: see [`leave_labels_out`].
+
+    Raises:
+        ValueError: If a dataset is unknown, or the folder has fewer than two datasets.
     """
     sources = read_sources(folder)
     missing = set(together) - set(sources.names)

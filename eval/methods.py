@@ -1,13 +1,14 @@
-"""Methods of others, rebuilt from parts of this package, trained on the same corpus, without their code or weights.
+"""Published methods, rebuilt from parts of this package and trained on the same corpus, without their code or weights.
 
-* *Cell2Sentence-style* (Levine et al. 2024): a cell is a sentence of its gene names by falling expression, and the
-  same language model learns to describe sentences and to write the sentence of a description.
-* *LangCell-style* (Zhao et al. 2024): the same cell model and text encoder learn contrast and matching, and a cell
-  gets the class whose name fits best; no readout, no generation. `eval/all.py` trains it by `align`.
-* *GenePT-style* (Chen & Zou 2024): a cell is the mean of the embeddings of texts about its genes, weighted by
-  expression, with a linear head. Nothing but the head is trained.
-* *scVI-style* (Lopez et al. 2018): a variational autoencoder of counts with the type as covariate, by scvi-tools where
-  it is installed; cells of a type are drawn from the prior.
+* *Cell2Sentence-style* (Levine et al. 2024): a cell is a sentence of its gene names by descending expression. The
+  language model of `tune` learns to describe sentences, and to write the sentence of a description.
+* *LangCell-style* (Zhao et al. 2024): the same cell model and text encoder are trained with contrastive and matching
+  losses. A cell gets the class with the best-matching name. No readout, no generation. `eval/all.py` trains this
+  method by `align`.
+* *GenePT-style* (Chen & Zou 2024): a cell is the expression-weighted mean of the embeddings of texts about its genes.
+  Only a linear head is trained.
+* *scVI-style* (Lopez et al. 2018): a variational autoencoder of counts with the type as covariate, if scvi-tools is
+  installed; cells of a type are drawn from the prior.
 """
 
 import json
@@ -44,19 +45,19 @@ from scmmgpt.train.language_model import load_causal_lm, new_language_model
 
 logger = logging.getLogger(__name__)
 
-SENTENCE_GENES = 100  # of a cell sentence, as of the first published models
+SENTENCE_GENES = 100  # genes of a cell sentence, as in the first published models
 VARIANTS = 4  # texts of each cell in training
 WARMUP = 0.05  # share of the time in which the learning rate rises
-MAX_GENE_TEXTS = 4000  # of the most expressed genes; embedding texts takes minutes
+MAX_GENE_TEXTS = 4000  # most expressed genes whose texts are embedded; more texts take minutes
 DESCRIBE = "Describe the cell that expresses these genes, the highest first: {}"
 WRITE = f"Write the {SENTENCE_GENES} genes that this cell expresses most, the highest first: {{}}"
 
 
 @dataclass(frozen=True)
 class CellSentences:
-    """Cells as sentences of gene names, and sentences as expression.
+    """Converts cells to sentences of gene names, and sentences to expression.
 
-    Expression falls about linearly with the logarithm of the rank; the line is fitted to training cells.
+    Expression falls about linearly with the logarithm of the rank. The line is fitted to training cells.
     """
 
     genes: np.ndarray  # symbols, `(n_genes,)`
@@ -76,7 +77,7 @@ class CellSentences:
         return cls(train.genes, float(intercept), float(slope))
 
     def write(self, cells: LabelledCells, *, seed: int = 0) -> list[str]:
-        """The names of the `SENTENCE_GENES` highest genes of each cell; equal counts are in random order."""
+        """Write the names of the `SENTENCE_GENES` highest genes of each cell; equal counts are in random order."""
         rng = np.random.default_rng(seed)
         sentences = []
         for start, stop in zip(cells.counts.indptr[:-1], cells.counts.indptr[1:], strict=True):
@@ -85,9 +86,9 @@ class CellSentences:
         return sentences
 
     def read(self, sentences: Sequence[str]) -> np.ndarray:
-        """log1p(CP10k) by rank, float32 `(n_sentences, n_genes)`.
+        """Convert sentences to log1p(CP10k) by the ranks of the genes, float32 `(n_sentences, n_genes)`.
 
-        Words that are not genes are left out, a repeated gene has its mean rank, and genes without a word are 0.
+        Words that are not genes are skipped. A repeated gene gets its mean rank. Genes that are not named are 0.
         """
         place = {gene: i for i, gene in enumerate(self.genes)}
         result = np.zeros((len(sentences), len(self.genes)), dtype=np.float32)
@@ -101,7 +102,7 @@ class CellSentences:
 
 
 class TimedTrainer(SFTTrainer):
-    """Trains for a number of processor seconds; the learning rate rises, then falls to 0, with the time used."""
+    """Trains for a number of CPU seconds; the learning rate rises and then falls to 0 as a function of the time."""
 
     def __init__(self, *args: Any, seconds: float, **kwargs: Any) -> None:
         self.seconds, self.start = seconds, time.process_time()
@@ -109,17 +110,17 @@ class TimedTrainer(SFTTrainer):
         self.add_callback(TimeLimit(self))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        """The rows as they are: they alternate between directions."""
+        """Keep the order of the rows, which alternate between both directions."""
         data: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(data)
 
     @property
     def share(self) -> float:
-        """Share of the time that is used."""
+        """Used share of the time."""
         return (time.process_time() - self.start) / self.seconds
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """Follow the clock in place of the steps."""
+        """Make a schedule that depends on the used time instead of the step."""
 
         def factor(step: int) -> float:
             return min(max(self.share, 0.01) / WARMUP, max(1 - self.share, 0.0))
@@ -130,13 +131,13 @@ class TimedTrainer(SFTTrainer):
 
 
 class TimeLimit(TrainerCallback):
-    """Ends a training when its time is up."""
+    """Stops the training when its time is used."""
 
     def __init__(self, trainer: TimedTrainer) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Look at the clock after each step."""
+        """Check the time after each step."""
         control.should_training_stop = control.should_training_stop or self.trainer.share >= 1
 
 
@@ -149,12 +150,12 @@ class CellSentenceModel:
     sentences: CellSentences
 
     def describe(self, cells: LabelledCells, *, max_new_tokens: int, seed: int = 0) -> list[str]:
-        """The greedy description of each cell."""
+        """Describe each cell by greedy decoding."""
         prompts = [DESCRIBE.format(sentence) for sentence in self.sentences.write(cells, seed=seed)]
         return self._complete(prompts, max_new_tokens=max_new_tokens, do_sample=False)
 
     def generate(self, prompts: Sequence[str], *, max_new_tokens: int, seed: int = 0) -> np.ndarray:
-        """log1p(CP10k) of a drawn sentence for each prompt, float32 `(n_prompts, n_genes)`."""
+        """Sample a sentence for each prompt, and return its log1p(CP10k), float32 `(n_prompts, n_genes)`."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             words = [WRITE.format(prompt) for prompt in prompts]
@@ -179,7 +180,7 @@ class CellSentenceModel:
 def alternate(
     first: list[tuple[str, str]], second: list[tuple[str, str]], size: int, *, seed: int = 0
 ) -> list[tuple[str, str]]:
-    """Rows of both lists in random order, `size` of the first, then `size` of the second, and so on.
+    """Shuffle both lists, and alternate between them: `size` rows of the first, `size` rows of the second, and so on.
 
     >>> alternate([("a", "1")] * 5, [("b", "2")] * 5, 2)[:5]
     [('a', '1'), ('a', '1'), ('b', '2'), ('b', '2'), ('a', '1')]
@@ -199,9 +200,13 @@ def train_cell2sentence(
     *,
     seconds: float,
 ) -> CellSentenceModel:
-    """Train the language model of `tune` on both directions in turns, and save it.
+    """Train the language model of `tune` on both directions in turn, and save the model.
 
-    A batch has one direction, since the few words of a description would hardly count beside those of sentences.
+    A batch has one direction, because the few tokens of descriptions would hardly count among those of sentences.
+
+    Args:
+        output: Folder of the model.
+        seconds: CPU time of the training.
     """
     sentences, ids = CellSentences.fit(train), hash_names(train.names)
     described: list[tuple[str, str]] = []
@@ -257,13 +262,13 @@ def train_cell2sentence(
 
 
 def load_cell2sentence(folder: Path, train: LabelledCells) -> CellSentenceModel:
-    """The model that [`train_cell2sentence`] saved, trained on the cells of `train`."""
+    """Load the model that [`train_cell2sentence`] saved; `train` must be its training cells."""
     model, tokenizer = load_causal_lm(str(folder), dtype=torch.float32)
     return CellSentenceModel(model, tokenizer, CellSentences.fit(train))
 
 
 def setup_scvi(train: LabelledCells) -> AnnData:
-    """Training cells as scVI reads them, with the type in place of the batch."""
+    """Set up the training cells for scVI, with the cell type as the batch covariate."""
     import scvi
 
     adata = AnnData(train.counts, obs=pd.DataFrame({"type": train.labels}, index=train.names))
@@ -272,18 +277,18 @@ def setup_scvi(train: LabelledCells) -> AnnData:
 
 
 def train_scvi(train: LabelledCells, folder: Path, *, seconds: float, seed: int = 0) -> None:
-    """Train scVI for its own default number of epochs, or until a number of processor seconds is over, and save it."""
+    """Train scVI for its default number of epochs, but at most `seconds` of CPU time, and save the model."""
     import lightning
     import scvi
 
     class Until(lightning.pytorch.Callback):
-        """Ends the training when its time is up."""
+        """Stops the training when its time is used."""
 
         def __init__(self) -> None:
             self.end = time.process_time() + seconds
 
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            """Look at the clock after each step."""
+            """Check the time after each step."""
             trainer.should_stop = trainer.should_stop or time.process_time() >= self.end
 
     scvi.settings.seed = seed
@@ -295,10 +300,10 @@ def train_scvi(train: LabelledCells, folder: Path, *, seconds: float, seed: int 
 
 @torch.inference_mode()
 def scvi_cells(prompts: np.ndarray, train: LabelledCells, folder: Path, *, seed: int = 0) -> np.ndarray:
-    """log1p(CP10k) of a cell for each prompted type, float32 `(n_cells, n_genes)`.
+    """Draw a cell for each prompted type; return log1p(CP10k), float32 `(n_cells, n_genes)`.
 
-    The library size is that of a random training cell of the type: over the genes that scVI knows, while a cell is
-    normalised by the total of all its genes.
+    Library sizes come from random training cells of the type: scVI gets the size over its own genes, and the cell is
+    normalised by the size over all genes.
     """
     import scvi
 
@@ -317,11 +322,14 @@ def scvi_cells(prompts: np.ndarray, train: LabelledCells, folder: Path, *, seed:
 
 
 def embed_by_genes(cells: Sequence[LabelledCells], gene_texts: str | Path | None) -> list[np.ndarray]:
-    """GenePT's embedding of each cell, unit length, `(n_cells, 384)`.
+    """Embed cells as GenePT does, unit length `(n_cells, 384)`.
 
     Args:
-        cells: Training cells, whose expression chooses the genes, and others.
-        gene_texts: Table of summaries, as for `align`; without, the genes' approved names.
+        cells: Training cells, whose most expressed genes are used, and further sets of cells.
+        gene_texts: Table of summaries, as for `align`; default: approved names of the genes.
+
+    Raises:
+        ValueError: If no gene of the training cells has a text.
     """
     if gene_texts is None:
         texts = {record.symbol: f"{record.symbol}: {record.name}" for record in load_hgnc() if record.name}
@@ -338,7 +346,7 @@ def embed_by_genes(cells: Sequence[LabelledCells], gene_texts: str | Path | None
 
 
 def ridge(train: baselines.Matrix, labels: np.ndarray, test: baselines.Matrix) -> TypePrediction:
-    """Ridge regression to the labels, its penalty by leave-one-out; balanced."""
+    """Classify cells by balanced ridge regression; the penalty is chosen by leave-one-out cross-validation."""
     x, y = (np.asarray(m.toarray() if isinstance(m, sparse.csr_matrix) else m) for m in (train, test))
     model = RidgeClassifierCV(alphas=np.logspace(0, 5, 11), class_weight="balanced").fit(x, labels)
     return TypePrediction(model.predict(y), choices={"alpha": float(model.alpha_)})

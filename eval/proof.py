@@ -1,30 +1,29 @@
-r"""Check descriptions against counts, and count the lies that the check finds.
+r"""Check descriptions against counts, and measure which planted false statements the check finds.
 
 ```
 python -m scmmgpt.eval proof --model CHECKPOINT --cells cells.h5ad --output out.json
 ```
 
-The check reads texts and counts alone: no label, no score, no model. A sentence of another form than those of
-`describe --proof` is unsupported, and so is one with a gene that does not have the stated count. The other cells of
-the file whose texts name the same type are the kind of a cell.
+The check uses only texts and counts: no labels, scores or model. The kind of a cell is the set of cells whose texts
+name the same type. A sentence is unsupported if it has another form than the sentences of `describe --proof`, if a
+gene does not have the stated count, or if its condition does not hold:
 
 | sentence | supported if |
 | --- | --- |
-| type | each gene is higher in the kind than in all other cells, and all together are more probable in it than in \
-any other kind of ten cells or more, by naive Bayes over the counts of all kinds; the text names the genes of a \
-lineage that excludes it |
-| against | the genes are those of the lineage that the cell expresses, and the type excludes it |
-| programme | it names three genes of the list; the cell is above the stated share of its kind, and above half of \
-it, and has twice the counts of its lower quarter, by more than chance |
-| unusual | each gene is at twice the mean of the kind, and above nine in ten of it |
-| alternative, undecided | each gene is higher in the cells of its type than in those of the other type |
+| type | each gene has a higher mean in the kind than in all other cells; no other kind of ten cells or more has a \
+higher naive Bayes likelihood of these genes; the text mentions the genes of a lineage that excludes the type |
+| against | the genes are those of a lineage that the cell expresses, and the type excludes the lineage |
+| programme | three genes of the list are named; the expression of the cell exceeds the stated share of the kind, and \
+half of the kind; the counts are twice those of the lower quartile, significantly |
+| unusual | each gene has twice the mean of the kind, and exceeds nine in ten cells of the kind |
+| alternative, undecided | each gene has a higher mean in cells of its type than in cells of the other type |
 
-Of a type with fewer than 20 cells, the counts of the file do not say what is usual. There, genes of one lineage
-decide (`LINEAGES`: CD3 and T cell receptor chains refute "natural killer cell"). Where they are silent, a text without
-a fault is not decidable, which is neither supported nor unsupported.
+For a type with fewer than 20 cells, the file does not show which counts are usual. Lineage genes then decide
+(`LINEAGES`: CD3 and T cell receptor chains refute "natural killer cell"). If the cell does not express a lineage of
+the type, a text without a fault is not decidable.
 
-Lies are planted one at a time among true texts: see `LIES`. With `--sample` the command draws descriptions of several
-files for a reader, beside the genes that stand out in each cell.
+False statements are planted in true texts one at a time: see `LIES`. With `--sample`, the command draws descriptions
+from several files for a human reader, with the genes that stand out in each cell.
 """
 
 import functools
@@ -67,46 +66,46 @@ PATTERNS = {
 LINEAGE_TERMS = {lineage.name: lineage.term for lineage in LINEAGES}
 SENTENCES = {kind: re.compile(pattern) for kind, pattern in PATTERNS.items()}
 LISTS = {programme.phrase: set(programme.genes) for programme in PROGRAMMES}
-ROUNDING = 1e-3  # of a count in words
-HIGH = 95  # share of its kind that a lie claims for a programme
-MIN_KIND, MIN_RIVAL = 20, 10  # cells of a kind that are usual of it, and of one that refutes another
-SMOOTHING = 0.1  # counts added to each gene
-FEW, CHANCE = 0.4, 1e-3  # counts of a programme that are expected at least; probability of so many
+ROUNDING = 1e-3  # relative rounding error of a count in a text
+HIGH = 95  # percentage of the kind that a planted statement claims for a programme
+MIN_KIND, MIN_RIVAL = 20, 10  # fewest cells of a kind that show what is usual, and of a kind that refutes another
+SMOOTHING = 0.1  # pseudocount of each gene in naive Bayes
+FEW, CHANCE = 0.4, 1e-3  # smallest expected count of a programme, and the significance level of its Poisson test
 Lie: TypeAlias = Callable[["Checker", int, np.random.Generator], str | None]
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text."""
+    """Split a text into sentences."""
     return re.split(r"(?<=\.) (?=[A-Z])", text)
 
 
 def kind_of(text: str) -> str:
-    """The type that a text names; "" for none."""
+    """Type that the first sentence of a text names; "" for none."""
     match = SENTENCES["type"].fullmatch(sentences(text)[0])
     return match["kind"] if match else ""
 
 
 @functools.cache
 def term_of(name: str) -> str:
-    """The Cell Ontology id of a type; the name itself if it has none."""
+    """Cell Ontology id of a type; the name itself if the ontology lacks the type."""
     return ontology.match_label("cell_type", name)[0] or name
 
 
 @functools.cache
 def lineage(name: str) -> frozenset[str]:
-    """The Cell Ontology ids of a type, or of an id, and of all types above it; the name itself if it has none."""
+    """Cell Ontology ids of a type (a name, or the id of a lineage) and of its ancestors; see [`term_of`]."""
     term = name if name in LINEAGE_TERMS.values() else term_of(name)
     return frozenset([term, *(ontology.ancestors(term) if term.startswith("CL:") else ())])
 
 
 class Checker:
-    """Texts and counts of the cells of a file.
+    """Checks texts against the counts of a file.
 
     Args:
-        texts: Of the cells.
-        counts: `(n_cells, n_genes)`.
-        symbols: Of the genes.
-        sizes: Library sizes `(n_cells,)`.
+        texts: Description of each cell.
+        counts: Raw counts, `(n_cells, n_genes)`.
+        symbols: Symbol of each gene.
+        sizes: Library sizes, `(n_cells,)`.
     """
 
     def __init__(self, texts: Sequence[str], counts: csr_matrix, symbols: Sequence[str], sizes: np.ndarray) -> None:
@@ -123,53 +122,54 @@ class Checker:
             self.log_shares = dict(zip(bayes.classes_.tolist(), bayes.feature_log_prob_, strict=True))
 
     def excludes(self, one: str, other: str) -> bool:
-        """Whether a cell of one type is none of the other: no type of the file is both.
+        """Whether two types exclude each other: no type of the file is a subtype of both.
 
-        A type and one above it don't exclude each other, nor do phagocytes and myeloid cells beside macrophages.
+        A type and its ancestor don't exclude each other. Neither do "phagocyte" and "myeloid cell" if the file has
+        macrophages.
         """
         both = lineage(one) | lineage(other)
         return not any(both <= lineage(name) for name in (one, other, *self.kinds))
 
     def better_kinds(self, kind: str, genes: Sequence[str]) -> list[str]:
-        """Kinds in which genes are together more probable than in one that excludes them."""
+        """List the kinds, among those that exclude `kind`, with a higher naive Bayes likelihood of the genes."""
         columns = [self.column[gene] for gene in genes]
         rivals = [name for name, cells in self.kinds.items() if cells.sum() >= MIN_RIVAL and self.excludes(name, kind)]
         own = self.log_shares[kind][columns].sum() if kind in self.log_shares else -np.inf
         return [name for name in rivals if self.log_shares[name][columns].sum() > own]
 
     def rates(self, name: str) -> np.ndarray:
-        """Share of a gene, or of the genes of a programme, in every cell."""
+        """Share of a gene, or of the genes of a programme, in the counts of every cell, float64 `(n_cells,)`."""
         if name not in self.known:
             columns = [self.column[gene] for gene in LISTS.get(name, {name}) if gene in self.column]
             self.known[name] = np.asarray(self.counts[:, columns].sum(axis=1)).ravel() / self.sizes
         return self.known[name]
 
     def lineages_against(self, cell: int, kind: str) -> dict[str, list[str]]:
-        """Lineages that a type excludes and a cell shows, with their genes."""
-        found = {}
+        """Lineages that a cell expresses although its type excludes them: lineage -> expressed genes."""
+        against = {}
         for name, genes in self.lineages(cell).items():
             term = LINEAGE_TERMS[name]
             if term not in lineage(kind) and term_of(kind) not in lineage(term):
-                found[name] = genes
-        return found
+                against[name] = genes
+        return against
 
     def lineages(self, cell: int) -> dict[str, list[str]]:
-        """Lineages that a cell shows, with their genes."""
-        found = {}
+        """Lineages that a cell expresses: lineage -> genes at `LINEAGE_FOLD` times the mean of the file or more."""
+        expressed = {}
         for line in LINEAGES:
             genes = [gene for gene in line.genes if gene in self.column]
             here, usual = ({gene: of(self.rates(gene)) for gene in genes} for of in (lambda r: r[cell], np.mean))
             shown = [gene for gene in genes if here[gene] > 0 and here[gene] >= LINEAGE_FOLD * usual[gene]]
             if len(shown) >= MIN_LINEAGE_GENES and sum(here.values()) >= LINEAGE_FOLD * sum(usual.values()):
-                found[line.name] = shown
-        return found
+                expressed[line.name] = shown
+        return expressed
 
     def is_rare(self, kind: str) -> bool:
-        """Whether the file has too few cells of a type to know what is usual of it."""
+        """Whether the file has fewer than `MIN_KIND` cells of a type."""
         return kind not in self.kinds or self.kinds[kind].sum() < MIN_KIND
 
     def verdict(self, cell: int, text: str) -> str:
-        """Of the counts on a text about a cell: "supported", "unsupported" or "not decidable"."""
+        """Judge a text about a cell: "supported", "unsupported" or "not decidable"."""
         if self.faults(cell, text):
             return "unsupported"
         kind = kind_of(text)
@@ -177,7 +177,7 @@ class Checker:
         return "not decidable" if kind and self.is_rare(kind) and term_of(kind) not in shown else "supported"
 
     def faults(self, cell: int, text: str) -> list[str]:
-        """What the counts contradict in a text about a cell; nothing if they contradict none of it."""
+        """List the contradictions between a text about a cell and the counts."""
         found: list[str] = []
         kind = kind_of(text)
         others = self.kinds.get(kind, np.zeros(len(self.sizes), bool)).copy()
@@ -218,23 +218,28 @@ class Checker:
         return found
 
     def lineage_faults(self, cell: int, kind: str, text: str) -> list[str]:
-        """Genes of lineages that a type excludes, if the text names them not, or the type has few cells."""
+        """List excluded lineages that the cell expresses and the text omits; of a rare type, also mentioned ones."""
         against = self.lineages_against(cell, kind)
-        said = text if not self.is_rare(kind) else ""
-        return [f"{genes} speak against {kind}" for name, genes in against.items() if f"genes of {name}." not in said]
+        mentions = text if not self.is_rare(kind) else ""
+        return [
+            f"{genes} speak against {kind}" for name, genes in against.items() if f"genes of {name}." not in mentions
+        ]
 
     def against_faults(self, cell: int, kind: str, names: list[str], line: str) -> list[str]:
-        """What is wrong with a sentence about another lineage."""
+        """List the faults of a sentence about an excluded lineage."""
         return [] if names == self.lineages_against(cell, kind).get(line) else [f"{names} do not speak against {kind}"]
 
     def has(self, cell: int, gene: str, count: float) -> bool:
-        """Whether a gene has this count in a cell, and any."""
+        """Whether a gene has this count in a cell, and the count is above 0."""
         if gene not in self.column or not count > 0:
             return False
         return abs(self.by_cell[cell, self.column[gene]] - count) <= ROUNDING * count
 
     def standing_out(self, cell: int) -> str:
-        """The ten genes of a cell furthest above the mean of the file, with counts and percentiles, in words."""
+        """List, as text, the ten genes furthest above the mean of the file, with counts and percentiles.
+
+        Genes are ranked by share * log(share / mean share).
+        """
         row = self.by_cell[cell]
         shares = row.data / self.sizes[cell]
         usual = np.asarray(self.counts.multiply(1 / self.sizes[:, None]).tocsc()[:, row.indices].mean(axis=0)).ravel()
@@ -246,21 +251,21 @@ class Checker:
         return ", ".join(words)
 
     def is_higher(self, gene: str, group: np.ndarray, rest: np.ndarray, cell: int) -> bool:
-        """Whether the mean of a gene is higher in one group of cells than in another, both without a cell."""
+        """Whether the mean share of a gene is higher in `group` than in `rest` (bool masks), without the cell."""
         rates, means = self.rates(gene), []
         for cells in (group, rest):
             n = cells.sum() - cells[cell]
             means.append((rates[cells].sum() - rates[cell] * cells[cell]) / n if n else 0.0)
-        return means[0] > means[1] or not group.any()  # an only cell has nothing to be compared with
+        return means[0] > means[1] or not group.any()  # the only cell of a kind can't be compared
 
     def is_unusual(self, cell: int, gene: str, others: np.ndarray) -> bool:
-        """Whether a gene of a cell is far above its kind."""
+        """Whether a cell has twice the mean share of a gene among `others`, and more than nine in ten of them."""
         rates = self.rates(gene)
         usual = rates[others]
         return len(usual) > 0 and rates[cell] >= 2 * usual.mean() and (usual < rates[cell]).mean() >= 0.9
 
     def programme_faults(self, cell: int, parts: dict[str, str], names: list[str], others: np.ndarray) -> list[str]:
-        """What is wrong with a sentence about a programme."""
+        """List the faults of a sentence about a programme."""
         if parts["phrase"] not in LISTS:
             return [f"no such programme: {parts['phrase']}"]
         if strange := [gene for gene in names if gene not in LISTS[parts["phrase"]]]:
@@ -277,11 +282,11 @@ class Checker:
         return [] if high and len(names) >= 3 else ["the programme is not high"]
 
 
-# -- lies -------------------------------------------------------------------------------------------------------------
+# -- planted false statements -----------------------------------------------------------------------------------------
 
 
 def other_type(checker: Checker, cell: int, rng: np.random.Generator) -> str | None:
-    """The name of another type, with the genes of the cell."""
+    """Replace the type by one that excludes it; keep the genes."""
     text = checker.texts[cell]
     kind = kind_of(text)
     names = [name for name in checker.kinds if kind and checker.excludes(name, kind)]
@@ -292,7 +297,7 @@ def other_type(checker: Checker, cell: int, rng: np.random.Generator) -> str | N
 
 
 def other_markers(checker: Checker, cell: int, rng: np.random.Generator) -> str | None:
-    """Type and genes of a cell of another type."""
+    """Replace type and genes by those of a cell of another type."""
     kind = kind_of(checker.texts[cell])
     strangers: Any = np.flatnonzero(~checker.kinds[kind]) if kind else []
     strangers = [i for i in strangers if kind_of(checker.texts[i])]
@@ -303,18 +308,18 @@ def other_markers(checker: Checker, cell: int, rng: np.random.Generator) -> str 
 
 
 def silent_gene(checker: Checker, cell: int, rng: np.random.Generator) -> str | None:
-    """A gene without a count, in place of one that is named."""
-    found = list(re.finditer(GENE, checker.texts[cell]))
+    """Replace a named gene by a gene without a count."""
+    named = list(re.finditer(GENE, checker.texts[cell]))
     silent = np.setdiff1d(np.arange(len(checker.symbols)), checker.by_cell[cell].indices)
-    if not found or not len(silent):
+    if not named or not len(silent):
         return None
-    place = found[rng.integers(len(found))]
+    place = named[rng.integers(len(named))]
     gene = checker.symbols[rng.choice(silent)]
     return checker.texts[cell][: place.start(1)] + gene + checker.texts[cell][place.end(1) :]
 
 
 def other_programme(checker: Checker, cell: int, rng: np.random.Generator) -> str | None:
-    """A programme under the name of another one."""
+    """Replace the name of a programme by the name of another programme."""
     named = [phrase for phrase in LISTS if f"{phrase}:" in checker.texts[cell]]
     if not named:
         return None
@@ -323,7 +328,7 @@ def other_programme(checker: Checker, cell: int, rng: np.random.Generator) -> st
 
 
 def strange_programme(checker: Checker, cell: int, rng: np.random.Generator) -> str | None:
-    """A programme that the cell does not show, with its own counts of the genes, and a place high in its kind."""
+    """Add a programme that is not high in the cell, with true counts of its genes and a false percentage."""
     text = checker.texts[cell]
     kind = kind_of(text)
     phrases = [phrase for phrase in LISTS if f"{phrase}:" not in text]
@@ -352,7 +357,7 @@ def strange_programme(checker: Checker, cell: int, rng: np.random.Generator) -> 
 
 
 def other_cell(checker: Checker, cell: int, rng: np.random.Generator) -> str | None:
-    """The text of another cell of the same type."""
+    """Take the text of another cell of the same type."""
     kind = kind_of(checker.texts[cell])
     alike: Any = np.flatnonzero(checker.kinds[kind]) if kind else []
     alike = [i for i in alike if checker.texts[i] != checker.texts[cell]]
@@ -370,7 +375,7 @@ LIES: dict[str, Lie] = {
 
 
 def describe(pipeline: ScMMGPTPipeline, adata: Any) -> Checker:
-    """Describe cells with proof, for a check of the texts against their counts."""
+    """Describe cells with proof, and make a [`Checker`] of the texts and the counts of all genes."""
     pipeline.describe(adata, proof=True)
     cells, _ = pipeline.processor.read_cells(adata)
     ids = np.unique(cells.gene_ids)
@@ -382,10 +387,11 @@ def describe(pipeline: ScMMGPTPipeline, adata: Any) -> Checker:
 def sample_rows(
     pipeline: ScMMGPTPipeline, paths: Sequence[str], n_cells: int, label_keys: Sequence[str], seed: int
 ) -> Iterator[dict[str, str]]:
-    """Descriptions of cells drawn at random, as many of each file, beside what a reader needs to judge them.
+    """Draw cells at random, the same number from each file, and describe them for a human reader.
 
-    `file`, `cell`, `given` (the first of the columns `label_keys` that the file has), `text`, `verdict` of the check,
-    and `genes`: those that stand out most against the mean of the file, with counts and percentiles among its cells.
+    Yields:
+        Rows of `file`, `cell`, `given` (value of the first of the columns `label_keys` in the file), `text`, `verdict`
+        of the check, and `genes` (see [`Checker.standing_out`]).
     """
     rng = np.random.default_rng(seed)
     for place, path in enumerate(paths):
@@ -405,20 +411,21 @@ def sample_rows(
 
 
 def evaluate_proof(pipeline: ScMMGPTPipeline, adata: Any, seed: int = 0) -> dict[str, Any]:
-    """Describe cells, check every description, and plant each kind of lie in every cell where it can be told.
+    """Describe cells, check every description, and plant each false statement of `LIES` in every possible cell.
 
     Returns:
-        JSON-able dict: `n_cells`, `clauses` (a cell), `unsupported` and `not_decidable` (shares of the descriptions),
-        `faults` (some of them) and, by lie, `told`, `not_decidable` and `caught` (share of those that are decidable).
+        JSON-able dict: `n_cells`, `clauses` (mean per cell), `no_type`, `unsupported` and `not_decidable` (shares of
+        the descriptions), `faults` (of five texts) and `lies`: statement -> `told` (number planted), `not_decidable`
+        and `caught` (share of the decidable texts that the check finds unsupported).
     """
     checker = describe(pipeline, adata)
     texts = checker.texts
-    faults = {i: found for i, text in enumerate(texts) if (found := checker.faults(i, text))}
+    faults = {i: faults_of for i, text in enumerate(texts) if (faults_of := checker.faults(i, text))}
     rng, lies = np.random.default_rng(seed), {}
     for name, lie in LIES.items():
         told = [(cell, text) for cell in range(len(texts)) if (text := lie(checker, cell, rng)) is not None]
-        found = [checker.verdict(cell, text) for cell, text in told]
-        n, open_ = found.count("unsupported"), found.count("not decidable")
+        verdicts = [checker.verdict(cell, text) for cell, text in told]
+        n, open_ = verdicts.count("unsupported"), verdicts.count("not decidable")
         caught = n / (len(told) - open_) if len(told) > open_ else None
         lies[name] = {"told": len(told), "not_decidable": open_, "caught": caught}
     return {
@@ -427,7 +434,7 @@ def evaluate_proof(pipeline: ScMMGPTPipeline, adata: Any, seed: int = 0) -> dict
         "no_type": float(np.mean([not kind_of(text) for text in texts])),
         "unsupported": len(faults) / len(texts),
         "not_decidable": float(np.mean([checker.verdict(i, text) == "not decidable" for i, text in enumerate(texts)])),
-        "faults": {texts[i]: found for i, found in list(faults.items())[:5]},
+        "faults": {texts[i]: faults_of for i, faults_of in list(faults.items())[:5]},
         "lies": lies,
     }
 
@@ -437,9 +444,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m scmmgpt.eval proof", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="checkpoint with a label readout")
     parser.add_argument("--cells", required=True, nargs="+", help="file of cells, or several")
-    text = "write so many descriptions to read, drawn from all files, in place of the check"
+    text = "skip the check, and write this number of descriptions, drawn from all files, for a human reader"
     parser.add_argument("--sample", type=number(int, 1), metavar="N", help=text)
-    text = "columns of obs with labels to show beside them, the first that a file has (%(default)s)"
+    text = "obs columns of labels to show with the descriptions; the first column in a file is used (%(default)s)"
     parser.add_argument("--label-keys", nargs="+", default=["cell_type"], metavar="COLUMN", help=text)
     parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the draws (%(default)s)")
     parser.add_argument("--output", help="JSON file to write; with --sample a table")
@@ -451,8 +458,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_table(Path(args.output), table)
         sys.stdout.write("\n\n".join("\n".join(map(str, row[1:])) for row in table.itertuples()) + "\n")
         return 0
-    found = {Path(path).stem: evaluate_proof(pipeline, read_file(path), args.seed) for path in args.cells}
-    result = found if len(found) > 1 else next(iter(found.values()))
+    by_file = {Path(path).stem: evaluate_proof(pipeline, read_file(path), args.seed) for path in args.cells}
+    result = by_file if len(by_file) > 1 else next(iter(by_file.values()))
     if args.output:
         write_json(args.output, result)
     sys.stdout.write(json.dumps(result, indent=1) + "\n")

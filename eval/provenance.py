@@ -23,7 +23,7 @@ PACKAGES = (
 def describe_evaluation(
     corpus: "Corpus", files: Sequence[str], *, command: str, checkpoint: str | None, runs: Sequence[dict], seed: int
 ) -> dict:
-    """The provenance in `metrics.json`: corpus, evaluated files, checkpoint, training runs, settings and versions."""
+    """Collect the provenance for `metrics.json`: corpus, files, checkpoint, training runs, settings and versions."""
     provenance = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
@@ -66,9 +66,9 @@ def describe_checkpoint(path: str | Path) -> dict:
 
 
 def trained_elsewhere(checkpoint: str | Path, corpus: "Corpus") -> str | None:
-    """A warning if `training.json` of the checkpoint names another corpus than this one, else `None`.
+    """Return a warning if `training.json` of the checkpoint names another corpus, else None.
 
-    Another corpus has another split, so its training cells may be test cells of this corpus.
+    Training cells of another corpus may be test cells of this corpus.
     """
     log = Path(checkpoint) / "training.json"
     if not log.is_file():
@@ -120,7 +120,7 @@ def describe_corpus(corpus: "Corpus") -> dict:
 
 
 def read_training(folders: Sequence[str | Path]) -> list[dict]:
-    """The log of each training run: `trainer_state.json` in the folder, or in its last checkpoint."""
+    """Read the log of each training run from `trainer_state.json` of the folder, or of its last checkpoint."""
     runs = []
     for folder in map(Path, folders):
         states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))

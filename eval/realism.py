@@ -1,7 +1,7 @@
-"""Measures of generated cells beside real cells of the same types: how cells vary, not only how they are on average.
+"""Measures of the variation of generated cells against real cells of the same types.
 
-Independent noise around one mean profile has the right mean and about the right distance between cells. Real cells
-share states: genes vary together, along few axes. These measures see the difference.
+Independent noise around one mean profile has the right mean and about the right distances between cells. In real
+cells, genes vary together along few axes. These measures detect the difference.
 """
 
 import numpy as np
@@ -14,16 +14,16 @@ from sklearn.neighbors import NearestNeighbors
 
 N_TREES = 100
 MIN_LEAF = 3
-MAX_CLASSIFIED = 2000  # cells on each side of the classifier
-MAX_MATCHED = 200  # points on each side of Gromov-Wasserstein, whose time grows with the third power
-NUM_AXES = 5  # of the variation within types
-MIN_CORRELATED = 10  # cells of a type; a correlation of fewer is noise
+MAX_CLASSIFIED = 2000  # most cells on each side of the classifier
+MAX_MATCHED = 200  # most points on each side of Gromov-Wasserstein, whose time is cubic
+NUM_AXES = 5  # axes of the variation within types
+MIN_CORRELATED = 10  # fewest cells of a type; correlations of fewer cells are noise
 
 
 def two_sample_auc(generated: np.ndarray, real: np.ndarray, *, seed: int = 0) -> float:
-    """AUROC of a random forest between generated `(n, d)` and real points `(m, d)`, on the samples out of the bag.
+    """Out-of-bag AUROC of a random forest that separates generated `(n, d)` from real points `(m, d)`.
 
-    0.5: the classifier cannot separate them; 1: it always can. Both sides must have the same proportions of types.
+    0.5 means no separation, 1 complete separation. Both sides must have the same proportions of types.
     """
     rng = np.random.default_rng(seed)
     sides = [side[rng.permutation(len(side))[:MAX_CLASSIFIED]] for side in (generated, real)]
@@ -32,14 +32,15 @@ def two_sample_auc(generated: np.ndarray, real: np.ndarray, *, seed: int = 0) ->
         N_TREES, min_samples_leaf=MIN_LEAF, class_weight="balanced", oob_score=True, random_state=seed, n_jobs=-1
     ).fit(points, is_generated)
     scores = forest.oob_decision_function_[:, 1]
-    known = np.isfinite(scores)  # a point in every bag has no score
+    known = np.isfinite(scores)  # a point in every bag has no out-of-bag score
     return float(roc_auc_score(is_generated[known], scores[known]))
 
 
 def gromov_wasserstein(generated: np.ndarray, real: np.ndarray) -> float:
-    """How much distances among generated `(n, d)` and among real points `(m, d)` differ, at the best matching.
+    """Difference between the distances among generated `(n, d)` and among real points `(m, d)`, at the best matching.
 
-    The root of POT's Gromov-Wasserstein loss, in mean distances between real points. Absolute places do not count.
+    The value is the root of POT's Gromov-Wasserstein loss, in units of the mean distance between real points. It does
+    not depend on absolute positions.
     """
     inner = [cdist(thin, thin) for thin in (points[:: -(-len(points) // MAX_MATCHED)] for points in (generated, real))]
     unit = inner[1].mean() or 1.0
@@ -50,7 +51,7 @@ def gromov_wasserstein(generated: np.ndarray, real: np.ndarray) -> float:
 def match_proportions(
     labels: np.ndarray, real_labels: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of two sets of cells: of each type equally many random cells on both sides."""
+    """Draw rows of two sets of cells, with the same number of cells of each type on both sides."""
     mine, theirs = [], []
     for label in np.intersect1d(labels, real_labels):
         sides = [np.flatnonzero(side == label) for side in (labels, real_labels)]
@@ -63,8 +64,11 @@ def match_proportions(
 def gene_correlation(cells: np.ndarray) -> tuple[float, float]:
     """Mean absolute correlation of pairs of genes, and the largest eigenvalue of the correlation matrix.
 
-    `cells` are log1p(CP10k) `(n_cells, n_genes)` of one type. A gene without variance correlates with none. Both
-    values grow as cells become fewer: compare equal numbers of cells.
+    A gene without variance has correlation 0. Both values grow as the number of cells falls, so compare equal numbers
+    of cells.
+
+    Args:
+        cells: log1p(CP10k) of one type, `(n_cells, n_genes)`.
     """
     cells = np.asarray(cells, dtype=np.float64)
     varies = np.ptp(cells, axis=0) > 0
@@ -76,7 +80,7 @@ def gene_correlation(cells: np.ndarray) -> tuple[float, float]:
 
 
 def variation_axes(points: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Leading axes of the variation of real points `(n, d)` within their types, `(d, n_axes)`."""
+    """Leading principal axes of real points `(n, d)`, centred by type; `(d, n_axes)`."""
     centred = np.concatenate(
         [points[labels == label] - points[labels == label].mean(0) for label in np.unique(labels)]
     )

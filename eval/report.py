@@ -1,9 +1,9 @@
-"""One self-contained HTML page and `metrics.json`: every number beside its baselines.
+"""Write a self-contained HTML page and `metrics.json`, with baselines for every number.
 
     python -m scmmgpt.eval report --corpus corpus --annotated annotated.h5ad --descriptions descriptions.csv \
         --generated generated.h5ad --training runs/align runs/tune --checkpoint runs/tune --output results/demo
 
-The page needs no network, fits a phone and paper, and opens with the comparisons that the model loses.
+The page needs no network, is readable on a phone and on paper, and begins with the comparisons that the model loses.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from scmmgpt.eval.task import task_parser
 
 logger = logging.getLogger(__name__)
 
-# Not k-NN accuracy for generation: copies of the mean profile have a higher one than real cells.
+# k-NN accuracy is not the headline of generation, because copies of the mean profile exceed real cells.
 HEADLINES = {"annotation": "accuracy", "description": "named_type_accuracy", "generation": "energy_distance"}
 QUESTIONS = {
     "annotation": "Does the model name the type of a held-out cell?",
@@ -47,7 +47,10 @@ DIGITS = {
 
 
 def verdicts(results: dict[str, dict]) -> dict[str, list[dict]]:
-    """Comparisons with baselines by verdict ("worse", "unclear", "better"), and comparisons with controls not won."""
+    """Group the comparisons with baselines by verdict ("worse", "unclear", "better").
+
+    "control" has the comparisons with a control that the model does not win.
+    """
     sorted_out: dict[str, list[dict]] = {"worse": [], "unclear": [], "better": [], "control": []}
     for task, result in results.items():
         values = {(row["system"], row["metric"]): row["value"] for row in result["rows"]}
@@ -66,14 +69,14 @@ def verdicts(results: dict[str, dict]) -> dict[str, list[dict]]:
 
 
 def best_row(result: dict, metric: str, roles: Sequence[str]) -> dict | None:
-    """The best row of a metric among systems of these roles; `None` without rows, or where no direction is better."""
+    """Best row of a metric among systems of these roles; `None` without rows, or if neither direction is better."""
     higher = result["measures"][metric]["higher_is_better"]
     rows = [row for row in result["rows"] if row["metric"] == metric and row["role"] in roles and higher is not None]
     return max(rows, key=lambda row: row["value"] if higher else -row["value"], default=None)
 
 
 def headline(task: str, result: dict) -> dict:
-    """The main number of a task beside its best baseline, its control and its reference."""
+    """Main number of a task, with the best baseline, the control and the reference."""
     metric = next(m for m in (HEADLINES[task], *result["measures"]) if any(r["metric"] == m for r in result["rows"]))
     first = {row["role"]: row for row in reversed(result["rows"]) if row["metric"] == metric}
     best = best_row(result, metric, [BASELINE])
@@ -92,7 +95,7 @@ def headline(task: str, result: dict) -> dict:
 
 
 def table(result: dict) -> dict:
-    """Rows (systems) and columns (metrics) of a result, each cell with its verdict, the best of a column marked."""
+    """Table of a result: systems x metrics; each cell has its verdict, and the best cell of a column is marked."""
     metrics = [m for m in result["measures"] if any(row["metric"] == m for row in result["rows"])]
     verdict = {(c["system"], c["metric"]): c["verdict"] for c in result["comparisons"] if c["ci"] is not None}
     cells = {(row["system"], row["metric"]): row for row in result["rows"]}
@@ -111,14 +114,14 @@ def table(result: dict) -> dict:
 
 
 def render(results: dict[str, dict], pictures: dict, provenance: dict, *, title: str, note: str | None = None) -> str:
-    """The HTML page.
+    """Render the HTML page.
 
     Args:
-        results: Task -> result of its `evaluate_*`.
-        pictures: Task -> its pictures by name; "training" -> a list of pictures.
-        provenance: From `describe_evaluation`.
+        results: Task -> result of its `evaluate_*` function.
+        pictures: Task -> name -> picture; "training" -> list of pictures.
+        provenance: Result of `describe_evaluation`.
         title: Heading of the page.
-        note: A sentence on what the checkpoint is and is not.
+        note: Remark on the checkpoint, or None.
     """
     return render_page(
         "report.html",
@@ -134,7 +137,12 @@ def render(results: dict[str, dict], pictures: dict, provenance: dict, *, title:
 
 
 def write_report(args: argparse.Namespace, argv: Sequence[str]) -> dict:
-    """Evaluate all given files, write `report.html` and `metrics.json`, and return the result of each task."""
+    """Evaluate all given files, write `report.html` and `metrics.json`, and return the result of each task.
+
+    Raises:
+        ValueError: If no file is given.
+        FileNotFoundError: If a file does not exist.
+    """
     from scmmgpt.train.data.corpus import open_corpus
 
     outputs = {"annotation": args.annotated, "description": args.descriptions, "generation": args.generated}
@@ -189,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--training", nargs="*", default=[], help="folders of training runs, for their curves")
     parser.add_argument("--checkpoint", help="folder of the checkpoint that made the outputs")
     parser.add_argument("--title", default="scMMGPT report", help="heading of the page (%(default)s)")
-    parser.add_argument("--note", help="a sentence on what the checkpoint is and is not")
+    parser.add_argument("--note", help="remark on the checkpoint, shown on the page")
     args = parser.parse_args(argv)
     for task, result in write_report(args, argv).items():
         line = headline(task, result)

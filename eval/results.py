@@ -1,4 +1,4 @@
-"""Result tables: every number with its interval beside the baselines, and a verdict for each comparison."""
+"""Result tables: numbers with intervals, and a verdict for each comparison with a baseline."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,34 +8,34 @@ import numpy as np
 
 
 N_RESAMPLES = 1000  # bootstrap replicates; the ends of a 95 % interval then vary by about a tenth of its width
-MAX_DRAW_ENTRIES = 20_000_000  # of a table of draws, 160 MB
+MAX_DRAW_ENTRIES = 20_000_000  # most entries of a table of draws (160 MB)
 LEVEL = 0.95
 
 MODEL = "model"  # the checkpoint under evaluation
-BASELINE = "baseline"  # a simple method that needs no such model
-CONTROL = "control"  # the outputs of the model, shuffled
-REFERENCE = "reference"  # real cells, or a system that knows the true type: a yardstick, not a rival
+BASELINE = "baseline"  # a competing method
+CONTROL = "control"  # shuffled outputs of the model
+REFERENCE = "reference"  # real cells, or a system that is given the true type; not a competitor
 MODEL_NAME = "scMMGPT"
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A metric: its title, whether higher is better (`None`: the value `right` is), and its definition."""
+    """A metric: title, direction (`None` if neither direction is better; then `right` is the ideal), definition."""
 
     title: str
     higher_is_better: bool | None
     about: str
-    right: str = "real"  # where neither direction is better: "1", or "real" for the value of real held-out cells
+    right: str = "real"  # ideal value if neither direction is better: "1", or "real" for that of real held-out cells
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its bootstrap replicates; replicate i is of the same draw for all systems with the same cells."""
+    """A value with its bootstrap replicates. Systems with the same cells share the draw of replicate i."""
 
     value: float  # on all cells
     n: int  # number of cells (or pairs)
     replicates: np.ndarray | None = None  # values on resampled cells, `(n_resamples,)`; `None`: no interval
-    spread: float | None = None  # standard deviation over draws of the cells themselves, where there are several
+    spread: float | None = None  # standard deviation over several draws of the cells, if there are several
 
     @property
     def interval(self) -> list[float] | None:
@@ -44,15 +44,15 @@ class Estimate:
 
 
 def percentile_interval(replicates: np.ndarray) -> list[float] | None:
-    """The 95 % percentile interval of bootstrap replicates without NaN; `None` where all are NaN."""
+    """The 95 % percentile interval of bootstrap replicates, ignoring NaN; `None` if all are NaN."""
     finite = np.asarray(replicates)[np.isfinite(replicates)]
     return np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist() if len(finite) else None
 
 
 def bootstrap_draws(n: int, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each of n cells occurs in each draw with replacement, int array of shape `(n_resamples, n)`.
+    """Draw n cells with replacement, `n_resamples` times; return the count of each cell, int `(n_resamples, n)`.
 
-    Above 20,000 cells there are fewer draws, so that the table fits in memory; the intervals of many cells are narrow.
+    Above 20,000 cells, the number of draws is reduced so that the table fits in memory.
     """
     n_resamples = min(n_resamples, max(MAX_DRAW_ENTRIES // n, 100))
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
@@ -67,10 +67,10 @@ def mean_estimate(values: np.ndarray, draws: np.ndarray, *, weights: np.ndarray 
 
 
 def recentre(value: float, replicates: np.ndarray) -> np.ndarray:
-    """Shift replicates so that their mean is the value; the width and shape of the interval stay.
+    """Shift replicates so that their mean equals the value; width and shape of the interval do not change.
 
-    Resampling biases some statistics: repeated cells make means noisier and bins emptier, and push every replicate to
-    one side of the value.
+    Resampling biases some statistics: with repeated cells, means are noisier and bins are emptier, which shifts every
+    replicate in one direction.
     """
     finite = np.isfinite(replicates)
     return replicates + (value - replicates[finite].mean()) if finite.any() else replicates
@@ -79,18 +79,18 @@ def recentre(value: float, replicates: np.ndarray) -> np.ndarray:
 def tabulate(
     measures: Mapping[str, Measure], systems: Mapping[str, str], estimates: Mapping[str, Mapping[str, Estimate]]
 ) -> dict:
-    """Rows of a table and the verdict of each comparison.
+    """Make the rows of a table, and the verdict of each comparison.
 
     Args:
-        measures: Metric -> its definition.
-        systems: System -> its role; exactly one is the model.
+        measures: Metric -> definition.
+        systems: System -> role; exactly one system has the role `MODEL`.
         estimates: `{system: {metric: Estimate}}`; a system may lack a metric.
 
     Returns:
-        JSON-able dict of `measures`, `rows` (metric, system, role, value, ci, n) and `comparisons` (metric, system,
-        role, difference, ci, relative, relative_ci, verdict). A difference is above zero where the model is better,
-        and is relative to the value of the other system. The verdict is "better" or "worse" where the interval of
-        the difference excludes zero, "unclear" otherwise.
+        JSON-able dict of `measures`, `model`, `rows` (metric, system, role, value, ci, n) and `comparisons` (metric,
+        system, role, difference, ci, relative, relative_ci, verdict). A positive difference means that the model is
+        better; `relative` is the difference divided by the value of the other system. The verdict is "better" or
+        "worse" if the interval of the difference excludes zero, and "unclear" otherwise.
     """
     (model,) = (name for name, role in systems.items() if role == MODEL)
     rows, comparisons = [], []
@@ -130,15 +130,15 @@ def _compare(ours: Estimate, theirs: Estimate, sign: int) -> dict:
 
 
 def average(tables: Sequence[dict]) -> dict:
-    """One table of the tables of several seeds, as [`tabulate`] writes them: rows and comparisons that all have.
+    """Average the tables of [`tabulate`] over several seeds; keep the rows and comparisons that all tables have.
 
-    A value is the mean of the seeds and its spread their standard deviation. The interval, over resampled cells, has
-    the means of the ends of the seeds' intervals. A relative difference is that of the means.
+    A value is the mean over seeds, and its spread the standard deviation. Interval ends, which come from resampled
+    cells, are averaged, too. A relative difference is computed from the means.
     """
 
     def shared(part: str) -> list[list[dict]]:
-        found = [{(row["metric"], row["system"]): row for row in table[part]} for table in tables]
-        return [[rows[key] for rows in found] for key in found[0] if all(key in rows for rows in found)]
+        by_seed = [{(row["metric"], row["system"]): row for row in table[part]} for table in tables]
+        return [[rows[key] for rows in by_seed] for key in by_seed[0] if all(key in rows for rows in by_seed)]
 
     def mean(values: Sequence[list[float] | float | None]) -> Any:
         return None if any(value is None for value in values) else np.mean(np.array(values), axis=0).tolist()
@@ -158,20 +158,20 @@ def average(tables: Sequence[dict]) -> dict:
 
 
 def judge(interval: Sequence[float] | None) -> str:
-    """The verdict of a difference."""
+    """Verdict of a difference, from its interval."""
     if interval is None or interval[0] <= 0 <= interval[1]:
         return "unclear"
     return "better" if interval[0] > 0 else "worse"
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown: a title for each column, and a word for each column of a row."""
+    """Format a Markdown table from column titles and rows of words."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def markdown_table(result: dict) -> str:
-    """A result as [`tabulate`] writes it, in Markdown: systems by metrics, with spreads and intervals."""
+    """Format a result of [`tabulate`] as Markdown: systems x metrics, with spreads and intervals."""
     metrics = [m for m in result["measures"] if any(row["metric"] == m for row in result["rows"])]
     words: dict[str, dict[str, str]] = {}
     for row in result["rows"]:

@@ -1,6 +1,6 @@
-"""Retrieval of texts by cells and of cells by texts, label-aware: every text of the cell's type is right.
+"""Retrieval of texts by cells, and of cells by texts. Every item of the query's type is relevant.
 
-Ranks count ties against a system, so that constant scores find nothing.
+Ties count against a system, so that constant scores have recall 0.
 """
 
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ MEASURES = {
     f"{direction}_{name}": results.Measure(f"{title}, {words}", True, about)
     for direction, title in DIRECTIONS.items()
     for name, words, about in (
-        ("map", "mAP", "Mean average precision over queries; right are all of the query's type."),
-        *((f"recall_{k}", f"recall@{k}", f"Share of queries with a right one among the first {k}.") for k in KS),
+        ("map", "mAP", "Mean average precision over queries; all items of the query's type are relevant."),
+        *((f"recall_{k}", f"recall@{k}", f"Share of queries with a relevant item among the first {k}.") for k in KS),
     )
 }
 
@@ -31,10 +31,10 @@ def evaluate_retrieval(
     *,
     seed: int = 0,
 ) -> dict:
-    """Score similarities `(n_cells, n_texts)` of each system, ours first under `results.MODEL_NAME`.
+    """Score the similarities of each system.
 
     Args:
-        similarities: System -> the score of each text for each cell, higher where nearer.
+        similarities: System -> similarity of cells and texts, `(n_cells, n_texts)`; ours under `results.MODEL_NAME`.
         cell_types: Type of each cell.
         text_types: Type that each text is about.
         seed: Of the bootstrap over queries.
@@ -67,9 +67,11 @@ def evaluate_retrieval(
 
 
 def score_queries(scores: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:
-    """Average precision of each query, and whether a right one is among its first k; both `(n_queries, n_items)`.
+    """Compute average precision and recall at k of each query, `(n_queries,)`.
 
-    Every query needs a right item.
+    Args:
+        scores: `(n_queries, n_items)`.
+        right: Whether an item is relevant, bool `(n_queries, n_items)`; every query needs a relevant item.
 
     >>> scores = np.array([[0.9, 0.5, 0.1], [0.2, 0.2, 0.2]])
     >>> measured = score_queries(scores, np.array([[False, True, True], [True, False, False]]))

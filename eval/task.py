@@ -1,4 +1,4 @@
-"""What the tasks of `python -m scmmgpt.eval` share: arguments, splits, tables and files."""
+"""Shared code of the tasks of `python -m scmmgpt.eval`: arguments, splits and files."""
 
 import argparse
 import json
@@ -17,9 +17,9 @@ from scmmgpt.eval.results import markdown_table
 
 
 def task_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the arguments of all tasks that evaluate on a corpus."""
+    """Make a parser with the arguments of all tasks that evaluate on a corpus."""
     parser = OneLineParser(prog=f"python -m scmmgpt.eval {command}", description=description)
-    parser.add_argument("--corpus", required=True, help="corpus folder; baselines learn from its train split")
+    parser.add_argument("--corpus", required=True, help="corpus folder; baselines are fitted to its train split")
     parser.add_argument("--label-key", default="cell_type", help="column of true types in the corpus (%(default)s)")
     parser.add_argument("--output", required=True, help="JSON file to write; for the report: a folder")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of all random draws (%(default)s)")
@@ -33,9 +33,17 @@ def run_task(
     evaluate: Callable[[argparse.Namespace, LabelledCells, LabelledCells], dict],
     argv: Sequence[str] | None,
 ) -> int:
-    """Run the command line `argv` of one task: print the table and write the JSON of its result.
+    """Run the command line of one task: print the table of the result, and write the result as JSON.
 
-    `evaluate` takes the arguments, and the training and test cells of the corpus.
+    Args:
+        command: Name of the task.
+        description: First line of the help.
+        add_arguments: Adds the arguments of the task to a parser.
+        evaluate: Function of the parsed arguments, the training cells and the test cells of the corpus.
+        argv: Words of the command line; default: `sys.argv[1:]`.
+
+    Returns:
+        Exit status.
     """
     parser = task_parser(command, description)
     add_arguments(parser)
@@ -48,7 +56,7 @@ def run_task(
 
 
 def training_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the arguments of all tasks that train systems on a file of labelled cells."""
+    """Make a parser with the arguments of all tasks that train systems on a file of labelled cells."""
     parser = OneLineParser(prog=f"python -m scmmgpt.eval {command}", description=description)
     parser.add_argument("--adata", required=True, help="labelled cells with counts in X, or a corpus")
     parser.add_argument("--label-key", default="cell_type", help="column of obs with the labels (%(default)s)")
@@ -63,16 +71,20 @@ def training_parser(command: str, description: str) -> argparse.ArgumentParser:
 
 
 def split_rows(labels: np.ndarray, *, test_share: float, seed: int = 0) -> list[np.ndarray]:
-    """Rows of the training and of the test cells of a stratified split, each ascending."""
+    """Split rows into training and test rows, stratified by label; both ascending."""
     parts = train_test_split(np.arange(len(labels)), test_size=test_share, stratify=labels, random_state=seed)
     return [np.sort(rows) for rows in parts]
 
 
 def read_runs(path: Path, about: dict) -> list[dict]:
-    """Runs of an earlier call on the cells and with the options of `about`, none without `results.json`."""
+    """Read the runs of an earlier call from its `results.json`; empty if the file does not exist.
+
+    Raises:
+        ValueError: If the earlier call had other cells or options than `about`.
+    """
     if not path.is_file():
         return []
     document = json.loads(path.read_text(encoding="utf-8"))
     if any(document.get(name) != value for name, value in about.items()):
-        raise ValueError(f"{path} is of other cells or options. Give another --output.")
+        raise ValueError(f"{path} holds runs with other cells or options. Give another --output.")
     return document["runs"]

@@ -1,21 +1,23 @@
-"""Labels that are left out of the annotation of `train release`, one at a time.
+"""Evaluate the annotation of `train release` on labels left out of its training, one at a time.
 
 ```
 python -m scmmgpt.eval abstention --data ../shared/data --leave-out labels --output labels.json
 ```
 
-The groups of a label are taken out of a fitted readout, which is solved again (its genes, and the variance within
-groups, have seen the cells), and the reference profile of the label, if there is one, is one more of those of types
-without cells. The files are the cells of one type each of a dataset, all in one file, so that cells of the label lie
-among those of others. Cells of the label are right if they are called it, an ancestor, or `Unknown`.
+The groups of the label are removed from a fitted readout, and the regression is solved again. (The choice of genes and
+the variance within groups still come from all cells.) The reference profile of the label, if there is one, then counts
+as a profile of a type without cells. All sampled cells of a dataset are annotated as one file. A cell of the left-out
+label is right if it gets the label, an ancestor, or `Unknown`.
 
-* `known_laboratories`: the readout is of all datasets, so that the file's laboratory is one of training.
-* `new_laboratory`: the dataset is left out, too; labels that no other dataset has are not tried.
-* `known_cells`: datasets left out with all labels; what is lost to `Unknown`, broader types and profiles.
-* `own_types`: cells whose type no other dataset has; `own_types_without_profile`: those types have no profile either.
-* `named_by_profile`: of cells that get the name of a type without cells, the share of right names.
+* `known_laboratories`: the readout is fitted to all datasets, the annotated dataset included.
+* `new_laboratory`: the annotated dataset is also left out; labels that no other dataset has are skipped.
+* `known_cells`: only the dataset is left out; measures the loss of known labels to `Unknown`, broader types and
+  profiles.
+* `own_types`: cells whose type no other dataset has. `own_types_without_profile`: also without the reference profiles
+  of these types.
+* `named_by_profile`: precision of the names from reference profiles.
 
-Limits (`train.left_out.calibrate`) are fitted to the datasets beside the file's, from readouts of all labels.
+The settings of `train.left_out.calibrate` are fitted to the other datasets, with readouts of all labels.
 """
 
 from collections.abc import Sequence
@@ -46,22 +48,22 @@ from scmmgpt.train.references import TypeProfiles
 
 @dataclass(frozen=True)
 class Fitted:
-    """A readout of some types, and what `annotate` needs beside it."""
+    """A readout of some types, and the other statistics that `annotate` needs."""
 
     readout: ScMMGPTLabelReadout
     types: list[str]  # Cell Ontology ids of the labels
-    novelty: dict[str, Any]  # as `fit_pooled_novelty` has it
-    settings: dict[str, Any]  # of `train.left_out.calibrate`
-    tissues: list[dict[str, Any]]  # as `release.tissues_of` has them
+    novelty: dict[str, Any]  # result of `fit_pooled_novelty`
+    settings: dict[str, Any]  # result of `train.left_out.calibrate`
+    tissues: list[dict[str, Any]]  # result of `release.tissues_of`
 
     def without(self, term: str) -> "Fitted":
-        """The same without a label."""
+        """Leave out the label with this Cell Ontology id."""
         readout = without_label(self.readout, self.types.index(term))
         return replace(self, readout=readout, types=[known for known in self.types if known != term])
 
 
 def without_label(readout: ScMMGPTLabelReadout, place: int) -> ScMMGPTLabelReadout:
-    """The readout of groups without those that mention a label."""
+    """Solve the readout again without the groups that have a share of the label at position `place`."""
     a = {name: values for name, values in readout.arrays().items() if not name.startswith("profile")}
     n_labels, kept = len(a["bias"]), a["group_labels"][:, place] == 0
     own, left = a["group_labels"][:, place] * a["group_weights"], np.arange(n_labels) != place
@@ -79,9 +81,15 @@ def without_label(readout: ScMMGPTLabelReadout, place: int) -> ScMMGPTLabelReado
 def annotate_file(
     fitted: Fitted, data: Dataset, rows: np.ndarray, profiles: TypeProfiles | None, alone: bool = False
 ) -> dict[str, np.ndarray]:
-    """The columns that `annotate` has for `rows` of a dataset, in one file; `forced` is the id of the best label.
+    """Annotate `rows` of a dataset as one file.
 
-    `profiles` are of all types: those that are labels are left out.
+    Args:
+        profiles: Profiles of all types; profiles of the labels of `fitted` are left out.
+        alone: Annotate each cell without the other cells.
+
+    Returns:
+        The columns of `annotate`; `forced`, the Cell Ontology id of the most probable label; and `by_profile`, whether
+        the name comes from a reference profile.
     """
     n_genes = data.counts.shape[1]
     cells = Cells.from_csr(data.counts[rows], np.arange(n_genes))
@@ -118,9 +126,12 @@ def annotate_file(
 
 
 def row_of(columns: dict[str, np.ndarray], truth: np.ndarray, term: str) -> dict[str, Any]:
-    """How the cells of a type are named: `called_it`, `ancestor`, `unknown` and their sum `right`.
+    """Summarise the names of the cells of a type: shares `called_it`, `ancestor`, `unknown`, and their sum `right`.
 
-    `truth` are the Cell Ontology ids of all cells, str `(n_cells,)`.
+    Args:
+        columns: Result of [`annotate_file`].
+        truth: Cell Ontology ids of all cells, str `(n_cells,)`.
+        term: Cell Ontology id of the type.
     """
     mine = truth == term
     it, unknown = columns["cl_id"][mine] == term, columns["cell_type"][mine] == UNKNOWN
@@ -131,7 +142,7 @@ def row_of(columns: dict[str, np.ndarray], truth: np.ndarray, term: str) -> dict
 
 
 def lost_of(columns: dict[str, np.ndarray], truth: Sequence[str], known: np.ndarray) -> dict[str, float]:
-    """Of known cells: accuracy with every cell named, what is lost of it, and what is lost to names by profiles."""
+    """Accuracy of known cells if every cell gets a label, the loss of `annotate`, and the part lost to profiles."""
     right = (columns["forced"] == truth)[known]
     still = (columns["cl_id"] == truth)[known]
     return {
@@ -144,7 +155,7 @@ def lost_of(columns: dict[str, np.ndarray], truth: Sequence[str], known: np.ndar
 
 
 def mean_of_labels(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over labels, each with the cells of all its datasets together, of rows with `type` and `n_cells`."""
+    """Average rows over labels; the rows of a label in several datasets are weighted by `n_cells`."""
     by_label: dict[str, Any] = {}
     for kind in sorted({row["type"] for row in rows}):
         mine = [row for row in rows if row["type"] == kind]

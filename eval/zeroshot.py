@@ -1,4 +1,4 @@
-"""Labels without training cells: each label in turn is left out of training and predicted from its text alone.
+"""Evaluate labels without training cells: leave out each label in turn, and predict it from its text.
 
 ```
 python -m scmmgpt.eval zeroshot --adata cells.h5ad --label-key facs_label --ontology-key cell_type_ontology_term_id \
@@ -12,9 +12,10 @@ predicts one of *all* labels for every test cell. The measures are means over la
 * `unseen`: recall of the left-out label (chance: one over the number of labels);
 * `seen`: accuracy on the cells of all other labels;
 * `harmonic`: harmonic mean of the two;
-* `steps`: steps in the Cell Ontology from the left-out to the predicted label, averaged over cells of the former;
-* `among unseen`: area under the ROC curve of the margin of the left-out label over the best other label, as a score of
-  cells of the left-out label (chance: 0.5).
+* `steps`: steps in the Cell Ontology from the left-out to the predicted label, averaged over cells of the left-out
+  label;
+* `among unseen`: AUROC of the margin of the left-out label over the best other label, for cells of the left-out label
+  against other cells (chance: 0.5).
 
 Systems:
 
@@ -22,10 +23,9 @@ Systems:
   `annotate(read_batch=True)`, where the test cells together correct the place of the left-out label;
 * `text centroids`: nearest centroid; ridge regression from text embeddings to the centroids of seen labels predicts
   the centroid of the left-out label;
-* `nearest text`: the seen label whose text is most similar to the left-out text, the best `steps` of texts alone.
+* `nearest text`: the seen label whose text is most similar to the left-out text: the best `steps` without cells.
 
-With `--generate N`, N cells are generated from the text of each left-out label in place of predictions: see
-`zeroshot_cells`.
+With `--generate N`, N cells are generated from the text of each left-out label instead; see `zeroshot_cells`.
 """
 
 import argparse
@@ -75,7 +75,7 @@ CELL_CONFIG = '{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads"
 
 @dataclass(frozen=True)
 class LabelTexts:
-    """Labels, sorted, and the text and Cell Ontology id of each."""
+    """Sorted labels, with the text and the Cell Ontology id of each."""
 
     names: list[str]
     texts: list[str]
@@ -84,22 +84,25 @@ class LabelTexts:
 
 @dataclass(frozen=True)
 class LeftOutLabel:
-    """The cells of one left-out label. A system scores every test cell for every label, `(n_test, n_labels)`."""
+    """One left-out label: training cells of the other labels, and test cells of all labels.
+
+    A system returns scores of every test cell for every label, `(n_test, n_labels)`.
+    """
 
     train: AnnData  # with counts, without cells of the left-out label
     targets: np.ndarray  # labels of the training cells, positions in `labels.names`
     test: AnnData  # cells of all labels
     labels: LabelTexts  # all labels
     left_out: int  # position of the left-out label
-    seed: int  # of all random draws
-    folder: str  # for files that systems share, made of `train`
-    gene_texts: str | None = None  # for `finetune`
+    seed: int  # seed of all random draws
+    folder: str  # folder for files made from `train` that systems share
+    gene_texts: str | None = None  # table of gene texts for `finetune`
 
 
 def scores_of_pipeline(
     pipeline: ScMMGPTPipeline, case: LeftOutLabel, *, text: str | None = None, **options: Any
 ) -> np.ndarray:
-    """Log probability of every label, without matching; `text` replaces the text of the left-out label."""
+    """Log probability of every label, without matching scores; `text` replaces the text of the left-out label."""
     texts = dict(zip(case.labels.names, case.labels.texts, strict=True))
     if text is not None:
         texts[case.labels.names[case.left_out]] = text
@@ -108,9 +111,9 @@ def scores_of_pipeline(
 
 
 def finetuned(case: LeftOutLabel) -> dict[str, np.ndarray]:
-    """`finetune` from scratch, with the text of the left-out label and without it, and with a look at the batch.
+    """Run `finetune` from scratch; score with the text of the left-out label, without it, and with `read_batch`.
 
-    Without text, the left-out label is described as "cell": only the dissimilarity to all trained labels is left.
+    Without text, the left-out label is described as "cell", so only the dissimilarity to all trained labels remains.
     """
     adata = case.train.copy()
     adata.obs["label"] = np.array(case.labels.names, dtype=object)[case.targets]
@@ -126,7 +129,7 @@ def finetuned(case: LeftOutLabel) -> dict[str, np.ndarray]:
 
 
 def aligned(case: LeftOutLabel, *, name: str = "align", options: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """`prepare`, and `align` of a small model from scratch."""
+    """Run `prepare`, and `align` with a small model from scratch."""
     from scmmgpt.train import align
     from scmmgpt.train.data import prepare
 
@@ -147,9 +150,9 @@ def aligned(case: LeftOutLabel, *, name: str = "align", options: Sequence[str] =
 
 
 def text_centroids(case: LeftOutLabel) -> dict[str, np.ndarray]:
-    """Nearest centroid with the centroid of the left-out label predicted from its text; with and without a bonus.
+    """Nearest centroid, with the centroid of the left-out label predicted from its text; with and without a bonus.
 
-    The bonus for the left-out label is chosen by leaving out each seen label in turn.
+    The bonus of the left-out label is chosen by leaving out each seen label in turn.
     """
     texts = embed_texts(case.labels.texts)
     seen = np.delete(np.arange(len(texts)), case.left_out)
@@ -182,7 +185,7 @@ def text_centroids(case: LeftOutLabel) -> dict[str, np.ndarray]:
 
 
 def nearest_text(case: LeftOutLabel) -> dict[str, np.ndarray]:
-    """For all cells, the similarity of each text to the text of the left-out label, which itself comes last."""
+    """Score every cell by the similarity of each text to the left-out text; the left-out label itself ranks last."""
     texts = embed_texts(case.labels.texts)
     similarity = texts @ texts[case.left_out]
     similarity[case.left_out] = -1
@@ -213,9 +216,13 @@ def ontology_steps(ids: Sequence[str]) -> np.ndarray:
 
 
 def measure(scores: np.ndarray, truth: np.ndarray, left_out: int, steps: np.ndarray) -> dict[str, float]:
-    """The measures (see the top of this file) of scores `(n_test, n_labels)` for one left-out label.
+    """Compute the measures of the module's docstring for one left-out label.
 
-    Labels in `truth` `(n_test,)` are positions; `steps` comes from `ontology_steps`.
+    Args:
+        scores: `(n_test, n_labels)`.
+        truth: Positions of the true labels, `(n_test,)`.
+        left_out: Position of the left-out label.
+        steps: Result of [`ontology_steps`].
     """
     predicted, missing = scores.argmax(axis=1), truth == left_out
     unseen = float((predicted[missing] == left_out).mean())
@@ -232,7 +239,7 @@ def measure(scores: np.ndarray, truth: np.ndarray, left_out: int, steps: np.ndar
 
 
 def summarise(records: list[dict]) -> list[dict]:
-    """Means over labels (and seeds), by system."""
+    """Average the records over labels and seeds, by system."""
     rows = []
     for system in dict.fromkeys(record["system"] for record in records):
         group = [record for record in records if record["system"] == system]
@@ -242,18 +249,22 @@ def summarise(records: list[dict]) -> list[dict]:
 
 
 def table_of(rows: list[dict]) -> str:
-    """A Markdown table of systems by measures."""
+    """Format a Markdown table of systems x measures."""
     words = []
     for row in rows:
         values = {name: f"{row[name]:.{2 if name == 'steps' else 3}f}" for name in METRICS}
-        if row["system"] == "nearest text":  # one label for all cells: only the steps have a meaning
+        if row["system"] == "nearest text":  # predicts one label for all cells, so only the steps are meaningful
             values = dict.fromkeys(METRICS, "") | {"steps": values["steps"]}
         words.append([row["system"], *values.values()])
     return markdown(["", *METRICS], words)
 
 
 def describe(names: Sequence[str], ids: Sequence[str | None]) -> LabelTexts:
-    """Texts and Cell Ontology ids of labels, as in `finetune`."""
+    """Make texts and Cell Ontology ids of labels, as in `finetune`.
+
+    Raises:
+        ValueError: If the Cell Ontology lacks a label.
+    """
     captions = CaptionSampler()
     terms = [ontology.resolve("cell_type", name, term).term_id for name, term in zip(names, ids, strict=True)]
     unknown = [name for name, term in zip(names, terms, strict=True) if term is None]
@@ -264,10 +275,10 @@ def describe(names: Sequence[str], ids: Sequence[str | None]) -> LabelTexts:
 
 
 def read_cells_with_labels(args: argparse.Namespace) -> tuple[AnnData, np.ndarray]:
-    """The cells of `--adata` and their labels `(n_cells,)`.
+    """Read the cells of `--adata` and their labels, `(n_cells,)`.
 
-    With `--classes` the labels are Cell Ontology ids, from the column that the table names.
-    Cells without one are left out.
+    With `--classes`, the labels are the Cell Ontology ids that the table gives for its column. Cells without an id are
+    left out.
     """
     if not args.classes:
         return read_labelled(args.adata, args.label_key)
@@ -281,7 +292,7 @@ def read_cells_with_labels(args: argparse.Namespace) -> tuple[AnnData, np.ndarra
 
 
 def generate_left_out(args: argparse.Namespace, adata: AnnData, truth: np.ndarray, labels: LabelTexts) -> int:
-    """Generate and measure cells of left-out labels, of each split."""
+    """Generate and evaluate cells of left-out labels, for each split."""
     texts, names = embed_texts(labels.texts), np.asarray(labels.names)
     every = []
     for seed in range(args.seeds):
@@ -294,15 +305,15 @@ def generate_left_out(args: argparse.Namespace, adata: AnnData, truth: np.ndarra
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Runs in `results.json` of the output folder are not repeated."""
+    """Run the command line. Runs in `results.json` of the output folder are reused."""
     parser = training_parser("zeroshot", "Predict labels without training cells from their texts.")
-    parser.add_argument("--ontology-key", help="column of obs with Cell Ontology ids; by default from names of labels")
+    parser.add_argument("--ontology-key", help="column of obs with Cell Ontology ids; default: matched by label names")
     parser.add_argument(
         "--seeds", type=number(int, 1), default=1, help="repetitions, each with its split (%(default)s)"
     )
-    parser.add_argument("--gene-texts", help="table of what genes do, for `finetune`; columns symbol and summary")
-    parser.add_argument("--classes", help="label_classes.json of `crossdata`; labels of its column are pooled")
-    parser.add_argument("--generate", type=number(int, 2), help="generate so many cells of each label instead")
+    parser.add_argument("--gene-texts", help="table of gene functions for `finetune`, columns symbol and summary")
+    parser.add_argument("--classes", help="label_classes.json of `crossdata`; pools the labels of its column by id")
+    parser.add_argument("--generate", type=number(int, 2), help="generate this number of cells of each label instead")
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS), help="systems (default: all)")
     args = parser.parse_args(argv)
     quieten()

@@ -1,9 +1,9 @@
-"""Cells generated for labels without training cells, from their texts alone.
+"""Generate cells of labels without training cells from the texts of the labels.
 
-For each left-out label, states of cells (`scmmgpt.train.states`, as `tune` fits them) are fitted to the cells of the
-other labels and to the embeddings of their texts; then the text of the left-out label generates cells. The measures
-are those of `scmmgpt.eval generation`. There "mean profile + Poisson" and "real training cells" have seen the label;
-"ridge + Poisson" and "cells of the nearest text" have not.
+For each left-out label, cell states (`scmmgpt.train.states`, as in `tune`) are fitted to the cells of the other labels
+and the embeddings of their texts. The text of the left-out label then generates cells. The measures are those of
+`scmmgpt.eval generation`. The rows "mean profile + Poisson" and "real training cells" use cells of the left-out label;
+the rows "ridge + Poisson" and "cells of the nearest text" do not.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,28 +23,28 @@ from scmmgpt.train.states import TextedCells, fit_states
 from scmmgpt.unseen_scmmgpt import predict_centroids
 
 
-NUM_COMPONENTS, FLOW_WIDTH = 16, 256  # as in the configurations of `tune`
+NUM_COMPONENTS, FLOW_WIDTH = 16, 256  # sizes of the configurations of `tune`
 
 Cells = tuple[np.ndarray, np.ndarray]  # counts `(n, n_genes)` and library sizes `(n,)`
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The text of a left-out label, and cells of the others: cell i has the text `texts[of_cell[i]]`."""
+    """A left-out label with its text, and the cells of the other labels."""
 
-    train: LabelledCells
-    of_cell: np.ndarray
-    texts: np.ndarray  # embeddings of the texts of all labels, float64 `(n_labels, width)`, of length 1
-    left_out: int
+    train: LabelledCells  # cells of the other labels
+    of_cell: np.ndarray  # label of each cell, a row of `texts`, int64 `(n_cells,)`
+    texts: np.ndarray  # unit-length embeddings of the texts of all labels, float64 `(n_labels, width)`
+    left_out: int  # row of the left-out label in `texts`
 
     @property
     def seen(self) -> np.ndarray:
-        """The other labels."""
+        """Labels with training cells, ascending int64."""
         return np.unique(self.of_cell)
 
 
 def from_states(prompt: Prompt, n: int, seed: int) -> Cells:
-    """Cells of states that were fitted to the training cells and their texts."""
+    """Draw cells from cell states fitted to the training cells and their texts."""
     train, width = prompt.train, prompt.texts.shape[1]
     sizes = {"num_state_components": NUM_COMPONENTS, "projection_dim": width, "state_flow_width": FLOW_WIDTH}
     genes = SimpleNamespace(vocab_size=len(train.genes))
@@ -56,7 +56,7 @@ def from_states(prompt: Prompt, n: int, seed: int) -> Cells:
 
 
 def by_ridge(prompt: Prompt, n: int, seed: int) -> Cells:
-    """Poisson counts around the profile that the text predicts, with library sizes of training cells."""
+    """Draw Poisson counts around the profile predicted from the text, with library sizes of training cells."""
     rng, train = np.random.default_rng(seed), prompt.train
     cells = [train.take(np.flatnonzero(prompt.of_cell == label)) for label in prompt.seen]
     shares = np.stack([np.asarray(own.counts.sum(axis=0)).ravel() / own.total_counts.sum() for own in cells])
@@ -67,7 +67,7 @@ def by_ridge(prompt: Prompt, n: int, seed: int) -> Cells:
 
 
 def of_nearest_text(prompt: Prompt, n: int, seed: int) -> Cells:
-    """Training cells of the label whose text is most similar."""
+    """Draw training cells of the label with the most similar text."""
     nearest = prompt.seen[(prompt.texts[prompt.seen] @ prompt.texts[prompt.left_out]).argmax()]
     rows = np.random.default_rng(seed).choice(np.flatnonzero(prompt.of_cell == nearest), n)
     return prompt.train.counts[rows].toarray(), prompt.train.total_counts[rows]
@@ -81,7 +81,7 @@ SYSTEMS: dict[str, Callable[[Prompt, int, int], Cells]] = {
 
 
 def labelled(adata: AnnData, labels: np.ndarray) -> LabelledCells:
-    """Cells with counts in `X`, in the form of the other tasks."""
+    """Convert an AnnData with counts in `X`, and labels `(n_obs,)`, to [`LabelledCells`]."""
     counts = sparse.csr_matrix(adata.X, dtype=np.float32)
     totals = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
     names = adata.obs_names.to_numpy().astype(str)
@@ -91,12 +91,12 @@ def labelled(adata: AnnData, labels: np.ndarray) -> LabelledCells:
 def evaluate_cells(
     train: LabelledCells, test: LabelledCells, names: Sequence[str], texts: np.ndarray, n_cells: int, seed: int
 ) -> dict:
-    """Leave out each label, and measure the cells of its text, of all labels together.
+    """Leave out each label in turn, generate cells from its text, and evaluate the cells of all labels together.
 
     Args:
         train, test: Cells of all labels, over the same genes.
         names: The labels.
-        texts: Embeddings of their texts, float64 `(n_labels, width)`, of length 1.
+        texts: Unit-length embeddings of the texts of the labels, float64 `(n_labels, width)`.
         n_cells: Cells to generate for each label.
         seed: Seed of all random draws.
 

@@ -1,1 +1,1 @@
-"""Files of people: cells in every format that is read (`cell_files` is the door), and lists of labels."""
+"""Readers of user files: cells in all supported formats (`cell_files.read_file`) and lists of labels."""

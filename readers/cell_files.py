@@ -1,4 +1,4 @@
-"""Files of cells: `read_file` opens all formats, in memory or on disk, or raises one clear error.
+"""Files of cells: `read_file` opens every supported format, in memory or on disk, or raises an error of one line.
 
     adata = read_file("cells.h5ad")                     # in memory
     file = read_file("atlas.h5ad", backed=True)         # on disk: a slice loads its rows
@@ -13,7 +13,8 @@
 | `.mtx` (`mtx_folders`), of many pipelines    | text triplets                     | no: loaded as sparse          |
 | `.csv`, `.tsv`, `.txt` (`text_tables`)       | text, wide or long                | no: loaded as sparse          |
 
-`disk_checks` refuses what HDF5 and Zarr would read as zeros. Notes of the readers say what they decided.
+`disk_checks` refuses files with missing chunks, which HDF5 and Zarr would read as zeros. Every reader notes its
+decisions in `CellFile.notes`.
 """
 
 import logging
@@ -43,7 +44,7 @@ from scmmgpt.readers.text_tables import Contents, FileError, read_table
 logger = logging.getLogger(__name__)
 
 KNOWN = ".h5ad, .zarr, SOMA, .h5mu, 10x .h5, a folder with matrix.mtx, .loom, .csv, .tsv, .txt"
-# Names of files that are not read -> the way out.
+# File names of unsupported formats -> the remedy.
 UNREAD = {
     r"\.(rds|rda|rdata|h5seurat|qs)(\.gz)?$": "is an R object. Save it from R with "
     "`anndataR::write_h5ad(seurat_object, 'cells.h5ad')` (or `anndataR::as_AnnData` for a SingleCellExperiment) and "
@@ -53,13 +54,13 @@ UNREAD = {
     r"\.(tar|tgz|zip|7z|rar|zst)$|\.tar\.(gz|bz2|xz)$": "is an archive: unpack it first, and pass the file or folder "
     "of cells in it.",
     r"\.(xls|xlsx|xlsm|ods)$": "is a spreadsheet. Save it as .csv, and check that no gene became a date (SEPT2).",
-    r"\.(parquet|feather|arrow)$": "is a table in a format that is not read. Save it as .csv "
+    r"\.(parquet|feather|arrow)$": "is a table in an unsupported format. Save it as .csv "
     "(`pandas.read_parquet(file).to_csv('cells.csv')`, for instance).",
 }
 
 
 class RawPart(NamedTuple):
-    """The `raw` part of a file: a matrix with variables of its own."""
+    """The `raw` part of a file: a cells x variables matrix and its own variables."""
 
     X: Any
     var: pd.DataFrame
@@ -67,9 +68,11 @@ class RawPart(NamedTuple):
 
 @dataclass
 class CellFile:
-    """A file of cells with the parts of an AnnData, tables in memory (or `obs` a `DiskTable`), matrices on disk.
+    """A file of cells with the attributes of an AnnData.
 
-    `scmmgpt.reading_scmmgpt` takes it in place of an AnnData. A slice of cells is a `CellFile` again, still on disk.
+    Matrices of HDF5, Zarr and SOMA stay on disk; those of text files are in memory. All keep the values of the file.
+    `obs` and `var` are in memory, except that `obs` may be a `DiskTable`. `scmmgpt.reading_scmmgpt` accepts a
+    `CellFile` in place of an AnnData. A slice of cells is a `CellFile` of the same kind.
     """
 
     X: Any
@@ -79,15 +82,15 @@ class CellFile:
     raw: RawPart | None = None
     uns: dict[str, Any] = field(default_factory=dict)
     handle: Any = None
-    obsm: dict[str, Any] = field(default_factory=dict)  # what a command adds; that of the file stays on disk
-    notes: list[str] = field(default_factory=list)  # what the reader decided, in sentences
+    obsm: dict[str, Any] = field(default_factory=dict)  # entries that a command adds; those of the file stay on disk
+    notes: list[str] = field(default_factory=list)  # decisions of the reader, in sentences
 
     def __post_init__(self) -> None:
         self.shape = self.n_obs, self.n_vars = len(self.obs), len(self.var)
         self.var_names = self.var.index
-        found = {name: (matrix, self.n_vars) for name, matrix in {"X": self.X, **self.layers}.items()}
-        found |= {} if self.raw is None else {"raw": (self.raw.X, len(self.raw.var))}
-        for name, (matrix, n_vars) in found.items():
+        matrices = {name: (matrix, self.n_vars) for name, matrix in {"X": self.X, **self.layers}.items()}
+        matrices |= {} if self.raw is None else {"raw": (self.raw.X, len(self.raw.var))}
+        for name, (matrix, n_vars) in matrices.items():
             if matrix is not None and tuple(matrix.shape) != (self.n_obs, n_vars):
                 raise FileError(
                     f"{name} has shape {tuple(matrix.shape)}, but the file names {self.n_obs} cells and {n_vars} "
@@ -110,7 +113,7 @@ class CellFile:
         )
 
     def to_memory(self) -> anndata.AnnData:
-        """An AnnData of these cells."""
+        """Load these cells as an AnnData."""
         adata = anndata.AnnData(
             None if self.X is None else self.X[: self.n_obs],
             obs=self.obs.copy(),
@@ -123,7 +126,7 @@ class CellFile:
         return adata
 
     def close(self) -> None:
-        """Close the file, and with it the matrices on disk."""
+        """Close the file. Matrices in HDF5 can no longer be read."""
         if hasattr(self.handle, "close"):
             self.handle.close()
 
@@ -140,19 +143,19 @@ class CellFile:
 def read_file(
     path: str | Path, *, backed: bool = False, gene_index: GeneIndex | None = None, obs_on_disk: bool = False
 ) -> anndata.AnnData | CellFile:
-    """Open a file or folder of cells of any known format.
+    """Open a file or folder of cells of any supported format.
 
-    Decisions of the reader are logged as warnings: which matrix of a folder it took, which side of a table has the
-    genes, and which columns are not genes.
+    The reader logs its decisions as warnings: the matrix that it chose from a folder, the axis of a table that has the
+    genes, and the columns that are not genes. Values are those of the file; nothing is normalised.
 
     Args:
         path: File or folder.
         backed: Leave the matrices on disk, for files larger than memory.
-        gene_index: The genes of a model, by which the sides of a text table are judged, besides those of GENCODE.
-        obs_on_disk: With `backed`, leave `obs` of an `.h5ad` or a Zarr store on disk, too, as a `DiskTable`.
+        gene_index: The genes of a model. With those of GENCODE, they decide which axis of a text table has the genes.
+        obs_on_disk: With `backed`, also leave `obs` of an `.h5ad` or a Zarr store on disk, as a `DiskTable`.
 
     Returns:
-        An AnnData, or with `backed` a `CellFile`, which has the same parts.
+        An AnnData, or with `backed` a `CellFile`, which has the same attributes.
 
     Raises:
         FileNotFoundError: If `path`, or a table beside a matrix, does not exist.
@@ -171,7 +174,7 @@ def read_file(
             with file:
                 adata = _modality(path, file) if kind == "h5mu" else file.to_memory()
         else:
-            file.close()  # it was opened for its checks
+            file.close()  # opened only to check the file
             adata = _read_h5ad(path) if kind == "h5ad" else anndata.read_zarr(path)
         raw = {} if adata.raw is None else {"raw": adata.raw.X}
         for name, matrix in {"X": adata.X, **adata.layers, **raw}.items():
@@ -182,14 +185,14 @@ def read_file(
 
 @contextmanager
 def _one_line(path: Path, kind: str) -> Iterator[None]:
-    """Turn whatever a damaged file makes of h5py, zarr, pandas and anndata into one error that names the file."""
+    """Convert errors of h5py, zarr, pandas and anndata into a `FileError` of one line that names the file."""
     try:
         yield
     except (FileError, FileNotFoundError, PermissionError):
         raise
     except Exception as error:
-        found = [re.search(r"key '(.+?)' of .* from (\S+)", note) for note in getattr(error, "__notes__", ())]
-        part = next((f" at {m[2].rstrip('/')}/{m[1]}" for m in found if m), "")
+        matches = [re.search(r"key '(.+?)' of .* from (\S+)", note) for note in getattr(error, "__notes__", ())]
+        part = next((f" at {m[2].rstrip('/')}/{m[1]}" for m in matches if m), "")
         message = " ".join(str(error).split())[:300]
         if isinstance(error, ImportError):
             raise FileError(f"{path} needs a package that is not installed{part}: {message}") from error
@@ -205,7 +208,10 @@ Opener = Callable[..., CellFile]
 
 
 def _format(path: Path, gene_index: GeneIndex | None) -> tuple[str, Opener, Path, list[str]]:
-    """Name and opener of a file's format, by its name, else by its contents; the path to open, and notes on it."""
+    """The name of a file's format, its opener, the path to open and notes.
+
+    The name of the file decides; if it is not known, the contents do.
+    """
     if not path.exists():
         if path.is_symlink():
             raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which does not exist.")
@@ -235,11 +241,11 @@ def _format(path: Path, gene_index: GeneIndex | None) -> tuple[str, Opener, Path
     if h5py.is_hdf5(path) or name.endswith((".h5ad", ".h5", ".hdf5", ".h5mu")):
         with _one_line(path, "HDF5"):
             return *_format_of_hdf5(path), path, []
-    raise FileError(f"{path} is of an unknown format. Known are {KNOWN}.")
+    raise FileError(f"{path} is of an unknown format. Supported formats: {KNOWN}.")
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file is a text table, by its name: the genes of a model help to read it."""
+    """Whether the name of a file is that of a text table, for which `read_file` uses `gene_index`."""
     return re.search(r"\.(csv|tsv|txt|tab|gct|st)(\.gz|\.bz2|\.xz)?$", path.name, re.IGNORECASE) is not None
 
 
@@ -252,14 +258,14 @@ def _format_of_folder(path: Path, gene_index: GeneIndex | None) -> tuple[str, Op
         return "mtx", lambda path: _in_memory(read_mtx(path)), path, []
     inside_folder = find_inside(path)
     if len(inside_folder) == 1:
-        kind, opener, found, notes = _format(inside_folder[0], gene_index)
-        return kind, opener, found, [f"{inside_folder[0].relative_to(path)} of the folder was read.", *notes]
+        kind, opener, inside, notes = _format(inside_folder[0], gene_index)
+        return kind, opener, inside, [f"{inside_folder[0].relative_to(path)} of the folder was read.", *notes]
     if inside_folder:
         raise FileError(
             f"The folder {path} holds {len(inside_folder)} data sets; pass one of them: {list_paths(inside_folder)}."
         )
     files = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-    raise FileError(f"The folder {path} is neither a .zarr nor has it a matrix.mtx (it holds {files}).")
+    raise FileError(f"The folder {path} is not a .zarr and has no matrix.mtx (it holds {files}).")
 
 
 def _open_soma(path: Path) -> CellFile:
@@ -298,10 +304,10 @@ def _open_hdf5(path: Path) -> h5py.File:
         check_links(opened)
         return opened
     except OSError as error:
-        found = re.search(r"eof = (\d+).*stored_eof = (\d+)", str(error))
-        if found:
+        sizes = re.search(r"eof = (\d+).*stored_eof = (\d+)", str(error))
+        if sizes:
             raise FileError(
-                f"{path} is truncated: {int(found[1]):,} of {int(found[2]):,} bytes are there. The copy or download "
+                f"{path} is truncated: {int(sizes[1]):,} of {int(sizes[2]):,} bytes are there. The copy or download "
                 "stopped early; copy it again."
             ) from error
         if "lock" in str(error):
@@ -311,12 +317,12 @@ def _open_hdf5(path: Path) -> h5py.File:
         if h5py.is_hdf5(path):
             raise
         raise FileError(
-            f"{path} is not an HDF5 file, in spite of its name (it starts with {start!r}). Known are {KNOWN}."
+            f"{path} is not an HDF5 file, despite its name (it starts with {start!r}). Supported formats: {KNOWN}."
         ) from error
 
 
 def _disk_matrix(element: Any) -> Any:
-    """A matrix of an AnnData on disk, HDF5 or Zarr, sparse or dense; it stays on disk."""
+    """Wrap a sparse or dense matrix of an AnnData in HDF5 or Zarr, without loading it."""
     if not hasattr(element, "keys"):
         return DiskDense(element)
     encoding = str(attribute(element, "encoding-type") or attribute(element, "h5sparse_format") or "csr")
@@ -328,7 +334,7 @@ def _disk_matrix(element: Any) -> Any:
 
 
 def _annotated(group: Any, handle: Any, obs_on_disk: bool = False) -> CellFile:
-    """The AnnData in an HDF5 or Zarr group; its matrices stay on disk."""
+    """Open the AnnData in an HDF5 or Zarr group. Matrices stay on disk."""
     read = anndata.io.read_elem
     check_parts(group)
     raw = group["raw"] if "raw" in group and hasattr(group["raw"], "keys") and "X" in group["raw"] else None
@@ -344,7 +350,7 @@ def _annotated(group: Any, handle: Any, obs_on_disk: bool = False) -> CellFile:
 
 
 def _read_h5ad(path: Path) -> anndata.AnnData:
-    """A file of any version; that its layout is of an older one is no concern of who has it."""
+    """Read a file of any version of anndata, without the warnings about older layouts."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return anndata.read_h5ad(path)
@@ -362,7 +368,7 @@ def _open_h5ad(path: Path, obs_on_disk: bool = False) -> CellFile:
 
 
 def _open_h5mu(path: Path) -> CellFile:
-    """The RNA of a MuData, with the annotations of cells that are of all modalities."""
+    """Open the RNA of a MuData. `obs` also gets the columns that the modalities share."""
     file = _open_hdf5(path)
     name = _rna(path, file)
     cells = _annotated(file["mod"][name], file)
@@ -373,7 +379,7 @@ def _open_h5mu(path: Path) -> CellFile:
     left = [f"mod/{other}" for other in file["mod"] if other != name]
     left += [f"{part}/{key}" for part in ("obsm", "obsp", "uns") for key in file.get(part, {})]
     if left:
-        cells.notes.append(f"mod/{name} was read; {list_paths(left)} is not read, and not in what is written.")
+        cells.notes.append(f"mod/{name} was read; {list_paths(left)} is neither read nor written to the output.")
     return cells
 
 
@@ -385,22 +391,22 @@ def _rna(path: Path, file: h5py.File) -> str:
 
 
 def _modality(path: Path, file: CellFile) -> anndata.AnnData:
-    """All parts of the RNA of a MuData, in memory."""
+    """Load the RNA of a MuData with all its parts."""
     adata = anndata.io.read_elem(file.handle["mod"][_rna(path, file.handle)])
     adata.obs = file.obs
     return adata
 
 
 def _find_anndata(store: Path) -> Path:
-    """The AnnData of a Zarr store: the store itself, or the only one below it, as SpatialData has one in `tables`."""
-    found = sorted(p.parent for p in [store / "obs", *store.glob("*/obs"), *store.glob("*/*/obs")] if p.is_dir())
-    found = [p for p in found if (p / "var").is_dir()]
-    if store in found or not found:
+    """The AnnData of a Zarr store: the store itself, or the only one below it (SpatialData has it in `tables`)."""
+    tables = sorted(p.parent for p in [store / "obs", *store.glob("*/obs"), *store.glob("*/*/obs")] if p.is_dir())
+    tables = [p for p in tables if (p / "var").is_dir()]
+    if store in tables or not tables:
         return store
-    rna = [p for p in found if p.parent.name == "mod" and p.name.lower() in ("rna", "gex")]
-    if len(rna) == 1 or len(found) == 1:
-        return (rna or found)[0]
-    raise FileError(f"{store} holds {len(found)} tables of cells; pass one of them: {list_paths(found)}.")
+    rna = [p for p in tables if p.parent.name == "mod" and p.name.lower() in ("rna", "gex")]
+    if len(rna) == 1 or len(tables) == 1:
+        return (rna or tables)[0]
+    raise FileError(f"{store} holds {len(tables)} tables of cells; pass one of them: {list_paths(tables)}.")
 
 
 def _open_zarr(path: Path, obs_on_disk: bool = False) -> CellFile:
@@ -409,7 +415,7 @@ def _open_zarr(path: Path, obs_on_disk: bool = False) -> CellFile:
     group = zarr.open_group(str(path), mode="r")
     if "obs" not in group or "var" not in group:
         inside = ", ".join(list(group.keys())[:8])
-        raise FileError(f"{path} is a Zarr store, but no AnnData (it holds {inside}); write one with `write_zarr`.")
+        raise FileError(f"{path} is a Zarr store without an AnnData (it holds {inside}). Write one with `write_zarr`.")
     return _annotated(group, group, obs_on_disk)
 
 
@@ -418,13 +424,13 @@ def _text(array: Any) -> list[str]:
 
 
 def _genomes(file: h5py.File) -> list[str]:
-    """Groups of 10x's HDF5 with a matrix: `matrix` in version 3, one for each genome in version 2."""
-    groups = {name: file.get(name) for name in file}  # `None` for a link that leads nowhere
+    """Groups of 10x HDF5 with a matrix: `matrix` in version 3, one group for each genome in version 2."""
+    groups = {name: file.get(name) for name in file}  # `None` for a broken link
     return [k for k, g in groups.items() if isinstance(g, h5py.Group) and {"barcodes", "data", "indptr"} <= set(g)]
 
 
 def _open_10x(path: Path) -> CellFile:
-    """10x Genomics' HDF5; CellBender writes either version."""
+    """Open HDF5 of 10x Genomics, version 2 or 3. CellBender writes both versions."""
     file = _open_hdf5(path)
     groups = _genomes(file)
     if len(groups) > 1:
@@ -437,8 +443,8 @@ def _open_10x(path: Path) -> CellFile:
     features = group.get("features", group)
     stored: dict[str, tuple[str, ...]] = {"name": ("name", "gene_names"), "gene_ids": ("id", "genes")}
     stored |= {"feature_types": ("feature_type",), "genome": ("genome",)}
-    found = {k: next((n for n in names if n in features), None) for k, names in stored.items()}
-    columns = {k: _text(features[name]) for k, name in found.items() if name is not None}
+    present = {k: next((n for n in names if n in features), None) for k, names in stored.items()}
+    columns = {k: _text(features[name]) for k, name in present.items() if name is not None}
     names = columns.pop("name", columns.get("gene_ids"))
     barcodes = _text(group["barcodes"])
     wrong = {n: len(c) for n, c in {"name": names or [], **columns}.items() if len(c) != n_vars}
@@ -453,7 +459,7 @@ def _open_10x(path: Path) -> CellFile:
 
 
 def _without_gaps(path: Path, table: Contents) -> Contents:
-    """The table itself; refuses missing counts, which may be zeros or the rest of a line that was cut."""
+    """Return the table, or refuse it if counts are missing: they may be zeros or the end of a truncated line."""
     matrix = table.X.tocoo()
     gaps = np.flatnonzero(np.isnan(matrix.data))
     if len(gaps):
@@ -466,7 +472,7 @@ def _without_gaps(path: Path, table: Contents) -> Contents:
 
 
 def _open_loom(path: Path) -> CellFile:
-    """Loom: a dense genes x cells matrix with attributes of rows and columns."""
+    """Open loom: a dense genes x cells matrix with attributes of rows and columns."""
     file = _open_hdf5(path)
     lacking = [part for part in ("matrix", "row_attrs", "col_attrs") if part not in file]
     if lacking:

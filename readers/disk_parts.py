@@ -1,4 +1,4 @@
-"""Matrices and tables on disk (HDF5 or Zarr), of which a slice of rows is loaded."""
+"""Matrices and tables on disk (HDF5 or Zarr); a slice of rows is loaded into memory."""
 
 from functools import cached_property
 from typing import Any
@@ -13,15 +13,15 @@ from scmmgpt.readers.disk_checks import attribute, check_indices, check_stored, 
 from scmmgpt.readers.text_tables import FileError
 
 
-COLUMN_BLOCK_BYTES = 2**27  # of a matrix stored by column: size of the block of rows that is kept in memory
-COLUMN_ENTRIES = 2**23  # of a matrix stored by column: entries loaded at a time
+COLUMN_BLOCK_BYTES = 2**27  # `DiskColumns`: size of the block of rows that is kept in memory
+COLUMN_ENTRIES = 2**23  # `DiskColumns`: entries loaded at a time
 
 
 class DiskRows:
     """A sparse matrix on disk (HDF5 or Zarr), compressed by row (CSR); a slice of rows is a matrix in memory.
 
-    `anndata.io.sparse_dataset` is as fast for slices of 1,024 rows, but five times slower for the slices of 64 rows
-    that samples consist of. It requires attributes that 10x files lack. `shape` is cells x variables.
+    `anndata.io.sparse_dataset` is as fast for slices of 1,024 rows, but five times slower for slices of 64 rows, as in
+    samples of cells. It also requires attributes that 10x files lack. `shape` is cells x variables.
     """
 
     layout = "sparse, by row"
@@ -33,7 +33,7 @@ class DiskRows:
         size, n_pointers = shape[self.compressed_axis], indptr.shape[0]
         for array in (data, indices, indptr):
             check_stored(array)
-        # The lengths are compared before the pointers are loaded: a damaged length may be larger than memory.
+        # Compare the lengths before loading the pointers: a damaged length may exceed the memory.
         self.indptr = np.asarray(load(indptr, slice(n_pointers if n_pointers == size + 1 else 0)), dtype=np.int64)
         last = int(self.indptr[-1]) if len(self.indptr) else 0
         sound = len(self.indptr) and last == data.shape[0] == indices.shape[0] and not self.indptr[0]
@@ -49,7 +49,7 @@ class DiskRows:
         return sp.csr_matrix(self._entries(start, stop), shape=(stop - start, self.shape[1]))
 
     def _entries(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Data, indices and indptr of some compressed rows (of `DiskColumns`, of some columns)."""
+        """Data, indices and indptr of rows `start` to `stop` (of columns, for `DiskColumns`)."""
         first, last = int(self.indptr[start]), int(self.indptr[stop])
         indices = load(self.indices, slice(first, last))
         check_indices(indices, self.shape[1 - self.compressed_axis], where(self.indices))
@@ -59,8 +59,8 @@ class DiskRows:
 class DiskColumns(DiskRows):
     """A sparse matrix on disk, compressed by column (CSC); a slice of rows is a matrix in memory.
 
-    A block of rows takes a pass over the whole matrix, and only the last block is kept: load rows in order.
-    `anndata.io.sparse_dataset` loads the whole matrix for every slice of rows.
+    Gathering a block of rows takes a pass over the whole matrix, and only the last block is kept. Load rows in order.
+    `anndata.io.sparse_dataset` would load the whole matrix for every slice of rows.
     """
 
     layout = "sparse, by column"
@@ -77,14 +77,14 @@ class DiskColumns(DiskRows):
         for block in range(start // self._block_rows, max(stop - 1, start) // self._block_rows + 1):
             first = block * self._block_rows
             if block != self._block:
-                self._block, self._rows = -1, self._rows[:0]  # free the last block before the next is gathered
+                self._block, self._rows = -1, self._rows[:0]  # free the last block before gathering the next
                 self._rows = self._gather(first, min(first + self._block_rows, self.shape[0]))
                 self._block = block
             parts.append(self._rows[max(start - first, 0) : stop - first])
         return parts[0] if len(parts) == 1 else sp.vstack(parts, format="csr")
 
     def _gather(self, start: int, stop: int) -> sp.csr_matrix:
-        """Rows of the matrix, gathered from one run of columns after another."""
+        """Gather rows `start` to `stop` from one run of columns after another."""
         parts, first = [], 0
         while first < self.shape[1]:
             last = int(np.searchsorted(self.indptr, self.indptr[first] + COLUMN_ENTRIES, side="right")) - 1
@@ -106,7 +106,7 @@ class DiskDense:
 
 
 class DiskTransposed(DiskDense):
-    """A dense genes x cells array on disk, as cells x genes."""
+    """A dense genes x cells array on disk, presented as cells x genes."""
 
     def __init__(self, array: Any) -> None:
         super().__init__(array)
@@ -117,7 +117,7 @@ class DiskTransposed(DiskDense):
 
 
 class RowSlice:
-    """Some consecutive rows of a matrix on disk, still on disk."""
+    """Consecutive rows of a matrix on disk, not yet loaded."""
 
     def __init__(self, matrix: Any, start: int, stop: int) -> None:
         self.matrix, self.start, self.dtype = matrix, start, matrix.dtype
@@ -129,17 +129,17 @@ class RowSlice:
 
 
 def bounds(rows: slice, n_rows: int) -> tuple[int, int]:
-    """First row of a slice, and the row after the last."""
+    """First row of a slice, and the row after its last; steps are ignored."""
     start, stop, _ = rows.indices(n_rows)
     return start, max(start, stop)
 
 
 class DiskTable:
-    """A table of an AnnData on disk; the columns that are asked for are loaded, and so are the names, `index`.
+    """A table of an AnnData on disk. `table[name]` loads a column, and `table.index` the names of the rows.
 
     Args:
-        group: The table.
-        start, stop: Its rows; all by default.
+        group: The HDF5 or Zarr group of the table.
+        start, stop: Range of rows; all rows by default.
     """
 
     def __init__(self, group: Any, start: int = 0, stop: int | None = None) -> None:
@@ -150,7 +150,7 @@ class DiskTable:
 
     @staticmethod
     def can_read(group: Any) -> bool:
-        """Whether a table is of anndata 0.8 or newer."""
+        """Whether anndata 0.8 or newer wrote the table."""
         version = attribute(group, "encoding-version") if hasattr(group, "keys") else None
         return version == "0.2.0" and hasattr(group[attribute(group, "_index")], "shape")
 
@@ -172,12 +172,12 @@ class DiskTable:
 
     @cached_property
     def index(self) -> pd.Index:
-        """Names of the rows, loaded once."""
+        """Names of the rows, loaded at the first access."""
         return pd.Index(self._read(self._names))
 
     @property
     def iloc(self) -> "_RowsOfTable":
-        """`table.iloc[start:stop]` is a table of these rows, still on disk."""
+        """`table.iloc[start:stop]` is a `DiskTable` of these rows."""
         return _RowsOfTable(self)
 
     def _read(self, column: Any) -> Any:
@@ -185,7 +185,7 @@ class DiskTable:
         if kind == "categorical":
             codes, categories = load(column["codes"], self.rows), anndata.io.read_elem(column["categories"])
             return pd.Categorical.from_codes(codes, categories, ordered=bool(attribute(column, "ordered")))
-        if hasattr(column, "keys"):  # with a mask
+        if hasattr(column, "keys"):  # values and mask
             return anndata.io.read_elem(column)[self.rows]
         if np.dtype(column.dtype).kind in "biuf":
             return load(column, self.rows)
@@ -193,7 +193,7 @@ class DiskTable:
 
 
 class _RowsOfTable:
-    """Takes slices of rows of a table."""
+    """Slices of rows of a `DiskTable`."""
 
     def __init__(self, table: DiskTable) -> None:
         self.table = table

@@ -1,8 +1,8 @@
 """Matrix Market files with their tables of features and barcodes, alone or in folders of any pipeline.
 
-A matrix gets the tables of its own sample: `GSM2_T2_matrix.mtx` gets `GSM2_T2_barcodes.tsv`, never those of `GSM1_T1`.
-A folder of several samples or matrices is refused with a list, except where its matrices are the parts of one count
-(spliced, unspliced and ambiguous reads) or variants beside a `matrix.mtx`.
+A matrix is read with the tables of its own sample: `GSM2_T2_matrix.mtx` with `GSM2_T2_barcodes.tsv`, never with
+`GSM1_T1_barcodes.tsv`. A folder of several samples or matrices is refused with a list. Two kinds of folders are
+accepted: the spliced, unspliced and ambiguous counts of one data set, and a `matrix.mtx` beside variants of it.
 """
 
 import lzma
@@ -19,16 +19,16 @@ import scipy.sparse as sp
 from scmmgpt.readers.text_tables import Contents, FileError, compression, first_lines
 
 
-MAX_DEPTH = 6  # folders below the one that was passed in which files of cells are looked for
-MAX_LISTED = 12  # candidates that an error names
+MAX_DEPTH = 6  # levels of folders below the given one that are searched for files of cells
+MAX_LISTED = 12  # candidates in an error message
 MTX = re.compile(r"\.mtx(\.gz|\.bz2)?$", re.IGNORECASE)
 TABLE = re.compile(r"\.(tsv|txt|csv)(\.gz|\.bz2)?$", re.IGNORECASE)
 CELL_FILE = re.compile(r"(\.(h5ad|h5mu|loom)|(?<!molecule_info)\.h5)$", re.IGNORECASE)
-MIN_ENTRY_BYTES = 4  # of a line of a Matrix Market file: "1 1\n"
-MAX_PACKED = 1100  # the most that gzip or bzip2 shrink text of numbers, about
+MIN_ENTRY_BYTES = 4  # the shortest line of an entry: "1 1\n"
+MAX_PACKED = 1100  # upper bound of the compression ratio of gzip and bzip2 for text of numbers
 
 _START, _END = r"(?:^|(?<=[._\- ]))", r"(?=[._\- ]|$)"
-# Words that say what a file is; the last one in its name decides. Parse Biosciences writes `all_genes.csv` and
+# Words for the kind of a file; the last one in its name decides. Parse Biosciences writes `all_genes.csv` and
 # `cell_metadata.csv`, alevin-fry `quants_mat_cols.txt` and `quants_mat_rows.txt`.
 KINDS = {
     "matrix": re.compile(rf"{_START}(count_matrix|matrix){_END}", re.IGNORECASE),
@@ -41,7 +41,7 @@ KINDS = {
 }
 SPLICED, UNSPLICED, AMBIGUOUS = ("spliced", "mature"), ("unspliced", "nascent"), ("ambiguous",)
 PARTS = SPLICED + UNSPLICED + AMBIGUOUS
-# Words of a file's name that do not say whose file it is: the variants of a matrix by STARsolo, kallisto and people.
+# Words of file names that do not name a sample: variants of a matrix by STARsolo, kallisto and authors of data sets.
 GENERIC = frozenset(PARTS) | frozenset(
     "cell nucleus total processed uniqueandmult em uniform rescue propunique raw filtered unfiltered counts count umi "
     "umis dge data expression mat sparse norm normalized normalised logcounts".split()
@@ -56,10 +56,10 @@ CELLS_FIRST = re.compile(r"cells_x|quants_mat|count_matrix|^dge", re.IGNORECASE)
 
 
 class _Table(NamedTuple):
-    """A table of features or of barcodes."""
+    """A table of features or barcodes."""
 
     path: Path
-    frame: pd.DataFrame  # of str; columns are positions, or the words of the header
+    frame: pd.DataFrame  # str; columns are called by position, or by the header
     has_header: bool
 
 
@@ -67,12 +67,12 @@ class _Table(NamedTuple):
 
 
 def find_matrices(folder: Path) -> list[Path]:
-    """The Matrix Market files of a folder itself."""
+    """Matrix Market files of a folder, without its subfolders."""
     return sorted(p for p in folder.iterdir() if p.is_file() and MTX.search(p.name) and not p.name.startswith("."))
 
 
 def find_inside(folder: Path) -> list[Path]:
-    """Paths below a folder that can be read: folders with one matrix, other matrices, stores and files of cells."""
+    """Data sets below a folder: folders with one matrix, single matrices, Zarr stores and files of cells."""
     found: list[Path] = []
     pending = [(folder, 0)]
     while pending:
@@ -95,7 +95,7 @@ def is_zarr(folder: Path) -> bool:
 
 
 def list_paths(paths: Iterable[Path | str]) -> str:
-    """Paths as an error names them."""
+    """Paths for an error message, at most `MAX_LISTED`."""
     names = [str(path) for path in paths]
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + more
@@ -108,7 +108,7 @@ def _one_count(matrices: list[Path]) -> list[Path]:
     plain = [p for p in matrices if re.fullmatch(r"matrix\.mtx(\.gz|\.bz2)?", p.name, re.IGNORECASE)]
     if len({_sample(p) for p in matrices}) > 1:
         return []
-    if len(plain) == 1:  # STARsolo writes `UniqueAndMult-EM.mtx` beside it
+    if len(plain) == 1:  # STARsolo writes `UniqueAndMult-EM.mtx` beside `matrix.mtx`
         return plain
     words = [_part(p) for p in matrices]
     if all(words) and len(set(words)) == len(words) and set(words) & set(SPLICED) and "ambiguous" in words:
@@ -130,7 +130,7 @@ def read_mtx(path: Path) -> Contents:
     if not chosen:
         raise FileError(
             f"The folder {path} holds {len(matrices)} matrices: {list_paths(p.name for p in matrices)}. Pass the "
-            "path of one of them; it is read with the tables of its own name."
+            "path of one matrix. It is read with the tables of the same name."
         )
     if len(chosen) > 1:
         return _read_parts(chosen)
@@ -142,13 +142,13 @@ def read_mtx(path: Path) -> Contents:
 
 
 def _read_parts(paths: list[Path]) -> Contents:
-    """The counts of a velocity pipeline: spliced + ambiguous reads, as other tools count; the parts become layers."""
+    """Read the counts of a velocity pipeline: X is spliced + ambiguous, as in other tools; the parts are layers."""
     read = {_part(path): _read_one(path) for path in paths}
     first = next(iter(read.values()))
     if not all(c.obs.index.equals(first.obs.index) and c.var.index.equals(first.var.index) for c in read.values()):
         raise FileError(
-            f"{list_paths(p.name for p in paths)} name other cells or genes than each other: their counts cannot be "
-            "added. Pass one of them."
+            f"{list_paths(p.name for p in paths)} have different cells or genes: their counts cannot be added. Pass "
+            "one of them."
         )
     return _count_parts(first, {word: contents.X for word, contents in read.items()})
 
@@ -164,7 +164,7 @@ def _count_parts(contents: Contents, layers: dict[str, sp.csr_matrix]) -> Conten
 
 
 def _kind(path: Path) -> str:
-    """`matrix`, `features`, `barcodes`, or empty."""
+    """The kind of a file by its name: `matrix`, `features` or `barcodes`; empty if unknown."""
     if MTX.search(path.name):
         return "matrix"
     if not TABLE.search(path.name):
@@ -176,11 +176,11 @@ def _kind(path: Path) -> str:
 
 
 def _words(path: Path) -> list[str]:
-    """Words of a file's name, without suffixes and without the word of its kind (`matrix`, `features`, `barcodes`)."""
+    """Words of a file's name, without suffixes and without the word for its kind (`matrix`, `features`, ...)."""
     stem = TABLE.sub("", MTX.sub("", path.name))
-    found = list(KINDS[_kind(path)].finditer(stem))
-    if found:
-        stem = f"{stem[: found[-1].start()]} {stem[found[-1].end() :]}"
+    matches = list(KINDS[_kind(path)].finditer(stem))
+    if matches:
+        stem = f"{stem[: matches[-1].start()]} {stem[matches[-1].end() :]}"
     return [word for word in re.split(r"[._\- ]+", stem.lower()) if word]
 
 
@@ -190,15 +190,16 @@ def _sample(path: Path) -> tuple[str, ...]:
 
 
 def _part(path: Path) -> str:
-    """Kind of the reads in a matrix (spliced, ...), by the file's name; empty where the name states none."""
+    """Kind of the reads in a matrix (`spliced`, ...) by the file's name; empty if the name states none."""
     return next((word for word in _words(path) if word in PARTS), "")
 
 
 def _candidates(matrix: Path, kind: str) -> list[Path]:
-    """The tables of a kind that a matrix's name leads to.
+    """The tables of a kind that match a matrix by name.
 
-    These are the tables of the same sample; else of the words that the sample begins with, such as a table for all
-    samples of a series; else the only table of features that belongs to no other matrix.
+    The first rule with a match applies: tables of the same sample; tables whose words are the first words of the
+    sample, such as a table for all samples of a series; tables whose first words are those of the sample; the only
+    table of features that belongs to no other matrix.
     """
     tables = [p for p in sorted(matrix.parent.iterdir()) if p.is_file() and _kind(p) == kind and p.name[0] != "."]
     mine = _sample(matrix)
@@ -225,21 +226,21 @@ def _read_one(path: Path) -> Contents:
     from scipy.io import mminfo, mmread
 
     found = {kind: _candidates(path, kind) for kind in ("features", "barcodes")}
-    # Barcodes under another name than the matrix's belong to it only if the features have that name too.
+    # Barcodes with another sample name belong to the matrix only if the features have the same other name.
     names = {_sample(path), *(_sample(p) for p in found["features"] if _sample(path) != _sample(found["features"][0]))}
     found["barcodes"] = [p for p in found["barcodes"] if _sample(p) in names]
     for kind, wanted in (("features", "features.tsv or genes.tsv"), ("barcodes", "barcodes.tsv")):
         if not found[kind]:
             there = [p.name for p in sorted(path.parent.iterdir()) if _kind(p) == kind]
-            hint = f" (those of other names are {list_paths(there)})" if there else ""
+            hint = f" (tables with other names: {list_paths(there)})" if there else ""
             raise FileNotFoundError(
-                f"Beside {path.name} there is no {wanted} in {path.parent}{hint}; copy it there, under a name that "
-                "begins like that of the matrix."
+                f"Beside {path.name} there is no {wanted} in {path.parent}{hint}. Copy it there, under a name that "
+                "begins with the same words as the matrix."
             )
     try:
         n_rows, n_columns, n_entries, layout, values, symmetry = mminfo(path)
     except (ValueError, EOFError, OSError) as error:
-        raise FileError(f"{path} is truncated or no Matrix Market file ({error}). Copy it again.") from error
+        raise FileError(f"{path} is truncated or not a Matrix Market file ({error}). Copy it again.") from error
     shape = n_rows, n_columns
     features, others = _choose_table(path, [_read_names(p, shape) for p in found["features"]], shape)
     barcodes, _ = _choose_table(path, [_read_names(p, shape) for p in found["barcodes"]], shape)
@@ -259,18 +260,27 @@ def _read_one(path: Path) -> Contents:
         listed = (layout, symmetry) == ("coordinate", "general") and values in ("integer", "real", "pattern")
         matrix = sp.csr_matrix(_read_entries(path, shape, n_entries, values) if listed else mmread(path))
     except (ValueError, EOFError, OSError, OverflowError, zlib.error, lzma.LZMAError) as error:
-        raise FileError(f"{path} is truncated or no Matrix Market file ({error}). Copy it again.") from error
+        raise FileError(f"{path} is truncated or not a Matrix Market file ({error}). Copy it again.") from error
     square = n_features == n_barcodes
     if (n_rows == n_features and not square) or (square and not CELLS_FIRST.search(path.name)):  # 10x: genes x cells
         matrix = matrix.T.tocsr()
-    contents = Contents(matrix, _obs(barcodes), _var(features, others), _say(path, features, barcodes))
+    contents = Contents(matrix, _obs(barcodes), _var(features, others), _note_other_names(path, features, barcodes))
     return _unite_usa(contents)
 
 
 def _read_entries(path: Path, shape: tuple[int, int], n_entries: int, values: str) -> sp.coo_matrix:
-    """The entries of a Matrix Market file, in which `values` are `integer`, `real` or `pattern` (all 1).
+    """Read the entries of a Matrix Market file.
 
-    The reader of SciPy writes beyond its arrays on some damaged files, which ends the process; pandas raises.
+    `scipy.io.mmread` writes beyond its arrays on some damaged files, which kills the process; pandas raises an error.
+
+    Args:
+        path: The file.
+        shape: Rows and columns.
+        n_entries: Number of entries in the header.
+        values: `integer`, `real` or `pattern` (every entry is 1).
+
+    Raises:
+        ValueError: If entries are missing, have more numbers, or lie outside of `shape`.
     """
     opener, packed = compression(path)
     with opener(path, "rt", encoding="utf-8", errors="replace") as file:
@@ -301,7 +311,7 @@ def _read_entries(path: Path, shape: tuple[int, int], n_entries: int, values: st
 
 
 def _read_names(path: Path, shape: tuple[int, int]) -> _Table:
-    """A table of names, without a header and a column of row numbers, if it has them."""
+    """Read a table of names, without its header and its column of row numbers, if there are any."""
     lines = [line for line in first_lines(path, "utf-8-sig") if line.strip()]
     usual = lines[-1] if lines else ""
     separator = "\t" if "\t" in usual else "," if "," in usual else " " if re.match(r'"[^"]*" ', usual) else "\t"
@@ -313,7 +323,7 @@ def _read_names(path: Path, shape: tuple[int, int]) -> _Table:
             path, encoding="utf-8-sig", encoding_errors="replace", index_col=False, compression=packed, **layout
         )
     except (pd.errors.ParserError, EOFError, OSError) as error:
-        raise FileError(f"{path} is damaged or no table of names ({error}). Copy it again.") from error
+        raise FileError(f"{path} is damaged or not a table of names ({error}). Copy it again.") from error
     frame = frame.fillna("").apply(lambda column: column.str.strip())
     words = [word.lower() for word in frame.iloc[0]] if len(frame) else []
     has_header = len(frame) not in shape and len(frame) - 1 in shape and not HEADER_WORDS.isdisjoint(words)
@@ -330,7 +340,7 @@ def _read_names(path: Path, shape: tuple[int, int]) -> _Table:
 
 
 def _choose_table(matrix: Path, tables: list[_Table], shape: tuple[int, int]) -> tuple[_Table, list[_Table]]:
-    """The table whose length fits, and others of the same features (kallisto writes ids and names apart)."""
+    """The table whose length fits, and further tables of the same features (kallisto writes ids and names apart)."""
     fitting = [table for table in tables if len(table.frame) in shape] or tables[:1]
     fitting.sort(key=lambda table: (bool(re.search(r"names", table.path.name, re.IGNORECASE)), table.path.name))
     first, *others = fitting
@@ -338,8 +348,8 @@ def _choose_table(matrix: Path, tables: list[_Table], shape: tuple[int, int]) ->
     for other in others:
         if other not in apart and other.frame.iloc[:, 0].tolist() != first.frame.iloc[:, 0].tolist():
             raise FileError(
-                f"{first.path.name} and {other.path.name} may both belong to {matrix.name}, and differ. Leave the "
-                "right one in the folder."
+                f"{first.path.name} and {other.path.name} may both belong to {matrix.name}, but differ. Leave only "
+                "the right one in the folder."
             )
     return first, apart
 
@@ -353,13 +363,13 @@ def _obs(barcodes: _Table) -> pd.DataFrame:
 
 
 def _numbers(column: pd.Series) -> pd.Series:
-    """A column of words as numbers, if all are."""
+    """The column as numbers if all its values are numbers, else as it is."""
     numbers = pd.to_numeric(column, errors="coerce")
     return numbers if numbers.notna().all() else column
 
 
 def _var(features: _Table, others: Sequence[_Table]) -> pd.DataFrame:
-    """Features by name, else by id."""
+    """`var` with the names of features as its index; a feature without a name has its id there."""
     frame = features.frame
     if features.has_header:
         ids = next((frame[word] for word in ID_WORDS if word in frame), frame.iloc[:, 0])
@@ -375,15 +385,15 @@ def _var(features: _Table, others: Sequence[_Table]) -> pd.DataFrame:
     return var.set_axis(pd.Index(index.tolist(), dtype=object), axis=0)
 
 
-def _say(path: Path, features: _Table, barcodes: _Table) -> list[str]:
-    """A note where the tables of a matrix have other names than the matrix."""
+def _note_other_names(path: Path, features: _Table, barcodes: _Table) -> list[str]:
+    """A note if the tables have other sample names than the matrix."""
     if _sample(path) == _sample(features.path) == _sample(barcodes.path):
         return []
     return [f"{path.name} was read with {features.path.name} and {barcodes.path.name}."]
 
 
 def _unite_usa(contents: Contents) -> Contents:
-    """The columns of alevin-fry, which names spliced, unspliced and ambiguous counts `X`, `X-U` and `X-A`."""
+    """Split the columns of alevin-fry, which calls spliced, unspliced and ambiguous counts `X`, `X-U` and `X-A`."""
     names, n = contents.var.index.tolist(), contents.var.shape[0] // 3
     if not n or [*names[n:]] != [f"{name}{end}" for end in ("-U", "-A") for name in names[:n]]:
         return contents

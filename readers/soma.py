@@ -1,13 +1,13 @@
-"""Cells in a SOMA experiment (TileDB): all of them, or those of a query, for example of the CELLxGENE Census.
+"""Cells of a SOMA experiment (TileDB), or of a query of one, for example of the CELLxGENE Census.
 
 An experiment is a folder. A query is a file whose name ends in `.soma.json`:
 
     {"uri": "s3://cellxgene-census-public-us-west-2/cell-census/2025-01-30/soma/census_data/homo_sapiens",
      "value_filter": "tissue_general == 'lung' and is_primary_data == True"}
 
-`uri` is a folder or an address that TileDB reads; a folder is relative to that of the file. `value_filter` is one of
-TileDB-SOMA; `measurement` is `RNA` by default. Tables are loaded; matrices stay where they are, and a slice of rows is
-loaded by the ids of the cells.
+`uri` is an address that TileDB reads, or a folder, relative to the folder of the file. `value_filter` has the syntax
+of TileDB-SOMA. `measurement` is `RNA` by default. Tables are loaded. Matrices stay in the experiment, and every slice
+of rows is fetched by the ids of its cells.
 """
 
 import json
@@ -23,17 +23,17 @@ from scmmgpt.readers.text_tables import FileError
 
 QUERY = ".soma.json"
 FIELDS = ("uri", "value_filter", "measurement")
-CELL_NAMES, GENE_NAMES = ("obs_id", "observation_joinid"), ("var_id", "feature_id")  # else the ids of SOMA
+CELL_NAMES, GENE_NAMES = ("obs_id", "observation_joinid"), ("var_id", "feature_id")  # if missing, `soma_joinid`
 BEST_LAYERS = ("raw", "counts", "data")  # the first that exists is X
 
 
 def is_soma(path: Path) -> bool:
-    """Whether a path is an experiment, or a query of one."""
+    """Whether a path is a SOMA experiment or a query."""
     return path.name.endswith(QUERY) or ((path / "__tiledb_group.tdb").exists() and (path / "ms").is_dir())
 
 
 class SomaRows:
-    """A sparse matrix of an experiment; a slice of rows is a matrix in memory."""
+    """A sparse cells x genes matrix of an experiment; a slice of rows is a CSR matrix in memory."""
 
     layout = "sparse, TileDB"
 
@@ -49,11 +49,14 @@ class SomaRows:
 
 
 def open_soma(path: Path) -> tuple[list[Any], pd.DataFrame, pd.DataFrame, Any]:
-    """The best matrix and the others with their names, `obs` and `var` of an experiment, and its handle.
+    """Open an experiment or a query.
+
+    Returns:
+        The matrices (first the one that becomes X, then pairs of name and matrix), `obs`, `var`, and the open
+        experiment.
 
     Raises:
-        ImportError: If TileDB-SOMA is not installed.
-        FileError: If a query is of an unknown form, or finds no cell.
+        FileError: If TileDB-SOMA is not installed, the query has an unknown form, or no cell passes its filter.
     """
     try:
         import tiledbsoma
@@ -86,13 +89,13 @@ def _read_query(path: Path) -> dict[str, str]:
     except ValueError as error:
         raise FileError(f"{path} is not JSON ({error}).") from error
     if not isinstance(query, dict) or "uri" not in query or set(query) - set(FIELDS):
-        raise FileError(f"{path} must have the field uri, and may have {', '.join(FIELDS[1:])}; it has {query}.")
+        raise FileError(f"{path} must have the field uri, and may have {', '.join(FIELDS[1:])}. It has {query}.")
     uri = str(query["uri"])
     return {**query, "uri": uri if "://" in uri else str(path.parent / uri)}
 
 
 def _named(table: pd.DataFrame, columns: tuple[str, ...]) -> pd.DataFrame:
-    """A table with names as its index."""
+    """The table with the names of cells or genes as its index."""
     column = next((name for name in columns if name in table), "soma_joinid")
     index = pd.Index(table[column].astype(str).to_numpy())
     return table.drop(columns=["soma_joinid", column], errors="ignore").set_index(index)

@@ -1,8 +1,8 @@
-"""Text tables of cells: `read_table` finds which side has the genes, and what is neither a cell nor a gene.
+"""Text tables of cells: `read_table` finds the axis of the genes, and the columns that are annotations.
 
-A table is wide (cells x genes, or genes x cells) or long (a row for each gene of each cell). The side of the genes is
-the one with more names of the vocabulary. Columns and rows that are not genes become annotations: of the cells in
-`obs`, of the genes in `var`. `Contents.notes` lists them.
+A table is wide (cells x genes, or genes x cells) or long (a row for each gene of each cell). The axis of the genes is
+the one with more names of the vocabulary. Columns and rows that are not genes become annotations: of cells in `obs`,
+of genes in `var`. `Contents.notes` lists them.
 """
 
 import bz2
@@ -25,10 +25,10 @@ from anndata.utils import make_index_unique
 from scmmgpt.genes_scmmgpt import ENSEMBL, HUMAN_SYMBOL, MOUSE_SYMBOL, GeneIndex, classify_features, detect_species
 
 
-BLOCK_ROWS = 2000  # of a table, parsed at a time; the first block decides on the layout
-SAMPLED_LINES = 60  # of a table, to find separator, header and decimal mark
-MAX_LABEL_ROWS, MAX_EDGE = 10, 50  # rows of words under a header; columns without a gene at one edge of a table
-# First bytes of a compressed file -> how it is opened, and pandas' name of the compression.
+BLOCK_ROWS = 2000  # rows parsed at a time; the first block decides the layout
+SAMPLED_LINES = 60  # first lines that decide separator, header and decimal mark
+MAX_LABEL_ROWS, MAX_EDGE = 10, 50  # rows of words under a header; columns without genes at one edge of a table
+# First bytes of a compressed file -> the function that opens it, and the name of the compression in pandas.
 COMPRESSIONS: dict[bytes, tuple[Callable[..., IO], str | None]] = {
     b"\x1f\x8b": (gzip.open, "gzip"),
     b"BZh": (bz2.open, "bz2"),
@@ -42,7 +42,7 @@ FRACTION = {mark: re.compile(rf"^-?\d*{re.escape(mark)}\d+(?:[eE][-+]?\d+)?$") f
 PADDED = re.compile(r"^0\d+$")
 BARCODE = re.compile(r"[ACGT]{8,}")
 
-# Names of numeric columns that describe cells, as Seurat, scanpy and the pipelines of sequencing centres write them.
+# Names of numeric columns that describe cells, in files of Seurat, scanpy and the pipelines of sequencing centres.
 CELL_ANNOTATION = re.compile(
     r"n_?(counts?|features?|umis?|genes?|cells?|reads|molecules)([_.]\w+)*|(log1?p?_?10?_?)?(total|mean)[_.]?"
     r"(counts?|umis?|reads|features|genes)\w*|(percent|pct|perc|prop|proportion|frac|fraction)[._ ]?\w*([._]\w+)*|"
@@ -58,7 +58,7 @@ CELL_ANNOTATION = re.compile(
     r"pseudotime|entropy|is_\w+|in_tissue|unnamed: \d+",
     re.IGNORECASE,
 )
-# Names of numeric columns that describe genes, as featureCounts, BioMart, scanpy and DESeq2 write them.
+# Names of numeric columns that describe genes, in files of featureCounts, BioMart, scanpy and DESeq2.
 GENE_ANNOTATION = re.compile(
     r"chr|chrom|chromosome(_?name)?|seqnames?|(gene_?|exon_?|transcript_?)?(start|end|length|width|size)(_?\w*)?|"
     r"strand|(effective_?)?length|(hgnc|mgi|entrez|ncbi|gene|probe|feature)[_. ]?(gene)?[_. ]?(ids?|index)|geneid|"
@@ -71,24 +71,24 @@ HEADER_OF_LONG = {
     "gene": re.compile(r"gene(_?(names?|ids?|symbols?))?|symbols?|features?(_?(names?|ids?))?|ensembl\w*", re.I),
     "cell": re.compile(r"cells?([_. ]?(ids?|names?|barcodes?|index))?|barcodes?|cb|bc|cell_?bc", re.I),
 }
-EXACT = ("symbol", "ensembl", "ortholog")  # kinds of match that no annotation has by chance
+EXACT = ("symbol", "ensembl", "ortholog")  # kinds of match that are never a coincidence
 COUNTER_NAME = re.compile(r"|unnamed: 0|index|level_0|x|\.\.\.1|v1|row(names|_?number)?", re.IGNORECASE)
 
 
 class FileError(ValueError):
-    """A file cannot be read; the message, of one line, is meant for the owner of the file as it is."""
+    """A file cannot be read. The message has one line and is shown to the user as it is."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
 
 
 class Contents(NamedTuple):
-    """The contents of a text file, in memory."""
+    """The contents of a text file, in memory, with the values of the file."""
 
     X: sp.csr_matrix  # cells x variables
     obs: pd.DataFrame
     var: pd.DataFrame
-    notes: list[str]  # what the reader decided, in sentences
+    notes: list[str]  # decisions of the reader, in sentences
     layers: dict[str, sp.csr_matrix] = {}
 
 
@@ -97,10 +97,13 @@ def read_table(path: Path, gene_index: GeneIndex | None = None) -> Contents:
 
     Args:
         path: `.csv`, `.tsv`, `.txt`, also compressed by gzip, bzip2 or xz.
-        gene_index: The genes by which the orientation is judged, besides those of GENCODE if they are installed.
+        gene_index: The genes of a model. With those of GENCODE, if installed, they decide which axis has the genes.
+
+    Returns:
+        The matrix, float32, cells x genes, with `obs`, `var` and notes.
 
     Raises:
-        FileError: If the file is damaged, or its layout is none of those that are read.
+        FileError: If the file is damaged, or its layout is not supported.
     """
     for encoding in ("", "latin-1"):
         layout = find_layout(path, encoding)
@@ -109,7 +112,8 @@ def read_table(path: Path, gene_index: GeneIndex | None = None) -> Contents:
         except UnicodeDecodeError:
             continue
         except DAMAGED as error:
-            raise FileError(f"{path} is damaged or no table of numbers ({error}); write or copy it again.") from error
+            message = f"{path} is damaged or not a table of numbers ({error}). Write or copy it again."
+            raise FileError(message) from error
     raise AssertionError("latin-1 decodes any bytes")
 
 
@@ -125,7 +129,7 @@ class Layout(NamedTuple):
     thousands: str | None
     header: list[str]
     label_rows: list[list[str]]  # rows of words under the header, such as the type of each cell
-    words: list[int]  # columns that are names even where they look like numbers: `0012` is no 12
+    words: list[int]  # columns that are read as text even if they look like numbers: `0012` is not 12
     n_skipped: int  # lines before the first row of numbers
 
 
@@ -147,7 +151,7 @@ def find_layout(path: Path, encoding: str = "") -> Layout:
     if rows and len(header) != width:
         raise FileError(
             f"{path} has {len(header)} names in its header, but {width} fields a row (separator {separator!r}): it is "
-            "damaged or no table. Write or copy it again."
+            "damaged or not a table. Write or copy it again."
         )
     header[0] = header[0].lstrip("#").strip()
     labels = _count_label_rows(rows)
@@ -160,7 +164,7 @@ def find_layout(path: Path, encoding: str = "") -> Layout:
 
 
 def first_lines(path: Path, encoding: str) -> list[str]:
-    """The first lines of a text file, compressed or not, without their ends."""
+    """The first `SAMPLED_LINES` lines of a text file, compressed or not, without line ends."""
     with _refusing_damage(path), compression(path)[0](path, "rt", encoding=encoding, errors="replace") as file:
         return [line.rstrip("\r\n") for line in itertools.islice(file, SAMPLED_LINES)]
 
@@ -174,10 +178,10 @@ def _refusing_damage(path: Path) -> Iterator[None]:
 
 
 def compression(path: Path) -> tuple[Callable[..., IO], str | None]:
-    """The function that opens a file, and pandas' name of the compression. The first bytes decide, not the name."""
+    """The function that opens a file, and pandas' name of its compression. The first bytes decide, not the name."""
     with open(path, "rb") as file:
         start = file.read(6)
-    return next((how for first, how in COMPRESSIONS.items() if start.startswith(first)), (open, None))
+    return next((opener for first, opener in COMPRESSIONS.items() if start.startswith(first)), (open, None))
 
 
 def _encoding(path: Path) -> str:
@@ -187,7 +191,7 @@ def _encoding(path: Path) -> str:
 
 
 def _preamble(lines: list[str]) -> tuple[int, str]:
-    """Number of lines before the header, and the separator that one of them states, if any."""
+    """Number of lines before the header, and the separator of a line `sep=`, if there is one."""
     n, given = 0, ""
     while n < len(lines) and (
         not lines[n].strip() or lines[n].lstrip('"').startswith("#") or SEPARATOR_LINE.match(lines[n])
@@ -206,7 +210,7 @@ def _preamble(lines: list[str]) -> tuple[int, str]:
 
 
 def _separator(lines: list[str]) -> str:
-    """The mark that splits all lines into equally many fields, the most; else any white space."""
+    """The mark that most often splits every line into the same number of fields; white space if no mark does."""
     bare = [re.sub(r'"[^"]*"', "", line) for line in lines]
     best, best_count = r"\s+", 0
     for mark in "\t,;|":
@@ -231,7 +235,7 @@ def _fields(line: str, separator: str) -> list[str]:
 
 
 def _count_label_rows(rows: list[list[str]]) -> int:
-    """Number of rows of words under the header, where the rows below them are numbers."""
+    """Number of rows of words between the header and rows of numbers."""
     words = [np.mean([_not_a_number(field.replace(",", ".")) for field in row[1:]] or [False]) for row in rows]
     n = next((i for i, share in enumerate(words) if share < 0.5), len(words))
     below = words[n : n + 5]
@@ -239,16 +243,16 @@ def _count_label_rows(rows: list[list[str]]) -> int:
 
 
 def _number_marks(path: Path, fields: list[str]) -> tuple[str, str | None]:
-    """The decimal mark of a table and the mark between thousands, if there is one."""
+    """The decimal mark of a table, and the mark between thousands, if there is one."""
     points, commas = ([f for f in fields if FRACTION[mark].match(f) or GROUPED[mark].match(f)] for mark in ".,")
     if commas and (points or any(f.count(",") > 1 for f in commas)):
         return ".", ","
-    for found, mark, other in ((commas, ",", "."), (points, ".", None)):
-        if found and all(GROUPED[mark].match(f) for f in found):
-            if any(f.count(mark) > 1 for f in found):
+    for numbers, mark, other in ((commas, ",", "."), (points, ".", None)):
+        if numbers and all(GROUPED[mark].match(f) for f in numbers):
+            if any(f.count(mark) > 1 for f in numbers):
                 return other or ",", mark
             raise FileError(
-                f"{path} has numbers such as {found[0]!r}, in which {mark!r} may mark decimals or thousands. Write "
+                f"{path} has numbers such as {numbers[0]!r}, in which {mark!r} may mark decimals or thousands. Write "
                 "the numbers with a decimal point and without marks between thousands."
             )
     return ("," if commas else "."), None
@@ -263,9 +267,9 @@ def _not_a_number(value: Any) -> bool:
 
 
 def _frames(path: Path, layout: Layout) -> Iterator[pd.DataFrame]:
-    """The rows of a table, a block at a time; columns are called by their positions."""
+    """Blocks of `BLOCK_ROWS` rows of a table; columns are called by position."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)  # a row of too many fields is damage
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # a row with too many fields means a damaged file
         yield from pd.read_csv(
             path,
             sep=layout.separator,
@@ -289,7 +293,7 @@ def _frames(path: Path, layout: Layout) -> Iterator[pd.DataFrame]:
 
 
 class _Recogniser:
-    """Recognises names of genes: those of a model, those of GENCODE if installed, and Ensembl ids of any species."""
+    """Recognises gene names of a model and of GENCODE (if installed), and Ensembl ids of any species."""
 
     def __init__(self, gene_index: GeneIndex | None) -> None:
         self.indexes = [] if gene_index is None else [gene_index]
@@ -297,11 +301,11 @@ class _Recogniser:
             from scmmgpt.train.data.gene_tables import reference_gene_index
 
             self.indexes.append(reference_gene_index())
-        except ImportError:  # without the extra `train`, the model's genes have to do
+        except ImportError:  # without the extra `train`, only the genes of the model are known
             pass
 
     def kinds(self, names: Sequence[str]) -> np.ndarray:
-        """Kind of match of each name (`GeneIndex.lookup`), `(n,)` of str; empty for a name of no gene."""
+        """Kind of match of each name (`GeneIndex.lookup`), str `(n,)`; empty for a name that is not a gene."""
         return np.array([self._kind(name) for name in names], dtype=object)
 
     def _kind(self, name: str) -> str:
@@ -311,28 +315,28 @@ class _Recogniser:
         return next((kind for kind in kinds if kind != "unmatched"), "")
 
     def share(self, names: Sequence[str]) -> float:
-        """Share of the names that are genes."""
+        """Share of the names that are genes, between 0 and 1."""
         return float((self.kinds(names) != "").mean()) if len(names) else 0.0
 
 
 def _annotates_cells(names: Sequence[str], kinds: np.ndarray, odd: np.ndarray) -> np.ndarray:
-    """Which names on the genes' side are annotations of cells, bool `(n,)`.
+    """Whether each name on the gene axis is an annotation of cells, bool `(n,)`.
 
     Args:
-        names: Names on the side of the genes.
+        names: Names on the gene axis.
         kinds: Kind of match of each name (`_Recogniser.kinds`).
-        odd: bool `(n,)`: whether there are fractions or negative values.
+        odd: Whether the values of each name include fractions or negative numbers, bool `(n,)`.
     """
     exact = np.isin(kinds, EXACT)
     feature = classify_features(names) != "gene"  # antibodies and the like stay variables
     named = np.array([CELL_ANNOTATION.fullmatch(name.strip()) is not None for name in names]) & ~exact & ~feature
     known = (kinds != "") & ~named
-    if known.sum() < 3 or known.mean() < 0.2:  # of genes that are not known, no name tells what is none
+    if known.sum() < 3 or known.mean() < 0.2:  # genes of an unknown species: only known annotations are certain
         return named
     species = detect_species([name for name, is_known in zip(names, known, strict=True) if is_known])[0]
     spelling = MOUSE_SYMBOL if species == "mouse" else HUMAN_SYMBOL
     strange = np.array([not (spelling.match(name) or ENSEMBL.match(name)) for name in names]) & ~known & ~feature
-    if not odd[known].any():  # counts of genes are integers
+    if not odd[known].any():  # genes have counts, so a name with fractions is not a gene
         named |= odd & ~known & ~feature
     loose = named | strange
     for run in (slice(None), slice(None, None, -1)):
@@ -346,9 +350,9 @@ def _annotates_cells(names: Sequence[str], kinds: np.ndarray, odd: np.ndarray) -
 
 
 class _Roles(NamedTuple):
-    """The roles of the columns of a wide table, by position."""
+    """Roles of the columns of a wide table, by position."""
 
-    names: list[int]  # of the rows; of two columns, joined
+    names: list[int]  # names of the rows; two columns are joined
     values: list[int]  # expression
     notes: list[int]  # annotations of the rows
     genes_in_rows: bool
@@ -383,17 +387,17 @@ def _read(path: Path, layout: Layout, genes: _Recogniser) -> Contents:
         for title, row in zip(titles, layout.label_rows, strict=True)
     }
     described = pd.DataFrame(labels, index=pd.Index(columns, dtype=object))
-    said = _say(roles, rows, described, layout)
+    decisions = _describe_layout(roles, rows, described, layout)
     if not roles.genes_in_rows:
-        return Contents(matrix, rows, described, said)
+        return Contents(matrix, rows, described, decisions)
     kinds = genes.kinds(names)
     moved = _annotates_cells(names, kinds, _odd_rows(matrix))
     if moved.any():  # rows that describe the cells
         moved_names = [name for name, is_moved in zip(names, moved, strict=True) if is_moved]
         for name, values in zip(moved_names, matrix[moved].toarray(), strict=True):
             described[name] = values if _is_odd(values) else values.astype(np.int64)
-        said.append(f"{_list(moved_names)} in the rows {_be(moved_names)} no gene: moved to obs.")
-    return Contents(matrix[~moved].T.tocsr(), described, rows[~moved], said)
+        decisions.append(f"Rows that are not genes were moved to obs: {_list(moved_names)}.")
+    return Contents(matrix[~moved].T.tocsr(), described, rows[~moved], decisions)
 
 
 def _find_roles(path: Path, first: pd.DataFrame, layout: Layout, genes: _Recogniser) -> _Roles:
@@ -404,7 +408,7 @@ def _find_roles(path: Path, first: pd.DataFrame, layout: Layout, genes: _Recogni
         numeric = [i for i in text if first[i].dtype.kind == "b"]
         text = [i for i in text if i not in numeric]
     blank = [i for i in numeric if first[i].isna().all()]
-    empty = [i for i in blank if not header[i]]  # after a separator at the end of lines
+    empty = [i for i in blank if not header[i]]  # from a separator at the end of every line
     numeric = [i for i in numeric if i not in blank]
     if not numeric:
         raise FileError(
@@ -417,7 +421,7 @@ def _find_roles(path: Path, first: pd.DataFrame, layout: Layout, genes: _Recogni
         [str(i + 1) for i in range(len(first))],
     )
     names = [unique[0]] if counter and unique else [0]
-    if not first[0].is_unique:  # such as the sample before the barcode, or the field of view before the cell's number
+    if not first[0].is_unique:  # for example a sample before the barcode, or a field of view before the cell's number
         called = [i for i in text if HEADER_OF_LONG["cell"].fullmatch(header[i])]
         called += [i for i in unique if BARCODE.search(str(first[i].iloc[0]))]
         alone = [i for i in called if i in unique]
@@ -428,15 +432,13 @@ def _find_roles(path: Path, first: pd.DataFrame, layout: Layout, genes: _Recogni
     named = [labels, *(first[i].dropna().astype(str).tolist() for i in text if i not in names)]
     in_rows, in_columns = max(genes.share(side) for side in named if side), genes.share(columns)
     if min(in_rows, in_columns) > 0.5 and set(labels) == set(columns):
-        raise FileError(
-            f"{path} names genes in its rows and in its columns: it is not a table of cells. Pass another file."
-        )
-    if min(in_rows, in_columns) > 0.5:  # a few columns called CD4, CD8, ... beside thousands of genes
+        raise FileError(f"{path} has genes in both rows and columns: it is not a table of cells. Pass another file.")
+    if min(in_rows, in_columns) > 0.5:  # for example a few cell types called CD4, CD8, ... and thousands of genes
         in_rows, in_columns = in_rows * len(labels), in_columns * len(columns)
     barcodes = [np.mean([bool(BARCODE.search(name)) for name in side]) for side in (labels, columns)]
     genes_in_rows = in_rows > in_columns or (in_rows == in_columns and barcodes[1] > barcodes[0])
     if genes_in_rows:
-        words = sorted({0, *text})  # the block of annotations at the left, of which at least a third are words
+        words = sorted({0, *text})  # annotations are a block at the left with words in at least a third of its columns
         block = max((i for n, i in enumerate(words) if n + 1 >= (i + 1) / 3 and i < 20), default=0)
         expected = [i for i in text if i >= block and not GENE_ANNOTATION.fullmatch(header[i])]
         aside = [i for i in numeric if i < block or GENE_ANNOTATION.fullmatch(header[i])]
@@ -447,12 +449,13 @@ def _find_roles(path: Path, first: pd.DataFrame, layout: Layout, genes: _Recogni
         moved = _annotates_cells(columns, genes.kinds(columns), odd)
         aside = [i for i, is_moved in zip(numeric, moved, strict=True) if is_moved]
     mixed = [i for i in expected if np.mean([_not_a_number(value) for value in first[i].dropna()] or [True]) < 0.5]
-    if mixed:  # a gene or a cell in which a few values are not numbers
+    if mixed:  # genes or cells with a few values that are not numbers
         _refuse_words(path, header, first[mixed])
     values = [i for i in numeric if i not in set(aside)]
     if not values:
         raise FileError(
-            f"{path} has no column of expression: {_list(columns)} describe cells or genes. Pass another file."
+            f"{path} has no column of expression: the columns {_list(columns)} describe cells or genes. Pass another "
+            "file."
         )
     taken = {*values, *empty, *([0] if counter else []), *(names if len(names) == 1 else [])}
     return _Roles(names, values, [i for i in first.columns if i not in taken], genes_in_rows)
@@ -486,7 +489,7 @@ def _refuse_words(path: Path, header: list[str], words: pd.DataFrame) -> None:
 
 
 def _is_odd(values: np.ndarray) -> bool:
-    """Whether there are fractions or negative values."""
+    """Whether the values include fractions or negative numbers."""
     values = values[np.isfinite(values)]
     return bool(((values < 0) | (values != np.rint(values))).any())
 
@@ -497,23 +500,24 @@ def _odd_rows(matrix: sp.csr_matrix) -> np.ndarray:
     return np.bincount(rows[odd], minlength=matrix.shape[0]) > 0
 
 
-def _say(roles: _Roles, rows: pd.DataFrame, described: pd.DataFrame, layout: Layout) -> list[str]:
-    """Notes on how a wide table was read."""
-    said, (here, there) = [], ("var", "obs") if roles.genes_in_rows else ("obs", "var")
+def _describe_layout(roles: _Roles, rows: pd.DataFrame, described: pd.DataFrame, layout: Layout) -> list[str]:
+    """Notes on the layout of a wide table."""
+    notes, (of_rows, of_columns) = [], ("var", "obs") if roles.genes_in_rows else ("obs", "var")
     if roles.genes_in_rows:
-        said.append("The genes are in the rows: the table was turned.")
+        notes.append("The genes are in the rows: the table was transposed.")
     if rows.shape[1]:
-        names, other = list(rows.columns), "cell" if roles.genes_in_rows else "gene"
-        said.append(f"{_list(names)} in the columns {_be(names)} no {other}: moved to {here}.")
+        others = "cells" if roles.genes_in_rows else "genes"
+        notes.append(f"Columns that are not {others} were moved to {of_rows}: {_list(list(rows.columns))}.")
     if described.shape[1]:
-        said.append(f"The rows of words under the header ({_list(list(described.columns))}) were moved to {there}.")
+        names = _list(list(described.columns))
+        notes.append(f"Rows of words under the header were moved to {of_columns}: {names}.")
     if layout.decimal == ",":
-        said.append("The decimal mark is a comma.")
-    return said
+        notes.append("The decimal mark is a comma.")
+    return notes
 
 
 def _distinct(names: Sequence[str]) -> pd.Index:
-    """The names, of which repeated ones get a number."""
+    """The names as an index; repeated names get a number."""
     return make_index_unique(pd.Index(names, dtype=object), join=".")
 
 
@@ -522,15 +526,11 @@ def _list(names: Sequence[Any]) -> str:
     return shown if len(names) <= 6 else f"{shown} and {len(names) - 6} more"
 
 
-def _be(names: Sequence[Any]) -> str:
-    return "is" if len(names) == 1 else "are"
-
-
 # -- long tables ------------------------------------------------------------------------------------------------------
 
 
 class _LongColumns(NamedTuple):
-    """Positions of the columns of a long table, which has a row for each gene of each cell."""
+    """Positions of the columns of a long table (a row for each gene of each cell)."""
 
     gene: int
     cell: int
@@ -538,7 +538,7 @@ class _LongColumns(NamedTuple):
 
 
 def _long_columns(path: Path, first: pd.DataFrame, header: list[str], genes: _Recogniser) -> _LongColumns | None:
-    """The columns of a long table; `None` for a wide one."""
+    """The columns of a long table; `None` for a wide table."""
     if not 3 <= len(header) <= 12:
         return None
     hinted = {what: [i for i, h in enumerate(header) if word.fullmatch(h)] for what, word in HEADER_OF_LONG.items()}
@@ -573,7 +573,7 @@ def _read_long(path: Path, layout: Layout, frames: Iterator[pd.DataFrame], long:
     if counts.isna().any():
         _refuse_words(path, header, table.loc[counts.isna(), [long.value]])
     if table[[long.gene, long.cell]].isna().any(axis=None):
-        raise FileError(f"{path} is a table in long format in which names are missing. Drop those rows.")
+        raise FileError(f"{path} is a table in long format with missing names. Drop the rows without a name.")
     (genes, gene_names), (cells, cell_names) = (pd.factorize(table[i].astype(str)) for i in (long.gene, long.cell))
     shape = len(cell_names), len(gene_names)
     matrix = sp.csr_matrix((counts.to_numpy(dtype=np.float32), (cells, genes)), shape=shape)
@@ -581,12 +581,12 @@ def _read_long(path: Path, layout: Layout, frames: Iterator[pd.DataFrame], long:
     obs, var = pd.DataFrame(index=cell_names), pd.DataFrame(index=gene_names)
     further = [i for i in table if i not in long and table[i].dtype.kind not in "iuf"]
     further = [i for i in further if not COUNTER_NAME.fullmatch(header[i])]
-    for i in further:  # a sample in which barcodes of other samples are repeated would merge cells
+    for i in further:  # cells of several samples that share a barcode must not be merged
         fits = [p for p in (long.cell, long.gene) if table.groupby(p, sort=False)[i].nunique(dropna=False).max() == 1]
         if not fits:
             raise FileError(
-                f"{path} is a table in long format whose column {header[i]!r} differs within cells of one name: they "
-                f"may be cells of several samples. Join {header[i]!r} and {header[long.cell]!r} to one name."
+                f"{path} is a table in long format. Column {header[i]!r} has several values for one cell name, "
+                f"perhaps because samples share it. Join {header[i]!r} and {header[long.cell]!r} to one name."
             )
         frame = obs if fits[0] == long.cell else var
         frame[header[i]] = table.drop_duplicates(fits[0])[i].to_numpy()

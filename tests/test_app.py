@@ -19,6 +19,7 @@ from matplotlib.colors import to_rgb
 from scmmgpt import app, synthetic
 from scmmgpt.app import ANY_TISSUE, build, opened
 from scmmgpt.commands import cell_map, page_session
+from scmmgpt.commands.page_words import unbroken
 
 
 @pytest.fixture
@@ -83,6 +84,31 @@ def test_a_loop_selects_cells_that_are_then_described_and_explained(tasks, sessi
     _, drawn, said, _ = tasks["select"](session, SimpleNamespace(rows=[]))
     assert drawn["rows"] == []
     assert said == page_session.NO_SELECTION
+
+
+def test_selected_cells_are_described_as_by_the_command_and_all_cells_are_judged_once(monkeypatch):
+    pytest.importorskip("gradio", reason="the page needs gradio, which the extra `app` installs")
+    pipeline = synthetic.fitted_pipeline()
+    tasks = {function.api_name: function.fn for function in build(pipeline).fns.values()}
+    cells = synthetic.synthetic_adata(240)
+    session = opened(cells.copy(), "cells.h5ad")
+    pipeline.annotate(cells)
+    pipeline.describe(cells, proof=True)
+    whole = cells.obs["scmmgpt_description"].to_numpy()
+    judged, prove = [], pipeline.prove
+    monkeypatch.setattr(pipeline, "prove", lambda *args, **named: judged.append(1) or prove(*args, **named))
+    tasks["annotate"](session, "", ANY_TISSUE, 0)
+    for rows in ([3, 8, 60], [8, 200]):
+        tasks["select"](session, SimpleNamespace(rows=rows))
+        assert tasks["describe"](session)[1]["description"].tolist() == [*map(unbroken, whole[rows])]
+    tasks["ask"](session, "Are they dividing?")
+    assert len(judged) == 1
+    described = session.adata.obs["scmmgpt_description"]
+    assert np.flatnonzero(described != "").tolist() == [3, 8, 60, 200]
+    tasks["annotate"](session, "B cell\nT cell", ANY_TISSUE, 0)  # descriptions of other labels go
+    assert "scmmgpt_description" not in session.adata.obs
+    tasks["describe"](session)
+    assert len(judged) == 2
 
 
 def test_evidence_names_genes_of_the_labels_of_selected_cells():

@@ -105,6 +105,22 @@ def test_a_target_is_what_the_prompt_generates(tiny_model, tiny_processor, rows)
     assert outputs.language_loss > 0
 
 
+def test_a_batch_that_only_generates_has_no_language_loss(tiny_model, tiny_processor, rows):
+    prompt = [{"role": "user", "content": "Generate a"}]
+    generated = [{"cells": [], "messages": prompt, "target": rows[i]["cells"]} for i in range(2)]
+    outputs = tiny_model(**tiny_processor.data_collator()(generated))
+    assert outputs.language_loss == 0
+    assert outputs.loss == tiny_model.config.expression_weight * outputs.expression_loss > 0
+    outputs.loss.backward()
+    assert all(p.grad.isfinite().all() for p in tiny_model.parameters() if p.grad is not None)
+
+
+def test_columns_that_a_trainer_drops_are_asked_for(tiny_processor, rows):
+    dropped = [{"gene_ids": rows[0]["cells"].gene_ids}]
+    with pytest.raises(ValueError, match="no 'cell_id'.*remove_unused_columns=False"):
+        tiny_processor.data_collator()(dropped)
+
+
 def test_preferences_come_chosen_first_with_their_cells_twice(tiny_processor, rows):
     pairs = [
         {"cells": row["cells"], "prompt": row["messages"][:1], "chosen": row["messages"][1:], "rejected": other}
@@ -113,6 +129,11 @@ def test_preferences_come_chosen_first_with_their_cells_twice(tiny_processor, ro
     batch = tiny_processor.data_collator()(pairs)
     assert batch["completion_mask"].sum(1).tolist() == [2, 2, 2, 3, 3, 3]
     assert torch.equal(batch["gene_ids"][:3], batch["gene_ids"][3:])
+    assert not {"ref_chosen_logps", "ref_rejected_logps"} & set(batch)
+    known = [{**pair, "ref_chosen_logps": -1.5, "ref_rejected_logps": -float(i)} for i, pair in enumerate(pairs)]
+    batch = tiny_processor.data_collator()(known)
+    assert batch["ref_chosen_logps"].tolist() == [-1.5, -1.5, -1.5]
+    assert batch["ref_rejected_logps"].tolist() == [0, -1, -2]
 
 
 def test_labels_are_numbers_of_classes(tiny_processor, rows):

@@ -11,7 +11,7 @@ import pytest
 import scmmgpt as sm
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
-from scmmgpt.commands.chat import Chat, has_proof, share
+from scmmgpt.commands.chat import LIKENESS, Chat, share
 from scmmgpt.commands.questions import EXAMPLES, Question
 from scmmgpt.synthetic import MARKERS, synthetic_adata
 
@@ -140,15 +140,12 @@ def test_cells_without_a_label_are_unknown(pipeline, adata):
     assert "for 5 % it is below 0.5, and 5 % are Unknown" in chat.ask("How sure are the labels?").text
 
 
-def test_descriptions_of_labels_that_are_gone_are_made_again(pipeline, adata):
+def test_a_chat_is_about_the_labels_of_now(pipeline, adata):
     adata = adata.copy()
     pipeline.annotate(adata)
     pipeline.describe(adata, proof=True)
-    assert has_proof(adata)
     pipeline.annotate(adata, ["B cell", "T cell"])
-    assert not has_proof(adata)
-    Chat(pipeline, adata)
-    assert has_proof(adata)
+    assert "T cell" in Chat(pipeline, adata).ask("Describe them.").text
 
 
 def test_labels_of_another_checkpoint_are_told(pipeline, adata, caplog):
@@ -206,3 +203,82 @@ def test_the_command_lists_questions_and_answers(pipeline, adata, tmp_path, caps
     assert json.loads(capsys.readouterr().out) == [{"question": "What are they?", "text": text, "topic": "types"}]
     assert main(words) == 0
     assert capsys.readouterr().out == f"> What are they?\n{text}\n\n"
+
+
+@pytest.fixture(scope="module")
+def whole(pipeline, adata):
+    """A chat about all cells."""
+    return Chat(pipeline, adata.copy())
+
+
+def test_shares_say_of_whose_cells_they_are(whole, adata):
+    chat = whole
+    text = chat.ask("Why not monocytes?").text
+    label, n = re.search(r"The commonest label of the 120 cells is ([\w ]+), of (\d+)\.", text).groups()
+    assert f"(shares of the {n} cells called {label} and of the 30 cells called monocyte)" in text
+    mine, theirs = ((adata.obs["cell_type"] == kind).to_numpy() for kind in (label, "monocyte"))
+    assert len(check_shares(text, adata, mine, theirs)) > 3
+    text = chat.ask("Which markers do the B cells have?").text
+    assert text.startswith(
+        "Markers of B cell by the share of the 30 cells called B cell, against the share of the 90 "
+    )
+    assert "cells have less than the median of the 30 cells called B cell" in chat.ask("Do B cells express CD19?").text
+
+
+def test_cells_like_a_type_are_ordered_by_its_probability_and_are_not_the_cells_of_the_type(pipeline, adata):
+    adata = adata.copy()
+    chat = Chat(pipeline, adata)
+    text = chat.ask("Which cells are most like B cells?").text
+    assert text.startswith(
+        "30 of the 120 cells (25 %) are called B cell or a kind of it. Mean probability of B cell in"
+    )
+    labels = [str(name) for name in adata.uns["scmmgpt"]["annotate"]["labels"]]
+    odds = adata.obsm["scmmgpt_probabilities"][:, labels.index("B cell")]
+    means = {kind: odds[(adata.obs["scmmgpt_cell_type"] == kind).to_numpy()].mean() for kind in set(chat.labels)}
+    best = max(set(means) - {"B cell"}, key=lambda kind: means[kind])
+    assert f"in the others: {best} (30 cells): {means[best]:.2g}" in text
+    assert text.endswith(LIKENESS)
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [
+        ("Which cells are these?", "Labels of the 120 cells: "),
+        ("How many donors are there?", "Of the 120 cells: donor_id: donor-1 (50 %) and donor-2 (50 %)."),
+        ("How many batches are there?", 'No column of obs is called "batch". Of the 120 cells: '),
+        ("What else could the monocytes be?", "The runner-up is "),
+        ("Which cells are least certain?", "Mean probability of the labels: "),
+        (
+            "Which type has the strongest interferon response?",
+            "Interferon response, share of cells with counts of 3 or",
+        ),
+        ("Are the cells stimulated by interferon?", "Of the 120 cells, the share with counts of 3 or more genes of a"),
+        ("Which type has the lowest number of genes?", "Medians of the 120 cells, the lowest first. "),
+        ("How many mitochondrial reads?", "The median of the 120 cells is "),
+        ("Are there any doublets?", 'The counts do not answer that ("doublets": no gene, label, column or subject of'),
+    ],
+)
+def test_questions_of_a_stranger_have_their_own_answers(whole, question, words):
+    assert whole.ask(question).text.startswith(words)
+
+
+def test_types_are_ordered_by_genes_where_a_question_asks_for_genes(whole):
+    chat = whole
+    for question, unit in (
+        ("Which type has the fewest genes?", "genes"),
+        ("Which type has the fewest counts?", "counts"),
+    ):
+        middle = [float(n.replace(",", "")) for n in re.findall(rf"([\d,]+) {unit}", chat.ask(question).text)]
+        assert middle == sorted(middle)
+        assert len(middle) > 1
+    assert chat.ask("How many mitochondrial reads?").text.endswith("none of them mitochondrial.")
+    assert "`scanpy.pp.scrublet` looks for doublets." in chat.ask("Any doublets?").text
+
+
+def test_a_label_of_the_file_is_taken_for_the_type_that_its_cells_are_called(pipeline, adata):
+    adata = adata.copy()
+    adata.obs["given"] = adata.obs["cell_type"].astype(str).replace({"monocyte": "delta"})
+    text = Chat(pipeline, adata).ask("Why are these not delta cells?").text
+    assert text.startswith(
+        "Of the 30 cells of given delta 30 are called monocyte. 30 of the 120 cells (25 %) are called"
+    )

@@ -244,7 +244,7 @@ def test_a_model_id_without_a_network_says_both(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", offline)
-    with pytest.raises(FileNotFoundError, match="no folder 'nobody/nothing', and the Hub cannot be asked"):
+    with pytest.raises(FileNotFoundError, match="no folder 'nobody/nothing', and the Hub cannot be searched"):
         find_checkpoint("nobody/nothing")
 
 

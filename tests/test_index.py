@@ -59,7 +59,7 @@ def test_the_best_hits_are_those_of_exact_search(folder, vectors):
 
 
 def test_an_index_cannot_leave_out_what_a_text_denies(folder):
-    with pytest.raises(ValueError, match="cannot leave out 'CD8'; search FILE"):
+    with pytest.raises(ValueError, match="cannot exclude 'CD8'; search FILE"):
         index.find_text(folder, "T cell without CD8", None, "model", 5)
 
 

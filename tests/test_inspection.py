@@ -683,6 +683,11 @@ def test_few_matching_genes_warn_and_hardly_any_are_refused(counts, gene_index):
             lambda a: renamed(a, [f"CG{10000 + i}" for i in range(N_GENES)]),
             "They are fruit fly genes .* no ortholog table",
         ),
+        (
+            lambda a: renamed(a, [f"b'{name}'" for name in SYMBOLS]),
+            r"""without what is around each gene: .*\.str\.removeprefix\("b'"\)\.str\.removesuffix\("'"\)""",
+        ),
+        (lambda a: renamed(a, [f"rna_{name}" for name in SYMBOLS]), r"\.str\.removeprefix\('rna_'\)`"),
         (lambda a: renamed(a, [f"unc-{i}" for i in range(N_GENES)]), "They are worm genes .* no ortholog table"),
     ],
 )
@@ -910,6 +915,30 @@ def test_values_that_are_no_numbers_are_refused_by_cell_and_gene(counts, gene_in
 def test_scaled_values_are_refused_with_a_way_out(counts, gene_index):
     with pytest.raises(ValueError, match=r"X has negative values.*layers\['counts'\].*layer="):
         read_cells(make_adata(counts - 2.0), gene_index)
+
+
+def test_genes_that_were_each_divided_by_their_deviation_are_refused_unless_their_kind_is_given(counts, gene_index):
+    logs = np.log1p(scaled_to(counts))
+    deviations = logs.std(axis=0, ddof=1)
+    scaled = make_adata(logs / np.where(deviations, deviations, 1))
+    with pytest.raises(ValueError, match=r"a standard deviation of about 1 in 100% of the genes.*layers\['counts'\]"):
+        read_cells(scaled, gene_index)
+    assert read_cells(scaled, gene_index, assume="log1p")[1]["matrix"]["kind"] == "log1p"
+
+
+@pytest.mark.parametrize("change", [lambda x: x + 1, lambda x: 2 * np.sqrt(x + 3 / 8)], ids=["plus 1", "Anscombe"])
+def test_counts_that_are_nowhere_zero_have_zeros_again(counts, gene_index, change):
+    sparse = np.where(counts > np.quantile(counts, 0.75), counts, 0)
+    expected = read_cells(make_adata(sparse), gene_index)[0]
+    cells, report = read_cells(make_adata(change(sparse)), gene_index)
+    assert "this value is taken as zero" in report["warnings"][0]
+    assert cells.gene_ids.tolist() == expected.gene_ids.tolist()
+    assert np.corrcoef(cells.counts, expected.counts)[0, 1] > 0.9
+
+
+def test_counts_of_genes_that_all_cells_have_stay_as_they_are(counts, gene_index):
+    cells, _ = read_cells(make_adata(counts + 5), gene_index)
+    assert cells.counts.sum() == (counts + 5).sum()
 
 
 def test_zeros_only_are_refused(gene_index):

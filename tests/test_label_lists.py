@@ -53,8 +53,8 @@ def test_letters_beyond_ascii_survive_the_encoding_of_windows(tmp_path):
         ("labels.csv", b"label,text\nB,one\nB,two\n", "describes 'B' twice"),
         ("labels.txt", b"\n \n", "has no labels"),
         ("labels.csv", b"label,text\nB,of blood, and lymph\n", "Entry 2 of .* has 3 fields for 2 columns"),
-        ("labels.json", b'{"B": 3}', "write {label: text} or a list"),
-        ("labels.json", b"[1, 2]", "write each label as a text"),
+        ("labels.json", b'{"B": 3}', "Write {label: text} or a list"),
+        ("labels.json", b"[1, 2]", "Write each label as a string"),
         ("labels.json", b"[", "not JSON"),
         ("labels.txt", b"\x89PNG\0\0", "not a text file"),
         ("labels.xlsx", b"PK", "Save it as CSV"),
@@ -73,7 +73,7 @@ def test_labels_stand_alone_or_in_one_file(tmp_path):
     path.write_text("B cell\n")
     assert read_words(["B cell", " T  cell ", "B cell"]).labels == ["B cell", "T cell"]
     assert read_words([str(path)]).labels == ["B cell"]
-    with pytest.raises(ValueError, match="Name either one file, or labels"):
+    with pytest.raises(ValueError, match="Give either one file or only labels"):
         read_words(["T cell", str(path)])
     with pytest.raises(FileNotFoundError, match=r"missing\.txt"):
         read_words([str(tmp_path / "missing.txt")])

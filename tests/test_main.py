@@ -282,7 +282,7 @@ def test_an_output_that_could_not_be_written_is_refused_first(checkpoint, cells,
         (["-o", "out.h5ad", "--table", "labels.csv", "--labels", "labels.csv"], "would replace a file of the input"),
         (["-o", "out.h5ad", "--table", "folder.csv"], "is a folder"),
         (["-o", "folder.h5ad"], "is a folder"),
-        (["-o", "out.h5ad", "--labels", "labels.csv", "B"], "Name either one file, or labels"),
+        (["-o", "out.h5ad", "--labels", "labels.csv", "B"], "Give either one file or only labels"),
         (["-o", "out.h5ad", "--organism", "mice"], "choose one of human"),
         (["-o", "out.h5ad", "--layer", "counts"], "counts"),
         (["-o", "out.h5ad", "--device", "gpu"], "(it is not a device of PyTorch). Name cpu, cuda or mps"),
@@ -403,6 +403,8 @@ def test_a_checkpoint_is_exported_in_two_parts(checkpoint, tmp_path, capsys):
             ["embed", "cells.h5ad", "--split", "test"],
             "--split test names a split of a corpus of `prepare`; cells.h5ad",
         ),
+        (["annotate", "cells.h5ad", "--columns", "batch"], "--columns are those of --table, which is not named"),
+        (["annotate", "cells.h5ad", "--labels", "B", "CL:9999999"], "no type of the id 'CL:9999999'"),
         (["annotate", "cells.h5ad", "--labels", "B", "unknown"], "'unknown' is the answer for cells of no label"),
     ],
 )
@@ -417,6 +419,26 @@ def test_what_would_be_misread_or_ignored_is_refused(words, says, checkpoint, ce
     assert says in line
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["annotate", "missing.h5ad"], "There is no file missing.h5ad"),
+        (["annotate", "cells.h5ad", "--batch-size", "0"], "'0' is not a whole number of at least 1"),
+        (["search", "cells.h5ad", "--text", " "], "The text to search for is empty"),
+    ],
+)
+def test_an_error_is_json_too_for_a_program(words, says, checkpoint, cells, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main([*words, "--model", checkpoint, "-o", "out.h5ad", "--json"])
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr()
+    assert status == 2
+    assert says in json.loads(said.out)["error"]
+    assert says in said.err
+
+
 def test_an_entry_of_another_kind_under_our_name_does_not_stop_the_result(checkpoint, adata, tmp_path, caplog):
     adata.uns["scmmgpt"] = "mine"
     adata.write_h5ad(tmp_path / "cells.h5ad")
@@ -429,5 +451,5 @@ def test_calibration_tells_which_labels_of_the_checkpoint_it_replaces(checkpoint
     adata.obs["cell_type"] = (["B", "monocyte"] * adata.n_obs)[: adata.n_obs]
     adata.write_h5ad(tmp_path / "cells.h5ad")
     assert main(["calibrate", str(tmp_path / "cells.h5ad"), "--model", checkpoint, "--quiet"]) == 0
-    assert "1 of the 2 labels that the checkpoint had are none of" in caplog.text
+    assert "1 of the 2 labels of the checkpoint are not labels of" in caplog.text
     assert "('T')" in caplog.text

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from scmmgpt.__main__ import main
-from scmmgpt.commands.report import audit_warnings, describe_some, label_rows, report_page, warnings_of
+from scmmgpt.commands.report import audit_warnings, describe_some, evidence_rows, label_rows, report_page, warnings_of
 from scmmgpt.synthetic import synthetic_adata
 
 
@@ -62,8 +62,8 @@ def test_a_rare_label_has_no_share_of_nothing(cells):
     cells.obs["scmmgpt_cell_type"], cells.obs["scmmgpt_score"] = ["mast cell", *["B cell"] * (cells.n_obs - 1)], 0.9
     page = report_page(cells, "many")
     words, _ = words_of(page)
-    assert "labels: B cell (100 %), mast cell (<1 %)." in words
-    assert "B cell (100\N{NO-BREAK SPACE}%)" in page
+    assert "labels: B cell (99.7 %), mast cell (0.3 %)." in words
+    assert "B cell (99.7\N{NO-BREAK SPACE}%)" in page
     assert not re.search(r"\d %", page)  # a line would end between the two
 
 
@@ -164,6 +164,15 @@ def test_warnings_come_from_the_results(pipeline, cells):
         assert part in text
 
 
+def test_warnings_of_one_kind_are_one_line_with_the_first_names(pipeline, cells):
+    pipeline.annotate(cells)
+    pipeline.explain(cells)
+    cells.uns["scmmgpt"]["annotate"]["weak_labels"] = np.array([f"type {i}" for i in range(23)], dtype=object)
+    assert warnings_of(cells) == [
+        "The file lacks genes that tell 'type 0', 'type 1', 'type 2' and 20 more from another label."
+    ]
+
+
 def test_the_command_writes_the_page_of_results_and_of_plain_cells(pipeline, cells, tmp_path):
     pipeline.save_pretrained(tmp_path / "checkpoint")
     model = ["--model", str(tmp_path / "checkpoint"), "--quiet"]
@@ -194,3 +203,19 @@ def test_the_page_begins_with_the_given_labels_that_an_audit_contradicts():
     ]
     assert audit_warnings(obs, "gone") == ["The audit contradicts 4 of 8 given labels."]
     assert audit_warnings(obs[3:7], "given") == []
+
+
+def test_small_shares_are_not_called_none_and_a_gene_that_no_cell_expresses_speaks_for_no_label(pipeline, cells):
+    many = cells[np.arange(600) % 60].copy()
+    many.obs_names_make_unique()
+    pipeline.annotate(many)
+    names = many.obs["scmmgpt_cell_type"].astype(str).to_numpy()
+    names[:3] = "Unknown"
+    many.obs["scmmgpt_cell_type"] = names
+    shown, _ = words_of(report_page(many, "cells"))
+    assert "Unknown – 3 0.5 %" in shown
+    explained = {"name": ["B cell"] * 2, "cells": [3] * 2, "rival": ["T cell"] * 2, "gene": ["CD19", "AQP1"]}
+    explained |= {"term": [2.0, 1.0], "expressing": [0.5, 0.0], "elsewhere": [0.0, 0.1], "marker": [True, True]}
+    (row,) = evidence_rows(explained)
+    assert [gene["gene"] for gene in row["genes"]] == ["CD19"]
+    assert row["missing"] == ["AQP1"]

@@ -8,7 +8,7 @@ from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.tests.corpora import write_corpus
-from scmmgpt.train import pretrain
+from scmmgpt.train import align, pretrain
 from scmmgpt.train.data.corpus import open_corpus
 
 
@@ -74,6 +74,16 @@ def test_pre_training_continues_a_checkpoint(corpus_path, tmp_path):
     before, after = ScGPTModel.from_pretrained(first), ScGPTModel.from_pretrained(second)
     for name, value in before.state_dict().items():
         assert torch.equal(value, after.state_dict()[name]), name
+
+
+def test_weights_of_half_precision_are_trained_in_float32(corpus_path, tmp_path):
+    first = run(corpus_path, tmp_path / "first", "--cell_config", json.dumps(SIZES))
+    ScGPTModel.from_pretrained(first, dtype=torch.bfloat16).save_pretrained(first)
+    second = run(corpus_path, tmp_path / "second", "--cell_model", str(first))
+    assert ScGPTModel.from_pretrained(second).dtype == torch.float32
+    chosen = align.AlignModelArguments(bert="", cell_model=str(first))
+    cell_model, config = align.load_cell_model(open_corpus(corpus_path), chosen)
+    assert cell_model.dtype == config.dtype == torch.float32
 
 
 def test_a_checkpoint_of_other_genes_is_refused(corpus_path, tmp_path, gene_vocabulary):

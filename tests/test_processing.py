@@ -269,6 +269,33 @@ def test_a_placeholder_is_not_taken_for_an_attack(processor):
         processor.apply_chat_template([{"role": "user", "content": "<cell>"}], sanitize_control_tokens=True)
 
 
+def test_no_texts_are_refused(processor):
+    with pytest.raises(ValueError, match="text is an empty list"):
+        processor([])
+
+
+@pytest.mark.parametrize("name", ["text", "qformer_text"])
+def test_cells_in_the_place_of_texts_are_named(processor, adata, cells, name):
+    for value in (adata[:2], cells, [adata[:2]]):
+        with pytest.raises(TypeError, match=rf"{type(value).__name__} is not a text.*processor\(cells=...\)"):
+            processor(**{name: value})
+
+
+def test_the_feature_extractor_alone_takes_cells_and_rows_and_no_adata(processor, adata, cells):
+    extractor = processor.feature_extractor
+    expected = extractor(cells)
+    assert all(torch.equal(extractor(cells.to_rows())[name], expected[name]) for name in expected)
+    with pytest.raises(TypeError, match=r"AnnData is not Cells.*processor\(cells=adata\)"):
+        extractor(adata)
+
+
+def test_every_key_of_a_call_is_an_input_of_the_model(processor, cells):
+    batch = processor(
+        ["<cell> is", "a B cell"], cells[:1], answers=["a B cell", ""], qformer_text=["a"] * 2, target_cells=cells[:2]
+    )
+    assert set(batch) <= set(processor.model_input_names)
+
+
 def test_an_unknown_argument_is_named(processor):
     with pytest.raises(TypeError, match=r"has no arguments \['trunction'\].* max_genes, .*truncation"):
         processor(text="a cell", trunction=True)

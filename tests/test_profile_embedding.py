@@ -99,9 +99,12 @@ def test_the_model_embeds_what_the_processor_makes(pipeline):
     cells, _ = pipeline.processor.read_cells(synthetic.synthetic_adata(12, seed=7))
     pipeline.processor.feature_extractor.return_profile = True
     inputs = pipeline.processor(cells=cells)
-    embedded = pipeline.model.get_profile_embeddings(inputs["profile_gene_ids"], inputs["profile"])
     expected = pipeline.model.model.label_readout.embedding_for()(cells)
-    np.testing.assert_allclose(embedded.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(pipeline.model.get_profile_embeddings(**inputs).numpy(), expected, atol=1e-5)
+    alone = {name: inputs[name] for name in ("profile_gene_ids", "profile")}
+    assert torch.equal(pipeline.model.get_profile_embeddings(**alone), pipeline.model.get_profile_embeddings(**inputs))
+    with pytest.raises(ValueError, match="has no label readout.*use `get_cell_features`"):
+        synthetic.tiny_pipeline().model.get_profile_embeddings(**inputs)
 
 
 def test_a_change_of_the_groups_changes_the_embedding(readout):
@@ -129,9 +132,9 @@ def test_partitions_have_the_same_bits_and_an_index_finds_like_cells(pipeline, t
     assert main(["verify", str(tmp_path / "parts.h5ad"), "--device", "cpu"]) == 0
     pytest.importorskip("faiss", reason="the extra `index` installs FAISS")
     add_files(tmp_path / "index", [tmp_path / "whole.h5ad"])
-    assert "no text is compared with: the index finds cells that are like a cell" in caplog.text
+    assert "cannot be compared with texts. The index finds similar cells" in caplog.text
     assert main(["search", "--index", str(tmp_path / "index"), "--text", "a B cell", *words[2:6]]) == 2
-    assert "embedded as 'profile', which texts are not compared with" in capsys.readouterr().err
+    assert "embedded as 'profile', which cannot be compared with texts" in capsys.readouterr().err
     like = ["--like", "cell-3", "--top-k", "5", "--json", *words[2:6]]
     assert main(["search", words[1], "--index", str(tmp_path / "index"), *like]) == 0
     of_index = json.loads(capsys.readouterr().out)

@@ -9,7 +9,7 @@ import pytest
 from scmmgpt import query_scmmgpt
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-from scmmgpt.query_scmmgpt import Query, Search, combine, is_understood, read_query, vocabulary_of
+from scmmgpt.query_scmmgpt import Part, Query, Search, combine, is_understood, read_query, vocabulary_of
 from scmmgpt.synthetic import synthetic_adata
 
 
@@ -40,6 +40,9 @@ def test_a_denied_level_is_the_other_level(text, levels):
         ("a lymphocyte, not a B cell", "a lymphocyte", ("B cell",)),
         ("blood cells but not monocytes", "blood cells", ("monocytes",)),
         ("a lymphocyte that is not a T cell", "a lymphocyte", ("T cell",)),
+        ("cells that are not B cells", "", ("B cells",)),
+        ("lymphocytes which are not monocytes or NK cells", "lymphocytes", ("monocytes", "NK cells")),
+        ("cells that are not expressing high levels", "cells that are not expressing high levels", ()),
         ("a T cell that is not regulatory", "a T cell that is not regulatory", ()),
         ("a cell that does not divide", "a cell that does not divide", ()),
     ],
@@ -87,15 +90,22 @@ def test_genes_that_the_file_does_not_measure_are_named():
     assert Search(["CD4+ and CD8-positive T cells"], index).unknown == []
 
 
-def test_a_text_of_denials_alone_is_refused():
+@pytest.mark.parametrize("text", ["without CD8", "not a B cell", "No B cells", "everything but T cells"])
+def test_a_text_of_denials_alone_is_refused(text):
     with pytest.raises(ValueError, match="says what cells lack, and not which cells are wanted"):
-        read_query("without CD8")
+        read_query(text)
 
 
 def test_a_denied_gene_counts_against_a_cell_and_a_denied_text_only_where_it_fits_better():
     wanted = np.array([1.0, 1.0, -1.0, -1.0])
     assert combine(wanted, [], [np.array([0.0, 2.0, 0.0, 2.0])]).tolist() == [2, 0, 0, -2]
     assert combine(wanted, [np.array([-1.0, 1.0, -1.0, 1.0])], []).tolist() == [1, 1, -1, -3]
+
+
+def test_of_any_cells_those_least_like_a_denied_text_are_the_best():
+    likeness = np.array([[0.9], [0.1], [0.5]])
+    scores = Part(denied_texts=[0]).score(likeness, np.zeros((3, 0)))
+    assert np.argsort(-scores).tolist() == [1, 2, 0]
 
 
 def test_a_search_without_a_gene_ranks_cells_that_express_it_last(tiny_pipeline):

@@ -165,7 +165,7 @@ def short_matrix(cells, folder):
         (without_barcodes, FileNotFoundError, r"no barcodes\.tsv"),
         (of_other_files, ValueError, r"7 features and 2 barcodes.*do not belong together"),
         (bare_hdf5, ValueError, r"neither AnnData.*pictures"),
-        (lambda cells, folder: folder, ValueError, r"neither a \.zarr nor.*nothing"),
+        (lambda cells, folder: folder, ValueError, r"not a \.zarr and has no.*nothing"),
     ],
 )
 def test_a_file_that_cannot_be_read_gets_one_clear_error(write, error, words, cells, tmp_path):
@@ -273,5 +273,5 @@ def test_a_link_to_a_file_that_is_gone_is_named(tmp_path):
 
 def test_a_table_in_parquet_is_refused_with_the_way_out(tmp_path):
     pd.DataFrame({"CD3E": [1, 2]}).to_parquet(tmp_path / "cells.parquet")
-    with pytest.raises(FileError, match="is a table in a format that is not read. Save it as .csv"):
+    with pytest.raises(FileError, match="is a table in an unsupported format. Save it as .csv"):
         read_file(tmp_path / "cells.parquet")

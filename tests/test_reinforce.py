@@ -231,9 +231,9 @@ def test_rows_bring_messages_and_cells_in_every_form(tmp_path, adata):
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
-        ({"rollout_func": print}, {}, "rollout_func makes prompts of its own"),
-        ({"tools": [print]}, {}, "tools makes prompts of its own"),
-        ({}, {"use_transformers_continuous_batching": True}, "take texts alone"),
+        ({"rollout_func": print}, {}, "rollout_func makes prompts without cells"),
+        ({"tools": [print]}, {}, "tools makes prompts without cells"),
+        ({}, {"use_transformers_continuous_batching": True}, "take texts only"),
     ],
 )
 def test_what_generates_without_cells_is_refused(tmp_path, adata, given, options, message):
@@ -287,7 +287,7 @@ def test_the_command_trains_lora_on_the_language_model_and_saves_all(corpus, tun
     assert changed
     assert all(re.search(r"language_model\..*_proj", name) for name in changed)
     card = ModelCard.load(tmp_path / "README.md")
-    assert "rewarded for what can be verified" in card.text
+    assert "with descriptions rewarded for truth" in card.text
     assert "reward" in card.text.split("## Measured")[1]
     # The adapter on the checkpoint is the new checkpoint; on the new checkpoint it would count twice.
     base = ScMMGPTForConditionalGeneration.from_pretrained(tuned)

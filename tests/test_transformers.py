@@ -1,5 +1,7 @@
 """What users of transformers expect of the models: auto classes, a plain `Trainer`, and the conventions."""
 
+import copy
+import inspect
 import re
 import shutil
 from pathlib import Path
@@ -32,6 +34,7 @@ from scmmgpt.modeling_scmmgpt import (
     ScMMGPTCellEncoder,
     ScMMGPTForCellTextAlignment,
     ScMMGPTForConditionalGeneration,
+    ScMMGPTModel,
     quantize_language_model_only,
 )
 from scmmgpt.processing_scmmgpt import ScGPTProcessor
@@ -240,6 +243,29 @@ def test_options_of_the_trainer_hold_for_every_model(
     assert train(**options) == pytest.approx(train(), rel=5e-2 if "bf16" in options else 1e-4)
 
 
+@pytest.mark.parametrize("by_token", [False, True])
+def test_every_token_of_accumulated_batches_weighs_the_same_on_request(
+    tiny_model, tiny_processor, adata, tmp_path, by_token
+):
+    cells, _ = tiny_processor.read_cells(adata)
+    start, steps = tiny_model.state_dict(), []
+    for size in (8, 2):
+        model = copy.deepcopy(tiny_model)
+        model.accepts_loss_kwargs = by_token
+        options = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "max_steps": 1}
+        options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+
+        def collate(rows):
+            return tiny_processor(["a <cell>"] * len(rows), cells[rows], answers=["a " * (row + 1) for row in rows])
+
+        Trainer(
+            model, TrainingArguments(str(tmp_path), **QUIET, **options), data_collator=collate, train_dataset=range(8)
+        ).train()
+        steps.append(torch.cat([(value - start[name]).flatten() for name, value in model.state_dict().items()]))
+    difference = (steps[0] - steps[1]).norm() / steps[0].norm()
+    assert difference < 1e-3 if by_token else difference > 1e-2
+
+
 def test_predictions_of_pre_training_are_values_of_genes(tiny_cell_config, cell_processor, adata, tmp_path):
     torch.manual_seed(0)
     model = ScGPTForPreTraining(tiny_cell_config)
@@ -335,6 +361,63 @@ def test_features_are_tensors_or_outputs(tiny_model, inputs):
         output = get(**features, return_dict=True)
         torch.testing.assert_close(output.pooler_output, get(**features))
         assert output.last_hidden_state.shape[-1] == width
+
+
+def test_the_mean_of_the_language_loss_is_that_of_the_labels(tiny_model, inputs):
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    outputs = tiny_model(**prompts_of(inputs), labels=labels)
+    expected = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert outputs.loss == outputs.language_loss == expected
+    n_labels = (labels[:, 1:] != -100).sum()
+    shares = tiny_model(**prompts_of(inputs), labels=labels, num_items_in_batch=2 * n_labels)
+    torch.testing.assert_close(shares.loss, expected / 2)
+    shifted = tiny_model(**prompts_of(inputs), labels=labels, shift_labels=labels.roll(-1, dims=1))
+    rolled = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.roll(-1, dims=1).flatten())
+    torch.testing.assert_close(shifted.loss, rolled)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_dora": True}, {"modules_to_save": ["language_projection"]}, "IA3"], ids=str
+)
+def test_adapters_of_layers_train_and_merge(tiny_model, inputs, tmp_path, settings):
+    peft = pytest.importorskip("peft")
+    kinds = {"target_modules": tiny_model.lora_target_modules, "task_type": "CAUSAL_LM"}
+    if settings == "IA3":
+        chosen = peft.IA3Config(**kinds, feedforward_modules=[])
+    else:
+        chosen = peft.LoraConfig(r=2, **kinds, **settings)
+    base = copy.deepcopy(tiny_model)
+    adapted = peft.get_peft_model(tiny_model, chosen)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        adapted(**prompts_of(inputs), labels=labels).loss.backward()
+        optimizer.step()
+    logits = adapted.eval()(**prompts_of(inputs)).logits
+    assert (logits - base(**prompts_of(inputs)).logits).abs().max() > 1e-3
+    adapted.save_pretrained(tmp_path)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(base, tmp_path)(**prompts_of(inputs)).logits, logits)
+    torch.testing.assert_close(adapted.merge_and_unload()(**prompts_of(inputs)).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_loaded_model_and_its_processor_make_a_pipeline(tiny_pipeline, adata):
+    made = tiny_pipeline.processor.pipeline(tiny_pipeline.model, task="cell-embedding")
+    expected = tiny_pipeline.embed(adata.copy()).obsm["X_scmmgpt"]
+    np.testing.assert_array_equal(made(adata.copy()).obsm["X_scmmgpt"], expected)
+
+
+@pytest.mark.parametrize("name", ["get_cell_features", "get_cell_tokens", "get_profile_embeddings", "match"])
+def test_methods_of_the_parts_show_what_they_take(name):
+    whole, part = (getattr(kind, name) for kind in (ScMMGPTForConditionalGeneration, ScMMGPTModel))
+    assert inspect.signature(whole) == inspect.signature(part)
+    assert whole.__doc__ == part.__doc__
+
+
+def test_genes_to_generate_are_taken_as_the_processor_names_them(tiny_model, tiny_processor):
+    prompt, genes = tiny_processor(["a B cell"]), tiny_processor.gene_ids_of(["CD19", "CD3E"])
+    expected = tiny_model.generate_cells(**prompt, target_gene_ids=torch.as_tensor(genes)).expression
+    for form in (genes, genes.tolist()):
+        assert torch.equal(tiny_model.generate_cells(**prompt, target_gene_ids=form).expression, expected)
 
 
 def test_flash_attention_of_the_whole_is_that_of_the_language_model(tiny_config, tmp_path, monkeypatch):

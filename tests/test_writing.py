@@ -9,7 +9,9 @@ import pytest
 import scipy.sparse as sp
 
 from scmmgpt.commands.files import check_file, check_folder, check_paths, filled_folder, read_json
-from scmmgpt.commands.writing import make_writable, size_in_memory
+from scmmgpt.commands.results import rehearse, write_cells
+from scmmgpt.commands.writing import make_writable, nullable_strings, size_in_memory
+from scmmgpt.readers.cell_files import read_file
 
 
 COLUMNS = {
@@ -108,6 +110,29 @@ def test_a_nullable_index_is_written(tmp_path):
 # -- paths ------------------------------------------------------------------------------------------------------------
 
 
+def test_the_matrices_of_the_genes_of_raw_stay_beside_a_reserved_column(adata):
+    adata.raw = anndata.AnnData(adata.X, obs=adata.obs[[]], var=adata.raw.var, varm={"loadings": np.eye(3)})
+    make_writable(adata)
+    assert adata.raw.varm["loadings"].tolist() == np.eye(3).tolist()
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_nullable_strings_of_a_file_stay_what_they_are(suffix, tmp_path):
+    words = pd.array(["a", None, "b"], dtype="string")
+    adata = anndata.AnnData(np.ones((3, 3), dtype=np.float32), uns={"words": words})
+    adata.obsm["table"] = pd.DataFrame({"words": words}, index=adata.obs_names)
+    path, output = tmp_path / f"cells{suffix}", tmp_path / "out.h5ad"
+    with nullable_strings():
+        (adata.write_h5ad if suffix == ".h5ad" else adata.write_zarr)(path)
+    assert not anndata.settings.allow_write_nullable_strings
+    cells = read_file(path, backed=True)
+    rehearse(cells, path, output)
+    cells.uns["scmmgpt"] = {}
+    write_cells(cells, path, output)
+    written = anndata.read_h5ad(output)
+    assert written.uns["words"].tolist() == written.obsm["table"]["words"].tolist() == ["a", pd.NA, "b"]
+
+
 def test_the_disk_must_have_room_for_the_matrices(tmp_path):
     adata = anndata.AnnData(np.ones((3, 5), dtype=np.float32))
     assert 60 < size_in_memory(adata) < 200_000
@@ -185,3 +210,11 @@ def test_json_that_is_none_or_of_another_kind_is_one_line(tmp_path, content):
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match="file.json (is|holds)"):
         read_json(path, dict)
+
+
+def test_parts_that_are_left_out_for_one_reason_are_one_warning(caplog):
+    adata = anndata.AnnData(np.ones((2, 3), dtype=np.float32))
+    adata.uns = {f"part{i}": object() for i in range(9)}
+    make_writable(adata)
+    (said,) = caplog.messages
+    assert said.startswith("uns['part0', 'part1', 'part2' and 6 more] is left out")

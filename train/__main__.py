@@ -16,13 +16,13 @@ from scmmgpt.commands.storage import run_staged
 
 ABOUT = {
     "prepare": "cells and annotations -> training corpus",
-    "cache": "training corpus -> a copy of it that streams faster",
-    "convert": "published scGPT, causal LM or BERT -> the parts that a model starts from",
+    "cache": "training corpus -> Arrow copy that streams faster",
+    "convert": "published scGPT, causal LM or BERT -> initial parts of a model",
     "pretrain": "train or continue the cell model alone",
     "align": "stage 1: align cells and texts",
-    "tune": "stage 2: describe cells and generate them",
-    "reinforce": "stage 3: descriptions that say what can be verified",
-    "finetune": "train for your own labelled AnnData",
+    "tune": "stage 2: describe and generate cells",
+    "reinforce": "stage 3: reward descriptions that are true of their cells",
+    "finetune": "train on your own labelled AnnData",
     "release": "build the checkpoint at the root of the repository",
     "plan": "memory per GPU that a configuration takes",
     "options": "write docs/options.md to the standard output",
@@ -33,12 +33,12 @@ COMMANDS = {name: f"data.{name}" if name in ("prepare", "cache") else name for n
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command; return the exit status."""
     return run_staged("scmmgpt.train", sys.argv[1:] if argv is None else argv, run_words)
 
 
 def run_words(argv: list[str]) -> int:
-    """Run a command line of paths."""
+    """Run a command line whose paths are all local."""
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write("usage: python -m scmmgpt.train COMMAND ...\n\n")
         sys.stdout.writelines(f"  {name:<10}{about}\n" for name, about in ABOUT.items())
@@ -50,7 +50,7 @@ def run_words(argv: list[str]) -> int:
         sys.stderr.write(f"No command {command!r}; choose one of {', '.join(COMMANDS)}.\n")
         return 2
     words, debug = take_debug(rest)
-    # An error of the work names its files, which are known only once the command line is parsed.
+    # Error messages name the files of the command, which are known once the command line is parsed.
     inputs: list[str] = []
     outputs: list[str] = []
 
@@ -73,7 +73,7 @@ def run_words(argv: list[str]) -> int:
 
 
 def check_folders(parts: Sequence[Any], inputs: list[str], outputs: list[str]) -> None:
-    """List the paths that the arguments name, and refuse an output that cannot be written or that is an input."""
+    """Append the paths of the arguments to `inputs` and `outputs`; refuse an output that is an input or read-only."""
     named: dict[str, list[str]] = {}
     for part in parts:
         is_trainer = hasattr(part, "output_dir")

@@ -1,15 +1,15 @@
-"""The LoRA adapter of `tune`: the base that it adapts, its card, and the merge into the checkpoint.
+"""The LoRA adapter of `tune`: its base model, its card, and the merge into the checkpoint.
 
 ```
 OUTPUT_DIR/                the checkpoint, with the adapter merged
-OUTPUT_DIR/base/           the joined model before training, which the adapter names as its base
+OUTPUT_DIR/base/           the joined model before training, the base of the adapter
 OUTPUT_DIR/adapter/        the adapter alone
-OUTPUT_DIR/checkpoint-N/   the adapter after N steps, of the same base
+OUTPUT_DIR/checkpoint-N/   the adapter after N steps, with the same base
 ```
 
-An adapter loads with its base by `AutoPeftModelForCausalLM.from_pretrained(ADAPTER, trust_remote_code=True)`. With
-`--push_to_hub`, base and adapter get repositories of their own, `NAME-base` and `NAME-adapter`, beside that of the
-checkpoint, and the adapter names the former.
+`AutoPeftModelForCausalLM.from_pretrained(ADAPTER, trust_remote_code=True)` loads an adapter with its base. With
+`--push_to_hub`, base and adapter are pushed to separate repositories, `NAME-base` and `NAME-adapter`; the pushed
+adapter names `NAME-base` as its base.
 """
 
 import shutil
@@ -34,11 +34,11 @@ ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 def save_base(
     model: ScMMGPTForConditionalGeneration, processor: ProcessorMixin, output_dir: str, *, resumed: bool, writes: bool
 ) -> None:
-    """Save the joined model in `OUTPUT_DIR/base`, and give it that name, by which adapters will refer to it.
+    """Save the joined model in `OUTPUT_DIR/base`, and name the model by this path, so that adapters refer to it.
 
     Args:
-        resumed: Whether the run goes on: an existing base stays as it is.
-        writes: Whether this process is the one that writes.
+        resumed: Whether the run is resumed; an existing base is then kept.
+        writes: Whether this process writes the files.
     """
     base = Path(output_dir, "base").absolute()
     if writes and not (resumed and base.exists()):
@@ -48,23 +48,23 @@ def save_base(
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
             obey_umask(folder)
-    model.name_or_path = model.config._name_or_path = str(base)  # from where PEFT takes the name
+    model.name_or_path = model.config._name_or_path = str(base)  # PEFT takes the name of the base from here
 
 
 def save_adapter(trainer: CheckpointTrainer) -> None:
-    """Save the adapter in `OUTPUT_DIR/adapter`, and record in the checkpoint that it will have the adapter merged.
+    """Save the adapter in `OUTPUT_DIR/adapter`, and record its base in the configuration of the checkpoint.
 
-    Base and adapter are pushed, each with its card, if the checkpoint will be.
+    With `push_to_hub`, base and adapter are pushed, each with its card.
     """
     tuned: Any = trainer.model
     hub, output_dir = trainer.hub, str(trainer.args.output_dir)
     folder, base = Path(output_dir, "adapter"), str(tuned.peft_config["default"].base_model_name_or_path)
     tuned.save_pretrained(str(folder))
     obey_umask(folder)
-    for name in ADAPTER_FILES:  # copies that pushes on the way leave beside the checkpoint
+    for name in ADAPTER_FILES:  # intermediate pushes leave copies beside the checkpoint
         Path(output_dir, name).unlink(missing_ok=True)
     model: Any = tuned.get_base_model()
-    names = [*(model.config.adapter_bases or []), base]  # the base may have an adapter merged, too
+    names = [*(model.config.adapter_bases or []), base]  # an earlier adapter may be merged into the base
     if hub is not None and Path(base).is_dir():
         repo_id = f"{hub['repo_id']}-base"
         if trainer.write_card is not None and not Path(base, "README.md").exists():
@@ -80,7 +80,7 @@ def save_adapter(trainer: CheckpointTrainer) -> None:
 
 
 def merge(tuned: Any, model: ScMMGPTForConditionalGeneration, in_4bit: bool) -> Any:
-    """The model with its adapter, if it has one, merged, and without 4-bit weights."""
+    """Return the model with its adapter merged, if it has one; 4-bit weights become bfloat16."""
     if in_4bit:
         dequantize(model)
     return tuned.merge_and_unload() if isinstance(tuned, PeftModel) else tuned

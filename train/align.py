@@ -1,4 +1,4 @@
-"""Stage 1: align cells and texts, by contrast and matching.
+"""Stage 1: align cells and texts with contrastive and matching losses.
 
 ```
 python -m scmmgpt.train align --config train/configs/align_demo.yaml --corpus results/demo/corpus --output_dir DIR
@@ -45,14 +45,14 @@ logger = logging.getLogger(__name__)
 
 MAX_VALIDATION_CELLS = 2_000  # for annotation and retrieval in an evaluation
 CELL_DECODERS = ("cell_model.mvc_decoder", "cell_model.expression_decoder")
-UNTRAINED_PARTS = (*CELL_DECODERS, "cell_model.embeddings.flag")  # without `cell_pretraining_weight`
+UNTRAINED_PARTS = (*CELL_DECODERS, "cell_model.embeddings.flag")  # if `cell_pretraining_weight` is 0
 MASK_RATIO = 0.4  # share of hidden genes in the masked-expression loss, as in scGPT's fine-tuning
 RECALL_AT = (1, 5, 10)
 TEXTS_AT_ONCE = 256
 
 
 class AlignTrainer(ModelLossTrainer):
-    """Trainer of [`ScMMGPTForCellTextAlignment`]; validation has zero-shot accuracy and retrieval recall too."""
+    """Trainer of [`ScMMGPTForCellTextAlignment`]; an evaluation adds zero-shot accuracy and retrieval recall."""
 
     def __init__(self, *args: Any, captions: CaptionSampler, **kwargs: Any) -> None:
         self.captions = captions
@@ -69,15 +69,15 @@ class AlignTrainer(ModelLossTrainer):
 
     @torch.no_grad()
     def zero_shot(self) -> dict[str, float]:
-        """Zero-shot accuracy and mean recall of the types, and retrieval recall among captions and cells.
+        """Compute zero-shot accuracy, mean recall over cell types, and retrieval recall in both directions.
 
-        All are of at most `MAX_VALIDATION_CELLS` cells of the validation split.
+        The cells are whole batches of the validation split, until there are `MAX_VALIDATION_CELLS`.
         """
         model: Any = self.accelerator.unwrap_model(self.model).eval()
         for name in ("get_cell_features", "get_text_features"):
-            if name not in vars(model):  # FSDP gathers weights for `forward` alone; without FSDP this has no effect
+            if name not in vars(model):  # FSDP gathers weights only for `forward`; without FSDP, no effect
                 register_fsdp_forward_method(model, name)
-        # All ranks score the same cells: retrieval among a rank's share would be easier.
+        # All ranks score the same cells, because retrieval among one rank's share of the cells would be easier.
         dataset = self.eval_dataset.of_all_ranks()
         collate: Any = dataset.collate
         feature_pieces, type_pieces, captions = [], [], []
@@ -93,7 +93,7 @@ class AlignTrainer(ModelLossTrainer):
         def similarity_to(texts: list[str]) -> torch.Tensor:
             pieces = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
             inputs = (collate.processor(qformer_text=piece).to(self.args.device) for piece in pieces)
-            # In pieces: all queries of all cells times all captions take half a gigabyte.
+            # Score texts in pieces: the similarity of all queries of all cells to all captions takes half a gigabyte.
             text_features = (model.get_text_features(**piece) for piece in inputs)
             return torch.cat([cell_text_similarity(features, piece).float().cpu() for piece in text_features], dim=1)
 
@@ -112,13 +112,13 @@ class AlignTrainer(ModelLossTrainer):
 
 
 def retrieval_recall(similarity: torch.Tensor, own: torch.Tensor) -> dict[str, float]:
-    """Recall at k: of a cell's own text among all texts, and of any of a text's own cells among all cells.
+    """Recall at k of a cell's own text among all texts, and of the best own cell of a text among all cells.
 
-    Ties are misses, so a model with constant features retrieves nothing.
+    Ties are misses, so a model with constant features has recall 0.
 
     Args:
         similarity: float `(num_cells, num_texts)`.
-        own: int64 `(num_cells,)`: the text of each cell; every text has a cell.
+        own: int64 `(num_cells,)`: column of each cell's own text; every text is the own text of a cell.
 
     >>> similarity = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.4]])
     >>> scores = retrieval_recall(similarity, torch.tensor([0, 1, 1]))
@@ -142,7 +142,7 @@ def retrieval_recall(similarity: torch.Tensor, own: torch.Tensor) -> dict[str, f
 def build_processor(
     corpus: TrainingCells, qformer_tokenizer: PreTrainedTokenizerBase, model_args: AlignModelArguments
 ) -> ScMMGPTProcessor:
-    """The processor of a stage-1 checkpoint. `tune` replaces its `tokenizer` by the language model's."""
+    """Build the processor of a stage-1 checkpoint. `tune` replaces the `tokenizer` by the language model's."""
     extractor = ScMMGPTFeatureExtractor(
         max_genes=model_args.max_genes or 1200,
         value_mode=model_args.value_mode,
@@ -165,9 +165,16 @@ def build_processor(
 def build_model(
     corpus: TrainingCells, model_args: AlignModelArguments, **fields: Any
 ) -> tuple[ScMMGPTForCellTextAlignment, PreTrainedTokenizerBase, set[str]]:
-    """A stage-1 model of the corpus's gene vocabulary, its Q-Former tokenizer, and its pretrained parameters' names.
+    """Build a stage-1 model for the gene vocabulary of the corpus.
 
-    `fields` are more fields of `ScMMGPTConfig`.
+    Args:
+        fields: More fields of `ScMMGPTConfig`.
+
+    Returns:
+        The model, the tokenizer of the Q-Former, and the names of the pretrained parameters.
+
+    Raises:
+        ValueError: If the cell model has another number of gene tokens, or a weight does not fit the model.
     """
     cell_model, cell_config = load_cell_model(corpus, model_args)
     settings = dict(model_args.qformer_config)
@@ -177,7 +184,7 @@ def build_model(
         num_layers=settings.pop("num_hidden_layers", None),
         encoder_hidden_size=cell_config.hidden_size,
     )
-    # Dropout of attention weights rules out the fused kernel on a CPU; the cell model has none either.
+    # Dropout of attention weights rules out the fused kernel on a CPU. The cell model has no such dropout either.
     qformer_config.update({"attention_probs_dropout_prob": 0.0} | settings)
     parts: dict[str, Any] = {"cell_config": cell_config, "qformer_config": qformer_config}
     model = ScMMGPTForCellTextAlignment(ScMMGPTConfig(**parts | model_args.model_config | fields))
@@ -193,12 +200,12 @@ def build_model(
 
 
 def load_cell_model(corpus: TrainingCells, model_args: AlignModelArguments) -> tuple[ScGPTModel | None, ScGPTConfig]:
-    """The checkpoint of the cell model, if one is given, and the configuration of the cell model."""
+    """Load the given checkpoint of the cell model (`None` for a new one), and the configuration of the cell model."""
     vocabulary = corpus.vocabulary
     if model_args.cell_model is None:
         fields: dict[str, Any] = {"pad_token_id": vocabulary["<pad>"], "cls_token_id": vocabulary["<cls>"]}
         return None, ScGPTConfig(vocab_size=len(vocabulary), **fields | model_args.cell_config)
-    cell_model = ScGPTModel.from_pretrained(model_args.cell_model)
+    cell_model = ScGPTModel.from_pretrained(model_args.cell_model, dtype=torch.float32)
     n_tokens = cell_model.config.vocab_size
     if n_tokens != len(vocabulary):
         raise ValueError(
@@ -209,7 +216,7 @@ def load_cell_model(corpus: TrainingCells, model_args: AlignModelArguments) -> t
 
 
 def make_captions(corpus: Corpus, data_args: DataArguments, training_args: TrainingArguments) -> CaptionSampler:
-    """The sampler of the texts to train on."""
+    """Make the sampler of training captions."""
     return CaptionSampler(data_args.templates, seed=data_seed(training_args), gene_means=read_gene_means(corpus.path))
 
 
@@ -228,8 +235,9 @@ def main(
 ) -> None:
     """Build the model and its batches, train, save.
 
-    `cells` gives datasets in place of the cells of the corpus, as [`make_datasets`] takes them; `fit_readout` gives
-    the model its readout of cell types.
+    Args:
+        cells: See [`make_datasets`].
+        fit_readout: Function with the signature of [`fit_corpus_readout`] that fits `model.label_readout`.
     """
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
@@ -265,19 +273,19 @@ def main(
         write_card=functools.partial(write_card, command="align", corpus=corpus, **bases),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    if trainer.is_fsdp_enabled:  # it calls parts of the model, whose shards only a whole pass gathers
-        logger.warning("The weight of the places of labels stays as it is: it is not chosen under FSDP.")
+    if trainer.is_fsdp_enabled:  # `choose_places` calls parts of the model, and FSDP gathers shards for `forward` only
+        logger.warning("Under FSDP the weight of the labels' places is not chosen; the initial weight stays.")
     else:
         choose_places(model.eval(), processor, corpus, captions)
     if eval_dataset is not None:
         trainer.evaluate()
-    add_gene_texts(model.eval(), processor, model_args.gene_texts)  # by the trained encoder of texts
+    add_gene_texts(model.eval(), processor, model_args.gene_texts)  # needs the trained text encoder
     finish(trainer, "align", data=data_args, model=model_args, training=training_args)
 
 
 def finish(trainer: Any, command: str, **arguments: Any) -> None:
     """Save the model, its processor and card, state, arguments and curves; push them with `push_to_hub`."""
-    trainer.save_model(_internal_call=True)  # without a push, which comes last
+    trainer.save_model(_internal_call=True)  # the internal call does not push; the push comes last
     trainer.save_state()
     if trainer.is_world_process_zero():
         save_run(trainer.args.output_dir, command, **arguments)

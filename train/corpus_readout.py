@@ -1,10 +1,12 @@
-"""The linear readout of cell types that stage 1 gives to a model: annotation starts where the closed form ends.
+"""Fit the linear readout of cell types that is part of a stage-1 model.
 
-A regression on the profiles of training cells takes seconds, while contrast and matching learn from noise on a few
-hundred cells. `annotate` and `calibrate` use the scores of the readout for the cell types of training, mixed with
-those of matching. The labels also have places in the space of cells and texts: a cell is the mean of its labels'
-places, by probability, plus what the network adds, and a text lies near the place of the label that it is about.
-Search and embeddings start there.
+A regression on the profiles of training cells takes seconds, and needs far fewer cells than the contrastive and
+matching losses. `annotate` and `calibrate` mix the scores of the readout with the matching scores for the cell types
+of training.
+
+Each label also has a place: a vector in the shared space of cells and texts. The embedding of a cell is the
+probability-weighted mean of the places, plus the output of the network. A text about a label lies near the place of
+the label. Search and embeddings use these places.
 """
 
 import logging
@@ -25,13 +27,13 @@ from scmmgpt.train.data.corpus import Corpus
 
 logger = logging.getLogger(__name__)
 
-PLACE_CELLS = 1_000  # of the validation split, by whose captions the weight of places is chosen
-PLACE_EPOCHS = 4  # of captions of training cells, by which texts come to the places of their labels
-SPREAD = 0.5  # power of the singular values of the labels' places: 1 leaves them, 0 makes them orthogonal
-TEXT_PENALTY = 0.01  # of the regression to places, in mean squares of the states of texts
-PLACE_SHARES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # weights, in lengths of what the network adds
+PLACE_CELLS = 1_000  # cells whose captions fit the places (training split) and choose their weight (validation split)
+PLACE_EPOCHS = 4  # epochs of captions for the fit of the places
+SPREAD = 0.5  # power of the singular values of the labels' places: 1 keeps the places, 0 makes them orthogonal
+TEXT_PENALTY = 0.01  # ridge penalty of the regression to places, relative to the mean square of the text states
+PLACE_SHARES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # candidate lengths of a place / length of network output
 CELLS_AT_ONCE = 64
-MAX_CELLS = 20_000  # of a split: the regression takes a minute or two
+MAX_CELLS = 20_000  # most cells of a split, for which the regression takes a minute or two
 LABEL_COLUMNS = ("cell_type", "cell_type_ontology_term_id")
 
 
@@ -40,11 +42,11 @@ def fit_corpus_readout(
 ) -> dict[str, dict[str, float]]:
     """Fit `model.label_readout` to the cell types of the training split.
 
-    The validation split chooses penalty and temperature; its cells are not in the regression. A corpus with fewer than
-    two cell types leaves the model as it is.
+    The validation split chooses penalty and temperature; its cells are not in the regression. Without two cell types,
+    the model is not changed.
 
     Returns:
-        `validation`: `loss`, `accuracy` and `macro_f1` on the validation split; empty if there is none.
+        `{"validation": {"loss", "accuracy", "macro_f1"}}`; empty without a validation split.
     """
     cells, table = corpus.sample("train", MAX_CELLS, LABEL_COLUMNS, seed=seed)
     pairs = {name: term for name, term in zip(*table.to_pydict().values(), strict=True) if name}
@@ -80,9 +82,9 @@ def fit_corpus_readout(
 
 
 def place_labels(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, weight: float = 1.0) -> None:
-    """Give the labels of the readout, if there is one, the places of their texts, of length `weight`.
+    """Place each label of the readout at the embedding of its text, scaled to length `weight`.
 
-    The processor then gives whole profiles, which the readout reads.
+    The processor then returns whole profiles, the input of the readout. Without a readout, nothing changes.
     """
     if (readout := model.config.label_readout) is None:
         return
@@ -96,11 +98,12 @@ def place_labels(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor
 def set_apart(
     model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, corpus: Corpus, captions: CaptionSampler
 ) -> None:
-    """Turn the places of the labels apart, and the projection of texts with them.
+    """Spread the places of the labels, and fit the text projection to the new places.
 
-    After contrast, texts of labels whose cells are alike, such as kinds of T cells, lie together, and a caption may be
-    as near to another label as to its own. Captions of training cells and the texts of the labels show in closed form
-    (ridge regression of what is left to the places) which directions of a text tell its label.
+    After contrastive training, texts of similar cell types, such as subtypes of T cells, have similar embeddings. A
+    caption may then be as near to another label as to its own. `SPREAD` flattens the singular values of the places. A
+    ridge regression from text states to the remaining difference, over captions of training cells and texts of labels,
+    updates the text projection.
     """
     if (readout := model.config.label_readout) is None:
         return
@@ -121,12 +124,12 @@ def set_apart(
     places = F.normalize(left * (spread / spread[0]) ** SPREAD @ right, dim=-1)
     residuals = places[codes] * projected.norm(dim=-1, keepdim=True) - projected
     rows = F.pad(states, (0, 1), value=1.0)
-    weighted = rows / torch.bincount(codes)[codes, None]  # every label counts alike
+    weighted = rows / torch.bincount(codes)[codes, None]  # every label has the same weight
     squares = weighted.T @ rows
     squares.diagonal().add_(TEXT_PENALTY * squares.diagonal().mean())
-    turn = torch.linalg.solve(squares, weighted.T @ residuals)
-    projection.weight.add_(turn[:-1].T)
-    projection.bias.add_(turn[-1])
+    update = torch.linalg.solve(squares, weighted.T @ residuals)
+    projection.weight.add_(update[:-1].T)
+    projection.bias.add_(update[-1])
     model.label_readout.set_features(places)
 
 
@@ -134,14 +137,14 @@ def set_apart(
 def choose_places(
     model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, corpus: Corpus, captions: CaptionSampler
 ) -> dict[float, float]:
-    """Place the labels anew, by the trained text branch, and turn them apart (see [`set_apart`]).
+    """Place the labels again with the trained text branch, spread them (see [`set_apart`]), and choose their weight.
 
-    Their weight is the smallest that finds captions of validation cells as well as the best one, within a standard
-    error: what the network adds is all that there is of a cell of no known type.
+    The weight is the smallest whose retrieval loss on validation captions is within one standard error of the best. A
+    small weight is preferred, because the network's output is the only information about a cell of unknown type.
 
     Returns:
-        Weight -> mean loss of a cell's own caption among all captions of these cells, at the best temperature; empty
-        without readout or validation split.
+        Weight -> mean cross-entropy of a cell's own caption among the captions of all sampled cells, at the best
+        temperature; empty without readout or validation split.
     """
     if model.config.label_readout is None:
         return {}
@@ -176,6 +179,6 @@ def choose_places(
 
 
 def codes_of(names: Sequence[str | None] | np.ndarray, labels: list[str]) -> np.ndarray:
-    """Positions of names among the labels, int64; -1 for other names and none."""
+    """Positions of names in `labels`, int64 `(n_names,)`; -1 for None and for names that are not labels."""
     position = {label: code for code, label in enumerate(labels)}
     return np.array([-1 if name is None else position.get(name, -1) for name in names], dtype=np.int64)

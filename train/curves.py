@@ -1,4 +1,4 @@
-"""Training curves, and the style of all figures of the project. Drawing needs matplotlib, of the extra `eval`."""
+"""Training curves, and the style of all figures of the project. Drawing needs matplotlib (extra `eval`)."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ Curve = list[tuple[int, float]]  # step, value
 
 
 def figure_style() -> AbstractContextManager[None]:
-    """The style of figures, as a context to draw and to save them in."""
+    """Context manager with the style of figures; draw and save figures inside it."""
     import matplotlib
 
     return matplotlib.rc_context(
@@ -38,7 +38,7 @@ def figure_style() -> AbstractContextManager[None]:
 
 
 def save_curves(log_history: Sequence[Mapping], output_dir: str | Path) -> None:
-    """Draw training and validation curves as `curves.png`; without matplotlib, log the way to install it."""
+    """Draw training and validation curves as `curves.png`; without matplotlib, log how to install it."""
     try:
         figure = training_figure(log_history)
     except ImportError as error:
@@ -49,9 +49,9 @@ def save_curves(log_history: Sequence[Mapping], output_dir: str | Path) -> None:
 
 
 def training_figure(history: Sequence[Mapping]) -> "Figure | None":
-    """Losses over steps, and below them logged accuracies and recalls; `None` for a `log_history` without a loss.
+    """Draw losses over steps, and below them accuracies and recalls of validation; `None` without a logged loss.
 
-    Solid lines are training, dashed lines with points validation.
+    Solid lines are training; dashed lines with points are validation.
     """
     from matplotlib.figure import Figure
 
@@ -75,7 +75,7 @@ def training_figure(history: Sequence[Mapping]) -> "Figure | None":
 
 
 def read_curves(history: Sequence[Mapping]) -> dict[str, Curve]:
-    """Losses, and validation accuracies and recalls, by their names in the log."""
+    """Extract losses, and accuracies and recalls of validation: name in the log -> `(step, value)`s."""
     curves: dict[str, Curve] = {}
     for entry in history:
         for name, value in entry.items():
@@ -87,7 +87,7 @@ def read_curves(history: Sequence[Mapping]) -> dict[str, Curve]:
 
 
 def draw_curves(axes: "Axes", curves: Mapping[str, Curve]) -> None:
-    """Draw curves in order; training and validation of one loss share a colour."""
+    """Draw curves in order; the training curve and the validation curve of a loss share a colour."""
     import matplotlib
 
     colors = iter(matplotlib.color_sequences["tab10"] * 4)

@@ -1,4 +1,4 @@
-"""Fine-tune for your own labelled cells, with many labels or few.
+"""Fine-tune a model for your own labelled cells.
 
 ```
 python -m scmmgpt.train finetune --adata cells.h5ad --label_key cell_type --group_key donor --output_dir DIR
@@ -9,33 +9,32 @@ scmmgpt annotate new_cells.h5ad --model DIR --output annotated.h5ad
 Three steps:
 
 1. **Fit the profile readout** (`readout`): a multinomial logistic regression on the square root of every gene's share
-   of the cell. Its weights are mapped into the space of cells and texts, where a cell becomes a mixture of the texts
-   of the labels that it resembles. A label that was never trained can therefore be given as a text. The model is
-   linear because a regression on the whole transcriptome is hard to beat with a few thousand labelled cells. The
-   square root keeps the variance of counts even and gives every cell the same length (Hellinger distance). Held-out
-   cells choose the strength of the regression; with `--group_key` these are cells of other donors or batches.
+   of the cell's counts. Its weights are mapped into the embedding space of cells and texts, where a cell becomes a
+   mixture of the texts of similar labels. An untrained label can therefore be given as a text. The model is linear
+   because a regression on the whole transcriptome is hard to beat with a few thousand labelled cells. The square root
+   stabilises the variance of counts and gives every cell the same norm (Hellinger distance). Held-out cells choose the
+   regularisation strength; with `--group_key` they are cells of other donors or batches.
 2. **Take gradient steps** on the whole model: cell model, Q-Former, readout. Training stops when the validation loss
-   stops falling, and the weights with the lowest loss are kept, which may be those of step 1.
-3. **Refit the readout** with the held-out cells, at the same strength. The temperature of `annotate` is the one that
-   fits the held-out cells best before the refit. The held-out cells also set how many labels `annotate --error-rate`
-   names.
+   stops falling. The weights with the lowest loss are kept, which may be those of step 1.
+3. **Refit the readout** with the held-out cells, at the same strength. The temperature of `annotate` is fitted on the
+   held-out cells before the refit. They also calibrate the label sets of `annotate --error-rate`.
 
-A language model of `--checkpoint` is left out, since it knows the labels of its own training: `describe --proof`
-describes by counts. The checkpoint keeps the regression's own scores of the labels, with statistics from which
-`annotate` solves them again for the genes of a file (`readout_scmmgpt`): a gene that a file lacks is absent, not zero.
-Similarities to texts are added to these scores if that fits the held-out cells better by more than a standard error.
-If not, `annotate` does not run the transformer. A table of readout, transformer and both on held-out cells, with the
-time that each takes, is printed and kept in `finetune.json`. For labels that were not trained a gate is fitted, by
-leaving out each label in turn: see `unseen_scmmgpt`.
+The language model of `--checkpoint` is dropped, since it knows the labels of its own training. `describe --proof`
+describes cells by counts instead. The checkpoint keeps the regression's logits of the labels, with statistics from
+which `annotate` refits the regression on the genes of a file (`readout_scmmgpt`): a gene that a file lacks is missing,
+not zero. Similarities to texts are added to these logits if the sum fits the held-out cells better by more than a
+standard error. If not, `annotate` does not run the transformer. A table of readout, transformer and both, with
+held-out scores and times, is printed and stored in `finetune.json`. A gate for untrained labels is fitted by leaving
+out each label in turn (`unseen_scmmgpt`).
 
 The cell projection of a new model starts at zero. Queries then contribute nothing, and the readout alone places the
 cells; no gradient step is taken by default. With a converted scGPT as `cell_model` of `--new_model`, the file is read
-in the vocabulary of that model, and gradient steps let the queries grow beside the readout. From a checkpoint the
-readout is added to the projected queries, in the proportion that fits the held-out cells best. With `--shots` nothing
-is held out, and the readout alone gives the scores of the labels. Where the file also has cells without a label,
-four-fold cross-validation over the labelled cells chooses among the regression on all genes, one on principal
-components of all cells, and one on labels that spread to their neighbours (`readout.cross_validate`; `finetune.json`
-has the losses).
+in the vocabulary of that model, and gradient steps train the queries beside the readout. With `--checkpoint`, the
+readout is added to the projected queries in the proportion that fits the held-out cells best. With `--shots`, no cells
+are held out, and the readout alone gives the logits of the labels. If the file also has cells without a label,
+four-fold cross-validation over the labelled cells chooses one of three models: the regression on all genes, a
+regression on principal components of all cells, or label spreading over nearest neighbours
+(`readout.cross_validate`; `finetune.json` has the losses).
 """
 
 import logging
@@ -76,10 +75,10 @@ from scmmgpt.unseen_scmmgpt import named_genes
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TEMPERATURE = 0.1  # where nothing is held out
-READOUT_SHARES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # lengths of the readout, in those of a checkpoint's queries
-REFERENCE_TEXTS = 400  # cell types of the ontology that give the axes of a new text projection, at most
-DEFAULT_EPOCHS = 3  # from a checkpoint, also of a cell model alone
+DEFAULT_TEMPERATURE = 0.1  # without held-out cells
+READOUT_SHARES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # norms of the readout, relative to the projected queries
+REFERENCE_TEXTS = 400  # about how many cell types of the ontology define the axes of a new text projection
+DEFAULT_EPOCHS = 3  # if the model or its cell model is pretrained; otherwise 0
 PATIENCE = 2  # epochs without a lower validation loss before training stops
 STARTS = ("ScMMGPTForCellTextAlignment", "ScMMGPTForConditionalGeneration")
 LEFT_OUT = (
@@ -93,38 +92,45 @@ LEFT_OUT = (
 )
 FROZEN_PARTS = (*UNTRAINED_PARTS, "matching_head.", "logit_scale")
 
-Start: TypeAlias = tuple[
-    ScMMGPTForCellTextAlignment, ScMMGPTProcessor, set[str], Cells
-]  # the set: names of pretrained parameters
+# Model, processor, names of pretrained parameters, cells in the vocabulary of the model.
+Start: TypeAlias = tuple[ScMMGPTForCellTextAlignment, ScMMGPTProcessor, set[str], Cells]
 
 
 @dataclass
 class CellsOfVocabulary:
-    """Cells in memory and their gene vocabulary, as [`TrainingCells`]."""
+    """Cells in memory and their gene vocabulary, with the interface of [`TrainingCells`]."""
 
     vocabulary: dict[str, int]
     gene_aliases: dict[str, str]
     cells: Cells
 
     def row_groups(self, split: str, columns: list[str] | None = None) -> Iterator[tuple[Cells, None]]:
-        """All cells at once."""
+        """Yield all cells at once."""
         yield self.cells, None
 
 
 def load_checkpoint(path: str, table: CellTable) -> Start:
-    """A checkpoint to fine-tune, with a profile readout of zeros if it has none, and without a language model.
+    """Load a checkpoint to fine-tune, without its language model; a missing profile readout starts at zero.
 
-    Also its processor, the names of its pretrained parameters, and the cells of `table` in its vocabulary.
+    Args:
+        path: Checkpoint of `align` or `tune`.
+        table: The labelled cells.
+
+    Returns:
+        Model, processor, names of the pretrained parameters, and the cells of `table` in the checkpoint's vocabulary.
+
+    Raises:
+        ValueError: If the checkpoint is of another class, or its parameters do not match the model.
     """
     processor = ScMMGPTProcessor.from_pretrained(path)
     config = ScMMGPTForCellTextAlignment.config_class.from_pretrained(path)
     if (config.architectures or [""])[0] not in STARTS:
         raise ValueError(f"{path} holds a {config.architectures}; fine-tuning starts from `align` or `tune`.")
-    config.profile_readout, config.label_readout = True, None  # of these labels, made anew
+    config.profile_readout, config.label_readout = True, None  # `add_label_readout` fits one for the new labels
     config.cell_embedding = "cell-text"  # a readout of one dataset has no groups
-    config.release = None  # another model from here on
+    config.release = None  # the fine-tuned model is not the released one
     reporter = logging.getLogger("transformers.modeling_utils")
-    reporter.disabled = True  # the keys that it reports are judged below
+    reporter.disabled = True  # missing and unexpected keys are checked below
     try:
         loaded: Any = ScMMGPTForCellTextAlignment.from_pretrained(
             path, config=config, dtype=torch.float32, key_mapping={r"^model\.": ""}, output_loading_info=True
@@ -132,7 +138,7 @@ def load_checkpoint(path: str, table: CellTable) -> Start:
     finally:
         reporter.disabled = False
     model, info = loaded
-    model._weight_conversions = None  # else `save_pretrained` gives the keys the prefix of the former class again
+    model._weight_conversions = None  # otherwise `save_pretrained` restores the key prefix of the original class
     missing = [key for key in info["missing_keys"] if not key.startswith("profile_readout.")]
     unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(LEFT_OUT))
     if missing or unexpected:
@@ -142,10 +148,18 @@ def load_checkpoint(path: str, table: CellTable) -> Start:
 
 
 def new_model(table: CellTable, rows: np.ndarray, texts: list[str], model_args: AlignModelArguments) -> Start:
-    """As `load_checkpoint`: a new model of the genes that `table` measures and that have an approved symbol.
+    """Make a new model of the measured genes that have an approved symbol.
 
-    With a checkpoint of a cell model, the genes are those of its vocabulary. The gene embeddings of a new cell model
-    start from `rows`, which leave out the held-out cells. `texts` are those of the labels.
+    With a pretrained cell model, the genes are those of its vocabulary.
+
+    Args:
+        table: The labelled cells.
+        rows: Rows of `table` from which gene embeddings are initialised, without the held-out cells, int `(n,)`.
+        texts: Texts of the labels.
+        model_args: Sizes and parts of the model.
+
+    Returns:
+        The same as `load_checkpoint`.
     """
     if model_args.cell_model is None:
         reference = reference_gene_index()
@@ -166,10 +180,11 @@ def new_model(table: CellTable, rows: np.ndarray, texts: list[str], model_args: 
 
 @torch.no_grad()
 def start_from_texts(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, texts: list[str]) -> None:
-    """Start the shared space of a new model from the BERT's texts, and the cell projection from zero.
+    """Initialise the embedding space of a new model from BERT's text embeddings, and the cell projection with zeros.
 
-    The text projection centres texts on the cell types of the ontology and rotates them to the principal axes of these
-    types: texts that are similar for the BERT stay similar. Queries contribute nothing; the readout places the cells.
+    The text projection centres texts on the mean of `texts` and of cell types of the ontology, and projects them onto
+    the principal axes of both. Texts that are similar for BERT stay similar. Queries contribute nothing; the readout
+    alone places the cells.
     """
     captions = CaptionSampler()
     names = ontology.names_of("cell_type")
@@ -192,14 +207,14 @@ def start_from_texts(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProce
 
 
 class FinetuneTrainer(ModelLossTrainer):
-    """Trainer of cell -> label, where a text stands for each label."""
+    """Trainer that classifies cells by similarity to the text of each label."""
 
     eval_dataset: LabelledBatches
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Cross-entropy over the labels, from similarities at the temperature of the fitted readout."""
+        """Cross-entropy over the labels; logits are similarities at the temperature of the fitted readout."""
         labels = inputs["labels"]
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, return_loss=False)
         scale = self.accelerator.unwrap_model(model).logit_scale.exp()
@@ -219,7 +234,10 @@ class FinetuneTrainer(ModelLossTrainer):
 
 
 class KeepBest(TrainerCallback):
-    """Keeps the weights with the lowest validation loss, the first ones included; stops after `PATIENCE` epochs."""
+    """Keeps the weights with the lowest validation loss, and stops after `PATIENCE` epochs without a lower one.
+
+    The weights before the first epoch count, too.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model, self.loss, self.waited = model, float("inf"), 0
@@ -228,7 +246,7 @@ class KeepBest(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
-        """Compare this loss with the lowest."""
+        """Store the weights if the loss is the lowest so far, else count the epoch."""
         loss = metrics["eval_loss"]
         if loss < self.loss:
             self.loss, self.waited = loss, 0
@@ -240,9 +258,9 @@ class KeepBest(TrainerCallback):
 
 @torch.no_grad()
 def similarities(model: ScMMGPTForCellTextAlignment, batches: LabelledBatches) -> np.ndarray:
-    """Cosine similarity of every cell with every label's text, `(n_cells, n_labels)`.
+    """Cosine similarity of every cell with the text of every label, float32 `(n_cells, n_labels)`.
 
-    The network does not run where its queries contribute nothing.
+    The transformer does not run if its queries contribute nothing.
     """
     model.eval()
     device = model.logit_scale.device
@@ -261,25 +279,25 @@ def similarities(model: ScMMGPTForCellTextAlignment, batches: LabelledBatches) -
 
 
 def validate(model: ScMMGPTForCellTextAlignment, batches: LabelledBatches) -> dict[str, float]:
-    """Loss, accuracy and macro-F1 at the model's own temperature."""
+    """Loss, accuracy and macro-F1 at the temperature of the model."""
     return readout.scores_of(similarities(model, batches) * model.logit_scale.exp().item(), batches.targets.numpy())
 
 
 def queries_contribute(model: ScMMGPTForCellTextAlignment) -> bool:
-    """Whether queries move cells at all: the cell projection of a new model is zero."""
+    """Whether queries affect the embeddings of cells: the cell projection of a new model is zero."""
     return bool(model.cell_projection.weight.any())
 
 
 @torch.no_grad()
 def set_readout(model: ScMMGPTForCellTextAlignment, weights: torch.Tensor, bias: torch.Tensor, scale: float) -> None:
-    """Write the readout's parameters, multiplied by `scale`."""
+    """Set the parameters of the readout to `scale` times the given ones."""
     model.profile_readout.gene_weights.weight.copy_(weights * scale)
     model.profile_readout.bias.copy_(bias * scale)
 
 
 @torch.no_grad()
 def add_to_readout(model: ScMMGPTForCellTextAlignment, weights: torch.Tensor, bias: torch.Tensor) -> None:
-    """Add to the readout's parameters, on the device where training has left them."""
+    """Add to the parameters of the readout, on their device."""
     weight, own_bias = model.profile_readout.gene_weights.weight, model.profile_readout.bias
     weight.add_(weights.to(weight.device))
     own_bias.add_(bias.to(own_bias.device))
@@ -287,13 +305,13 @@ def add_to_readout(model: ScMMGPTForCellTextAlignment, weights: torch.Tensor, bi
 
 @torch.no_grad()
 def set_temperature(model: ScMMGPTForCellTextAlignment, temperature: float) -> None:
-    """Make `logit_scale` the log of the temperature's inverse."""
+    """Set `logit_scale` to -log(`temperature`), at most `MAX_LOGIT_SCALE`."""
     model.logit_scale.fill_(min(-np.log(temperature), MAX_LOGIT_SCALE))
 
 
 @torch.no_grad()
 def projected_length(model: ScMMGPTForCellTextAlignment, batches: LabelledBatches) -> float:
-    """Mean length of the projected queries of the first batch's cells, before normalisation."""
+    """Mean norm of the projected queries of the first batch, before normalisation."""
     inputs = next(iter(batches))
     states = model.encode_cells(*(inputs[name] for name in CELL_INPUTS))
     queries = model.query_cells(states, inputs["cell_attention_mask"])
@@ -307,11 +325,18 @@ def add_readout(
     length: float,
     eval_batches: LabelledBatches | None,
 ) -> float:
-    """Set the readout and the temperature; returns the factor of the readout.
+    """Set the readout and the temperature of the model, and return the factor of the readout.
 
-    Projected queries of a checkpoint and the readout are added in the proportion that fits the held-out cells best, or
-    in equal lengths where none are held out. If queries contribute nothing, the factor changes nothing, as cells are
-    normalised. `length` is the mean length of the training cells' readouts, `eval_batches` are the held-out cells.
+    Projected queries and readout are added in the proportion that fits the held-out cells best. Without held-out
+    cells, the readout gets a mean norm of 1. If queries contribute nothing, the factor has no effect, since embeddings
+    are normalised.
+
+    Args:
+        model: The model, changed in place.
+        weights: Weights of the readout, `(n_genes, dim)`.
+        bias: Bias of the readout, `(dim,)`.
+        length: Mean norm of the readouts of the training cells.
+        eval_batches: Held-out cells, if there are any.
     """
     model.eval()
     unit, shares = 1 / length, [1.0]
@@ -334,7 +359,7 @@ def add_readout(
 
 
 class FineTuning:
-    """One run: its model, its cells, and the record of what was tried."""
+    """One run of fine-tuning: model, cells, and the record that becomes `finetune.json`."""
 
     def __init__(
         self,
@@ -382,12 +407,12 @@ class FineTuning:
         self.record["cells"] = {"train": len(train), "validation": len(validation), "unlabelled": len(unlabelled)}
 
     def batches(self, part: np.ndarray, batch_size: int, **order: Any) -> LabelledBatches:
-        """Batches of some of the labelled cells."""
+        """Batches of the labelled cells at positions `part`; `order` are options of `LabelledBatches`."""
         cells, targets = self.cells[part], self.labels.targets[part]
         return LabelledBatches(self.processor, cells, targets, self.labels.texts, batch_size=batch_size, **order)
 
     def fit_readout(self) -> None:
-        """Fit the regression, map it into the shared space, and add it to the projected queries."""
+        """Fit the regression, map it into the embedding space, and add it to the projected queries."""
         logger.info("Fitting the readout on %d cells", len(self.profiles.train))
         self.regressions = readout.fit_regressions(self.profiles, self.shots)
         texts = self.processor(qformer_text=self.labels.texts)
@@ -402,7 +427,7 @@ class FineTuning:
             self.record["before"] = validate(self.model, self.eval_batches)
 
     def take_gradient_steps(self) -> None:
-        """Train the whole model, and keep the weights of the best epoch, which may be those before the first."""
+        """Train the whole model, and keep the weights with the lowest validation loss, if cells are held out."""
         model, args = self.model, self.training_args
         if not args.num_train_epochs:
             return
@@ -441,20 +466,22 @@ class FineTuning:
             temperature = readout.fit_temperature(similarity, targets)
             self.record["after"] = readout.scores_of(similarity / temperature, targets)
             weights, bias = readout.readout_of(self.regressions.everything, self.text_features)
-            # What gradient steps changed stays.
+            # Adding the difference keeps the changes that gradient steps made.
             add_to_readout(self.model, (weights - self.weights) * self.share, (bias - self.bias) * self.share)
         set_temperature(self.model, temperature)
         self.record["temperature"] = temperature
         self.record["similarity_weight"] = self.similarity_weight
         self.record["used"] = "both" if self.similarity_weight else "readout"
         if self.eval_batches is None:
-            logger.info("Nothing was held out: readout and network are not compared.")
+            logger.info("No cells were held out: readout and network are not compared.")
 
     def compare_parts(self, similarity: np.ndarray, cost: float, targets: np.ndarray) -> None:
-        """Record readout, transformer and both on the held-out cells, and choose the weight of similarities.
+        """Record the held-out scores of readout, transformer and both, and choose the weight of similarities.
 
-        Similarities are those of a cell's queries and profile readout with the texts, `(n_cells, n_labels)`; they
-        took `cost` milliseconds a cell.
+        Args:
+            similarity: Cosine similarity of the held-out cells with the texts of the labels, `(n_cells, n_labels)`.
+            cost: Time of `similarity` in milliseconds per cell.
+            targets: Labels of the held-out cells, int `(n_cells,)`.
         """
         cells = self.cells[self.profiles.validation]
         n_genes = self.profiles.profiles.shape[1]
@@ -481,7 +508,7 @@ class FineTuning:
         logger.info(comparison(rows, used, len(targets), was_trained))
 
     def add_label_readout(self) -> None:
-        """Give the model the regression's own scores, what they are solved from, and a gate for other labels."""
+        """Add the label readout (the regression and its statistics) to the model, and fit a gate for new labels."""
         model = self.model
         data, regression, seed = self.profiles, self.regressions.everything, data_seed(self.training_args)
         model.label_readout = readout.fit_label_readout(data, regression, self.score_temperature, seed)
@@ -493,7 +520,7 @@ class FineTuning:
         self.unseen_gate = fit_gate(model.label_readout, cells, targets, embeddings, named, seed)
 
     def save(self) -> None:
-        """Write the checkpoint, with what `annotate` takes from its configuration, and `finetune.json`."""
+        """Write `finetune.json` and the checkpoint, with the configuration of `annotate`."""
         if self.training_args.process_index != 0:
             return
         output = str(self.training_args.output_dir)
@@ -521,7 +548,7 @@ class FineTuning:
 
 
 def make_parser(prog: str | None = None) -> OptionParser:
-    """The command line."""
+    """Make the parser of `finetune`."""
     parts = FinetuneDataArguments, FinetuneModelArguments, FinetuneConfig
     return OptionParser(parts, prog=prog, description=__doc__)
 
@@ -533,9 +560,13 @@ def main(
     *,
     cells: Mapping[str, Any] | None = None,
 ) -> None:
-    """Fit the readout, take gradient steps, refit the readout, keep what it is solved from, save.
+    """Run all steps of fine-tuning, and save the checkpoint.
 
-    `cells` gives datasets in place of the cells of the corpus `adata`, as [`open_table`] takes them.
+    Args:
+        data_args: Options of the cells and labels.
+        model_args: Options of the model.
+        training_args: Options of training.
+        cells: Datasets in place of the cells of the corpus `adata`, in the form of [`open_table`].
     """
     torch.manual_seed(training_args.seed)
     run = FineTuning(data_args, model_args, training_args, cells)

@@ -1,4 +1,4 @@
-"""Initial weights that are computed from the corpus, so that gradient descent need not find them."""
+"""Initial weights computed from the corpus in closed form, which gradient descent then need not learn."""
 
 import logging
 from collections.abc import Iterator
@@ -16,33 +16,33 @@ from scmmgpt.train.data.batches import BatchDataset
 
 logger = logging.getLogger(__name__)
 
-SVD_CELLS = 50_000  # at most, for the co-expression of genes
-PROJECTION_CELLS = 512  # at most, for the start of a projection
-PROMPT_CELLS = 128  # at most, for the start of the text-to-cell projection
+SVD_CELLS = 50_000  # cells for the co-expression of genes
+PROJECTION_CELLS = 512  # cells for the initial weights of a projection
+PROMPT_CELLS = 128  # cells whose prompts give the initial weights of the text-to-cell projection
 
 
 class TrainingCells(Protocol):
-    """The cells that a new model starts from: a [`Corpus`], or cells in memory."""
+    """Interface of the cells for the initial weights of a new model: a [`Corpus`], or cells in memory."""
 
     vocabulary: dict[str, int]
     gene_aliases: dict[str, Any]
 
     def row_groups(self, split: str, columns: list[str] | None = None) -> Iterator[tuple[Cells, Any]]:
-        """Cells in groups, and their annotations."""
+        """Yield groups of cells, and their annotations."""
 
 
 @torch.no_grad()
 def standardize(linear: torch.nn.Linear, inputs: torch.Tensor, *, unit: bool = False) -> None:
-    """Start a linear layer from the principal axes of its inputs, centred and scaled to one.
+    """Set a linear layer to the principal axes of its inputs, centred and scaled.
 
-    The states of a BERT hardly differ between texts, and those of a new Q-Former hardly differ between cells. All
-    cosine similarities are then near 1, and the contrast ends in the constant solution. The layer therefore starts
-    from the differences; `train/LOG.md` has the comparison.
+    The states of a BERT hardly differ between texts, and the states of a new Q-Former hardly differ between cells. All
+    cosine similarities of a random projection are therefore near 1, and contrastive training collapses to a constant
+    solution. `train/LOG.md` has the comparison.
 
     Args:
-        linear: Gets new weights and a new bias; outputs beyond the rank of the inputs keep their weights.
+        linear: Layer to change. Outputs beyond the rank of the inputs keep their weights.
         inputs: float `(n, linear.in_features)`: a sample of the layer's inputs.
-        unit: Scale to a variance of one for each output; by default to a variance of one in total.
+        unit: Whether each output has on average variance one; by default, the variances of all outputs sum to one.
     """
     mean = inputs.mean(dim=0)
     _, scale, axes = torch.linalg.svd(inputs - mean, full_matrices=False)
@@ -55,7 +55,7 @@ def standardize(linear: torch.nn.Linear, inputs: torch.Tensor, *, unit: bool = F
 
 @torch.no_grad()
 def standardize_projections(model: ScMMGPTForCellTextAlignment, dataset: BatchDataset) -> None:
-    """Start both projections into the shared space from the principal axes of their inputs; see [`standardize`]."""
+    """Apply [`standardize`] to both projections into the shared space, on the first cells and texts of a dataset."""
     model.eval()
     query_pieces, text_states = [], []
     for batch in dataset:
@@ -74,10 +74,10 @@ def standardize_projections(model: ScMMGPTForCellTextAlignment, dataset: BatchDa
 
 @torch.no_grad()
 def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: TrainingCells) -> None:
-    """Start gene embeddings from the right singular vectors of the training cells' log1p(CP10k), genes standardised.
+    """Set gene embeddings to the right singular vectors of the training cells' log1p(CP10k), genes of unit variance.
 
-    Co-expressed genes start close together, which helps with a small corpus. The vectors are scaled to the standard
-    deviation of scGPT's own initialisation. Genes without a training cell keep their random embeddings.
+    Co-expressed genes then have similar embeddings, which helps with a small corpus. The vectors are scaled to the
+    standard deviation of scGPT's initialisation. Genes of constant expression keep their random embeddings.
     """
     from scipy.sparse import csr_matrix, vstack
     from sklearn.decomposition import TruncatedSVD
@@ -106,7 +106,10 @@ def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: TrainingCells) -
 
 @torch.no_grad()
 def standardize_language_projection(model: ScMMGPTForConditionalGeneration, dataset: BatchDataset) -> None:
-    """Start the projection into the language model from the axes of its inputs, at the norm of token embeddings."""
+    """Set the projection into the language model: principal axes of its inputs, outputs as long as token embeddings.
+
+    The first layer is set by [`standardize`]; the last layer is scaled.
+    """
     model.eval()
     pieces: list[torch.Tensor] = []
     for cells, *_ in dataset.source.batches():
@@ -128,12 +131,12 @@ def standardize_language_projection(model: ScMMGPTForConditionalGeneration, data
 
 @torch.no_grad()
 def start_label_projection(model: ScMMGPTForConditionalGeneration, processor: ScMMGPTProcessor) -> None:
-    """Start the directions of the labels at the mean input embeddings of their words, at the norm of token embeddings.
+    """Set the direction of each label from the mean input embedding of the tokens of its name.
 
-    The language model then reads the label of a cell as if its name were written in the prompt. Names of subtypes
-    share most words ("naive thymus-derived CD4-positive, alpha-beta T cell", "... CD8-positive ..."): their means have
-    cosines up to 0.99, and a short training confuses them. The directions are therefore the nearest orthogonal ones
-    (the polar factor of the matrix of means).
+    To the language model, the label of a cell then looks like its name in the prompt. Names of subtypes share most
+    words ("naive thymus-derived CD4-positive, alpha-beta T cell", "... CD8-positive ..."): their mean embeddings have
+    cosines up to 0.99, and a short training confuses the labels. The mean embeddings are therefore replaced by the
+    nearest orthogonal directions (the polar factor of the matrix of means), as long as token embeddings on average.
     """
     readout: Any = model.config.label_readout
     embeddings: Any = model.get_input_embeddings()
@@ -148,13 +151,13 @@ def start_label_projection(model: ScMMGPTForConditionalGeneration, processor: Sc
 
 @torch.no_grad()
 def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, dataset: BatchDataset) -> None:
-    """Start the projection onto condition tokens from the differences between prompts."""
+    """Apply [`standardize`] to the projections of the text-to-cell Q-Former, on the distinct prompts of a dataset."""
     model.eval()
     parts = model.model
     prompts: dict[tuple[int, ...], None] = {}
     n_cells = 0
     for batch in dataset:
-        if n_cells >= PROMPT_CELLS:  # cells, so that the start does not depend on the batch size
+        if n_cells >= PROMPT_CELLS:  # counts cells, so that the weights do not depend on the batch size
             break
         generates = batch["target_attention_mask"].any(dim=1)
         n_cells += int((~generates).sum()) + len(batch["target_rows"])
@@ -170,18 +173,22 @@ def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, dataset: Ba
         standardize(parts.text_to_cell.summary_projection, summaries, unit=True)
         queries = parts.text_to_cell.query_texts(states, mask)
         parts.text_to_cell.query_means.copy_(queries.mean(dim=0, keepdim=True))
-        # A variance of one per condition token and channel, like that of gene tokens.
+        # Each channel of a condition token gets variance one, like the channels of gene tokens.
         standardize(parts.text_to_cell.projection, (queries - parts.text_to_cell.query_means).flatten(0, 1), unit=True)
     model.train()
 
 
 @torch.no_grad()
 def start_from_mean_profile(model: ScMMGPTForConditionalGeneration, gene_means: np.ndarray) -> None:
-    """Start the expression head's gene biases from `gene_means`, mean shares of a cell's counts `(vocab_size,)`."""
+    """Set the gene biases of the expression head to the mean profile.
+
+    Args:
+        gene_means: Mean share of each gene in a cell's counts, float `(vocab_size,)`; see [`read_gene_means`].
+    """
     rate = torch.from_numpy(np.asarray(gene_means, dtype=np.float32)) * 1e4
     head = model.model.expression_head
     bias = torch.log1p(rate) if head.kind == "mse" else torch.log(rate.clamp(min=1e-4))
     head.gene_bias.weight.copy_(bias[:, None])
     if head.kind != "mse":
-        head.projection.weight.mul_(0.1)  # starts near the mean profile
+        head.projection.weight.mul_(0.1)  # keeps the first predictions near the mean profile
         head.projection.bias.zero_()

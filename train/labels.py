@@ -1,4 +1,4 @@
-"""Labelled cells: the label of each cell, the text of each label, and the held-out cells."""
+"""Labels of cells for fine-tuning, texts of labels, and held-out splits."""
 
 import logging
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Labels:
-    """Labels of some rows of an AnnData."""
+    """Labels of the labelled rows of an AnnData."""
 
-    rows: np.ndarray  # int64 (n_labelled,): the rows that have a label
+    rows: np.ndarray  # int64 (n_labelled,): rows of the AnnData with a label
     targets: np.ndarray  # int64 (n_labelled,): positions in `names`
     names: list[str]  # sorted
     texts: list[str]  # the description of each label
     cl_ids: dict[str, str]  # label -> Cell Ontology id, where known
-    tissues: list[dict[str, Any]]  # `ontology.tissue_terms` of the column "tissue", if there is one
+    tissues: list[dict[str, Any]]  # see `ontology.tissues_of`
 
 
 def column_of(obs: Any, name: str) -> np.ndarray:
-    """A column of `obs` as cleaned strings, `None` where the value is missing, object `(n_obs,)`."""
+    """Read a column of `obs` as cleaned strings, None where the value is missing, object `(n_obs,)`."""
     if name not in obs:
         raise ValueError(f"obs has no column {name!r}; it has {', '.join(map(str, obs.columns))}.")
     values = np.asarray(obs[name], dtype=object)
@@ -38,7 +38,7 @@ def column_of(obs: Any, name: str) -> np.ndarray:
 
 
 def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
-    """Labels of the cells, with texts: those given, or name and definition in the Cell Ontology.
+    """Read the labels of the cells, and their texts: given texts, or else name and definition in the Cell Ontology.
 
     Raises:
         ValueError: If there are fewer than two labels, or a text is given for an unknown label.
@@ -52,7 +52,7 @@ def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
             f"obs[{data_args.label_key!r}] has {len(labels)} labels {labels}; fine-tuning needs two or more."
         )
     counts = count_labels(values)
-    one_each = data_args.shots == 1 and set(counts.values()) == {1}  # as asked for
+    one_each = data_args.shots == 1 and set(counts.values()) == {1}  # with `--shots 1`, single cells are intended
     for warning in () if one_each else label_warnings(counts, f"obs[{data_args.label_key!r}]"):
         logger.warning(warning)
     ids_key = data_args.ontology_key or f"{data_args.label_key}_ontology_term_id"
@@ -60,9 +60,9 @@ def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
     if data_args.ontology_key or ids_key in obs:
         id_of_cell = column_of(obs, ids_key)[rows]
         for number, name in enumerate(labels):
-            found = {value for value in id_of_cell[targets == number] if value}
-            if len(found) == 1:
-                ids[name] = found.pop()
+            ids_of_label = {value for value in id_of_cell[targets == number] if value}
+            if len(ids_of_label) == 1:
+                ids[name] = ids_of_label.pop()
     given: dict[str, str] = {}
     if data_args.label_texts:
         given = read_label_list(data_args.label_texts).texts
@@ -71,7 +71,7 @@ def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
             raise ValueError(f"{data_args.label_texts} describes {unknown[:5]}, but the labels are {labels[:5]}...")
     captions = CaptionSampler()
     texts = [given.get(name) or captions.label_text(name, ids.get(name)) for name in labels]
-    # Labels with the same term, and so the same text, are told apart by their names.
+    # Two labels of one term have the same text; the names of the labels make the texts differ.
     texts = [f"{name}: {text}" if texts.count(text) > 1 else text for name, text in zip(labels, texts, strict=True)]
     return Labels(rows, targets, labels, texts, ids, ontology.tissues_of(obs.iloc[rows], values[rows]))
 
@@ -79,14 +79,18 @@ def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
 def hold_out(
     labels: Labels, groups: np.ndarray | None, data_args: FinetuneDataArguments, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Divide the labelled cells into a training part and a validation part, which `shots` leaves empty.
+    """Divide the labelled cells into a training part and a validation part; with `shots`, the latter is empty.
 
     Args:
-        groups: Group of every row of the AnnData, `(n_obs,)`; no group is in both parts.
-        data_args: `shots`, or the size of the validation part.
+        groups: Group of every row of the AnnData, `(n_obs,)`; no group is in both parts. None: no groups.
+        data_args: Options `shots`, `validation_share`, `label_key` and `group_key`.
+        seed: Seed of the division.
 
     Returns:
-        Positions in `labels.rows`, int64, of both parts.
+        Positions in `labels.rows` of the training part and of the validation part, int64, ascending.
+
+    Raises:
+        ValueError: If there are too few cells, or groups, to hold some out.
     """
     everything = np.arange(len(labels.rows))
     counts = np.bincount(labels.targets)
@@ -102,7 +106,7 @@ def hold_out(
         )
     if groups is not None:
         return hold_out_groups(labels, groups[labels.rows].astype(str), data_args, seed)
-    # The only cell of a label is for training.
+    # A label with a single cell stays in training.
     common = everything[counts[labels.targets] > 1]
     n_validation = max(round(data_args.validation_share * len(common)), int((counts > 1).sum()))
     if len(common) < 2 * n_validation:
@@ -117,10 +121,10 @@ def hold_out(
 
 
 def hold_out_rest(labels: Labels, n_train: int, data_args: FinetuneDataArguments) -> tuple[np.ndarray, np.ndarray]:
-    """As `hold_out`, where rows from `n_train` on are held out.
+    """Hold out the rows from `n_train` on, because the cells come with a validation split; see `hold_out`.
 
     Raises:
-        ValueError: If an option divides the cells, which are divided already.
+        ValueError: If `shots` or `group_key` would divide the cells, too.
     """
     if data_args.shots is not None or data_args.group_key is not None:
         name = "shots" if data_args.shots is not None else "group_key"
@@ -135,7 +139,11 @@ def hold_out_rest(labels: Labels, n_train: int, data_args: FinetuneDataArguments
 def hold_out_groups(
     labels: Labels, groups: np.ndarray, data_args: FinetuneDataArguments, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `hold_out`, but whole groups, `(n_labelled,)`, with labels in equal proportions in both parts."""
+    """Hold out whole groups, with similar proportions of the labels in both parts; see `hold_out`.
+
+    Args:
+        groups: Group of every labelled cell, `(n_labelled,)`.
+    """
     n_groups = len(np.unique(groups))
     if n_groups < 2:
         raise ValueError(
@@ -145,14 +153,14 @@ def hold_out_groups(
     groups_of_label = np.unique(pairs[0], return_counts=True)[1]
     if (groups_of_label == 1).all():
         raise ValueError(
-            f"Every label of obs[{data_args.label_key!r}] is in one group of obs[{data_args.group_key!r}], so "
-            "labels of a group that is held out are never trained. Name a column whose groups share labels, such as "
-            "the donor, or leave out --group_key."
+            f"Every label of obs[{data_args.label_key!r}] is in one group of obs[{data_args.group_key!r}], so the "
+            "labels of held-out groups have no training cells. Name a column whose groups share labels, such as the "
+            "donor, or leave out --group_key."
         )
     if (groups_of_label == 1).any():
         logger.warning(
-            f"{(groups_of_label == 1).sum()} of {len(labels.names)} labels are in one group of "
-            f"obs[{data_args.group_key!r}] each, and are either trained or held out, not both."
+            f"{(groups_of_label == 1).sum()} of {len(labels.names)} labels occur in one group of "
+            f"obs[{data_args.group_key!r}] only. Each of these labels is either trained or held out."
         )
     n_folds = min(n_groups, round(1 / data_args.validation_share), int(np.bincount(labels.targets).max()))
     folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)

@@ -1,4 +1,4 @@
-"""The language model of stage 2, loaded, quantised to 4 bits, or new with its own tokenizer; and its LoRA."""
+"""The language model of stage 2: loaded, quantised to 4 bits, or new with its own tokenizer; and its LoRA."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
@@ -26,7 +26,7 @@ from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.corpus import Corpus
 
 
-SCRATCH_TEXTS = 20_000  # captions and answers that train the tokenizer of a new language model, at most
+SCRATCH_TEXTS = 20_000  # captions and answers that train the tokenizer of a new language model
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 def build_language_model(
     corpus: Corpus, captions: CaptionSampler, model_args: TuneModelArguments, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model and its tokenizer: loaded, or new and small."""
+    """Load the causal language model and its tokenizer, or make a new small one (`scratch`)."""
     if model_args.language_model_precision == "4bit":
         return load_in_4bit(model_args.language_model, device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model_args.language_model_precision]
@@ -50,10 +50,14 @@ def build_language_model(
 def new_language_model(
     texts: Sequence[str], sizes: Mapping[str, Any], *, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A small Llama with random weights and fields `sizes`, and a tokenizer trained on the texts."""
+    """Make a small Llama with random weights and a tokenizer trained on the texts.
+
+    Args:
+        sizes: Fields of `LlamaConfig`.
+    """
     tokenizer = train_tokenizer(texts)
     config = LlamaConfig(
-        vocab_size=len(tokenizer) + 1,  # and `<cell>`
+        vocab_size=len(tokenizer) + 1,  # one more for `<cell>`
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
@@ -64,7 +68,7 @@ def new_language_model(
 
 
 def caption_texts(corpus: Corpus, captions: CaptionSampler) -> list[str]:
-    """About `SCRATCH_TEXTS` captions and answers of the first training cells."""
+    """Draw about `SCRATCH_TEXTS` captions and answers for the first training cells."""
     texts: list[str] = []
     for cells, table in corpus.row_groups("train"):
         obs = {name: np.array(table[name].to_pylist(), dtype=object) for name in table.column_names}
@@ -76,7 +80,7 @@ def caption_texts(corpus: Corpus, captions: CaptionSampler) -> list[str]:
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a chat template, for a new language model."""
+    """Train a byte-level BPE tokenizer of 2,000 tokens, with a chat template, for a new language model."""
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     backend = ByteLevelBPETokenizer()
     backend.train_from_iterator(texts, 2000, min_frequency=0, special_tokens=special, show_progress=False)
@@ -90,12 +94,12 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def load_in_4bit(source: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model on a device, with layers in NF4 as in QLoRA, and its tokenizer.
+    """Load a causal language model onto a device, with layers in NF4 as in QLoRA, and its tokenizer.
 
     Embeddings, norms and head are float32; the layers compute in bfloat16.
 
     Raises:
-        ImportError: If bitsandbytes is missing or does not know the device.
+        ImportError: If bitsandbytes is missing or does not support the device.
         ValueError: If the source is a GGUF file.
     """
     if not is_bitsandbytes_available() or device.type not in import_module("bitsandbytes").supported_torch_devices:
@@ -120,32 +124,33 @@ def load_in_4bit(source: str, device: torch.device) -> tuple[PreTrainedModel, Pr
     layers: Iterator[Any] = language_model.modules()
     for module in layers:
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Otherwise evaluation on such a CPU repacks the weights, and no gradient passes them afterwards.
+            # On a CPU with AVX512-BF16, evaluation would repack the weights and block gradients afterwards.
             module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(language_model, use_gradient_checkpointing=False), tokenizer
 
 
 def skip_other_parts(model: ScMMGPTForConditionalGeneration) -> None:
-    """Exclude the head and all parts but the language model from the 4 bits of a loaded checkpoint."""
+    """Exclude the head and all parts other than the language model from quantisation when a checkpoint is loaded."""
     others = [f"model.{name}" for name, _ in model.model.named_children() if name != "language_model"]
     model.config.text_config.quantization_config.llm_int8_skip_modules = ["lm_head", *others]
 
 
 def dequantize(model: ScMMGPTForConditionalGeneration) -> None:
-    """Turn 4-bit weights of the language model into bfloat16, in place, so that merging rounds no LoRA to 4 bits."""
+    """Turn 4-bit weights of the language model into bfloat16, in place, so that the merged LoRA isn't quantised."""
     config = model.config.text_config
     dequantize_and_replace(model.model.language_model, config.quantization_config, dtype=torch.bfloat16)
     del config.quantization_config
 
 
 def add_lora(model_args: TuneModelArguments, saved_parts: Sequence[str]) -> LoraConfig | None:
-    """The PEFT configuration, or `None` if the language model is trained in full or frozen.
+    """Make the PEFT configuration; `None` if the language model is trained in full or frozen.
 
-    `saved_parts` are trained in full, and saved with the adapter.
+    Args:
+        saved_parts: Parts that are trained in full and saved with the adapter.
     """
     if model_args.trained.language_model != "lora":
         return None
-    saved = [f"model.{part}" for part in saved_parts]  # whole names, since the text-to-cell projector has a `qformer`
+    saved = [f"model.{part}" for part in saved_parts]  # full names: the text-to-cell projector also has a `qformer`
     targets = ScMMGPTForConditionalGeneration.lora_target_modules
     fields: dict[str, Any] = {"target_modules": targets, "modules_to_save": saved, "task_type": "CAUSAL_LM"}
     return LoraConfig(**fields | model_args.lora_config)

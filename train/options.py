@@ -1,9 +1,9 @@
-"""Options of the training commands. Each is described once, where its field is defined.
+"""Options of the training commands. Each option is described once, in the definition of its field.
 
-`--help`, the documentation of the classes and `docs/options.md` are made from these descriptions. `--help` shows the
-options of this project; `--help-all` adds those of transformers and TRL.
+`--help`, the documentation of the classes and `docs/options.md` are generated from these descriptions. `--help` shows
+the options of this project; `--help-all` adds the options of transformers and TRL.
 
-`python -m scmmgpt.train options > docs/options.md` renews the page.
+`python -m scmmgpt.train options > docs/options.md` regenerates the page.
 """
 
 import argparse
@@ -27,25 +27,25 @@ from scmmgpt.commands.errors import OneLineParser, first_paragraphs
 T = TypeVar("T")
 Fields: TypeAlias = type | Sequence[str]  # a configuration class, or the names of some of its fields
 
-PARENTS = (SFTConfig, GRPOConfig, TrainingArguments)  # whose options a command of ours accepts too
+PARENTS = (SFTConfig, GRPOConfig, TrainingArguments)  # our commands also accept the options of these classes
 INHERITED = {item.name: item for cls in reversed(PARENTS) for item in dataclasses.fields(cls)}
-OLDER_FIELDS = {"model_type", "rope_theta", "rope_scaling", "torch_dtype"}  # of config.json files, still understood
+OLDER_FIELDS = {"model_type", "rope_theta", "rope_scaling", "torch_dtype"}  # transformers still reads these fields
 PAGE = """# Options of the training commands
 
-`python -m scmmgpt.train options` makes this page. Values come from `--config FILE.yaml` and from the command line,
-which wins. An option that holds fields takes a mapping in YAML, and JSON or `FIELD=VALUE ...` on the command line;
-fields that the command line does not name keep the values of the file. All options of transformers'
-`TrainingArguments` (for `tune`, of TRL's `SFTConfig`, and for `reinforce`, of `GRPOConfig`) are accepted too.
+`python -m scmmgpt.train options` generates this page. The command line overrides `--config FILE.yaml`. An option that
+holds fields takes a mapping in YAML, and JSON or `FIELD=VALUE ...` on the command line; fields that the command line
+does not name keep the values of the file. All options of transformers' `TrainingArguments` (for `tune`, of TRL's
+`SFTConfig`, and for `reinforce`, of `GRPOConfig`) are accepted, too.
 """
 
 
 def option(description: str, default: Any = MISSING, *, fields: Fields | None = None) -> Any:
-    """A dataclass field and the only place of its description.
+    """Define a dataclass field with its description.
 
     Args:
-        description: Shown by `--help`, in the class's documentation and in `docs/options.md`.
-        default: Without one the option is required.
-        fields: For an option that holds a mapping: the fields that it may set.
+        description: Text of `--help`, of the class's documentation and of `docs/options.md`.
+        default: Default value; `MISSING` makes the option required.
+        fields: For an option that is a mapping: the allowed keys.
     """
     metadata = {"help": description} | ({} if fields is None else {"fields": fields})
     if isinstance(default, (dict, list)):
@@ -54,23 +54,23 @@ def option(description: str, default: Any = MISSING, *, fields: Fields | None = 
 
 
 def inherited(name: str, default: Any) -> Any:
-    """An option of transformers or TRL with another default."""
+    """Define an option of transformers or TRL again, with another default."""
     return dataclasses.field(default=default, metadata=dict(INHERITED[name].metadata))
 
 
 def shared(cls: Any, name: str) -> Any:
-    """The option `name` of another command's dataclass."""
+    """Reuse the option `name` of another command's dataclass."""
     return copy.copy(cls.__dataclass_fields__[name])
 
 
 def own_options(cls: Any) -> list[Field]:
-    """Fields of a dataclass that are options of this project."""
+    """List the fields of a dataclass that are options of this project, not of transformers or TRL."""
     theirs = INHERITED if issubclass(cls, TrainingArguments) else {}
     return [item for item in dataclasses.fields(cls) if item.init and item.name not in theirs]
 
 
 def default_of(item: Field) -> Any:
-    """The default of a field, `MISSING` if it is required."""
+    """Default of a field; `MISSING` if the option is required."""
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
@@ -82,7 +82,7 @@ def described(cls: type[T]) -> type[T]:
 
 
 def parse_fields(name: str, value: Any) -> dict[str, Any]:
-    """A mapping from YAML as it is, or from words of the command line: a JSON object, or `FIELD=VALUE`.
+    """Parse an option that is a mapping: a mapping from YAML, or words that are JSON objects or `FIELD=VALUE`.
 
     >>> parse_fields("cell_config", ["hidden_size=64", '{"n_bins": 51}'])
     {'hidden_size': 64, 'n_bins': 51}
@@ -101,7 +101,7 @@ def parse_fields(name: str, value: Any) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A value in JSON; a word needs no quotation marks."""
+    """Parse a value as JSON; text that is not JSON is a string."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -109,12 +109,12 @@ def parse_value(text: str) -> Any:
 
 
 def field_names(fields: Fields) -> list[str]:
-    """Names of the fields that an option may set."""
+    """Names of the keys that an option may set."""
     return [item.name for item in dataclasses.fields(fields)] if isinstance(fields, type) else list(fields)
 
 
 def check_fields(name: str, value: Mapping[str, Any], fields: Fields) -> None:
-    """Refuse a key that is not a field: configuration classes of transformers keep such a key in silence."""
+    """Refuse a key that is not a field, because configuration classes of transformers silently keep such a key."""
     known = field_names(fields)
     accepted = {*OLDER_FIELDS, *(getattr(fields, "attribute_map", None) or {})} if isinstance(fields, type) else ()
     for key in value:
@@ -123,26 +123,26 @@ def check_fields(name: str, value: Mapping[str, Any], fields: Fields) -> None:
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """The known name that is nearest to another one, or all of a few."""
+    """Suggest the nearest known name; without a near name, list all names if there are at most 20."""
     if nearest := difflib.get_close_matches(name, known, n=1):
         return f"did you mean {nearest[0]!r}?"
-    return f"there are {', '.join(known)}." if len(known) <= 20 else "nothing has a name like it."
+    return f"there are {', '.join(known)}." if len(known) <= 20 else "no option has a similar name."
 
 
 class CheckedFields:
-    """A dataclass that parses and checks its mappings; fields that are not given keep their defaults."""
+    """Base class that parses and checks the mappings of a dataclass; keys that are not given keep their defaults."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             if "fields" in item.metadata:
                 value = parse_fields(item.name, getattr(self, item.name))
-                if item.metadata["fields"]:  # of no class: the dataclass checks them itself
+                if item.metadata["fields"]:  # an option with `fields=()` is checked by its own dataclass
                     check_fields(item.name, value, item.metadata["fields"])
                 setattr(self, item.name, default_of(item) | value)
 
 
 class MergeFields(argparse.Action):
-    """Set the given fields of a mapping; the other fields of the `--config` file stay."""
+    """Set the given keys of a mapping; other keys of the `--config` file keep their values."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         """Merge one use of the option."""
@@ -182,17 +182,17 @@ class OptionParser(TrlParser):
             TrlParser._parse_dataclass_field(parser, field)
 
     def error(self, message: str) -> NoReturn:
-        """Exit with the message and the way to the help, without the usage."""
+        """Exit with the message and a pointer to `--help`, without the usage."""
         OneLineParser.error(cast(OneLineParser, self), message)
 
     def format_help(self) -> str:
-        """The options of this project and the folder that every run needs."""
+        """Format the help of the options of this project, and of `output_dir`."""
         shown = {"output_dir", *(item.name for cls in self.dataclass_types for item in own_options(cls))}
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, [])
         formatter.add_text(first_paragraphs(self.description or ""))
         formatter.start_section("options (--help-all: those of transformers and TRL too)")
-        # `--no_NAME`, which transformers adds to a switch, has the help of the switch: `--NAME False` is the same.
+        # transformers adds `--no_NAME` to a switch, with the help of the switch; `--NAME False` does the same.
         ours = (action for action in self._actions if action.dest in shown)
         formatter.add_arguments(action for action in ours if not action.option_strings[0].startswith("--no_"))
         formatter.end_section()
@@ -201,7 +201,11 @@ class OptionParser(TrlParser):
     def parse_args_and_config(  # type: ignore[override]  # the rest passes through
         self, args: Iterable[str] | None = None, **kwargs: Any
     ) -> tuple[Any, ...]:
-        """As `TrlParser`'s, after a check of all names."""
+        """Parse as `TrlParser` does, after a check of all names.
+
+        Raises:
+            ValueError: If an option is unknown, or the `--config` file is missing or not YAML.
+        """
         words = list(sys.argv[1:] if args is None else args)
         if "--help-all" in words:
             sys.stdout.write(super().format_help())
@@ -221,13 +225,13 @@ class OptionParser(TrlParser):
             raise ValueError(f"The --config file is not YAML: {' '.join(str(error).split())}") from None
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
-        """As `TrlParser`'s, after a check of the file's names."""
+        """Set the defaults as `TrlParser` does, after a check of the names in the `--config` file."""
         for name in kwargs:
             self.check_name(name, "The --config file")
         return super().set_defaults_with_config(**kwargs)
 
     def check_name(self, name: str, place: str) -> None:
-        """Refuse a name that is not an option, with the option that has such a field, or the nearest name."""
+        """Refuse an unknown option; suggest the option that has a key of this name, or the nearest name."""
         known = [action.dest for action in self._actions]
         if name in known:
             return
@@ -253,7 +257,7 @@ def table_of(parser: OptionParser) -> Iterable[str]:
 
 
 def options_page() -> str:
-    """`docs/options.md`."""
+    """Return the text of `docs/options.md`."""
     lines = [PAGE.rstrip()]
     for command in ("pretrain", "align", "tune", "reinforce", "finetune", "plan"):
         parser = importlib.import_module(f"scmmgpt.train.{command}").make_parser()

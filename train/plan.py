@@ -1,4 +1,4 @@
-"""The memory that a configuration takes per GPU, computed without a GPU.
+"""Compute the memory that a configuration takes per GPU; needs no GPU.
 
 ```
 python -m scmmgpt.train plan --config train/configs/plan_llama2_7b.yaml
@@ -6,9 +6,9 @@ python -m scmmgpt.train plan --text_config '{"model_type": "llama"}' --gpus 8 --
 ```
 
 The model is built on the meta device, as shapes without numbers: seven billion parameters take seconds and no memory.
-Weights, gradients and optimiser states are counted exactly, and so are the activations that autograd keeps, with the
-fused attention of a CPU in place of a GPU's. With checkpointing the activations are an estimate. Allocators and
-communication are left out; allow a fifth of the memory for them.
+Weights, gradients, optimiser states, and the activations that autograd keeps are counted exactly, but with the fused
+attention of a CPU instead of a GPU's. With checkpointing, the activations are an estimate. Allocators and buffers of
+communication are not counted; a fifth of the memory is reserved for them.
 """
 
 import sys
@@ -34,11 +34,11 @@ from scmmgpt.train.tune import PROJECTOR, is_frozen, saved_parts
 
 
 GIB = 2**30
-# Per weight, as in QLoRA (Dettmers et al. 2023, section 3): 4 bits, a byte per block of 64 for its maximum, and four
-# bytes per 256 blocks for the scale of their maxima.
+# Bytes per weight of QLoRA (Dettmers et al. 2023, section 3): 4 bits, one byte for the maximum of each block of 64
+# weights, and four bytes for the scale of the maxima of 256 blocks.
 NF4_BYTES = 4 / 8 + 1 / 64 + 4 / (64 * 256)
 Storages: TypeAlias = dict[int, torch.UntypedStorage]
-Kept: TypeAlias = tuple[str, int, int, Storages]  # part, its layers, bytes of a layer's input, what it keeps
+Kept: TypeAlias = tuple[str, int, int, Storages]  # part, number of layers, bytes of a layer's input, saved storages
 
 
 @described
@@ -52,7 +52,7 @@ class PlanArguments(CheckedFields):
         "Fields of `Blip2QFormerConfig`.", {"cross_attention_frequency": 2}, fields=Blip2QFormerConfig
     )
     text_config: dict[str, Any] = option(
-        "Fields of the language model's configuration, with its `model_type`; by default Llama-2 7B.", {}, fields=()
+        "Fields of the language model's configuration, with its `model_type`; default: Llama-2 7B.", {}, fields=()
     )
     model_config: dict[str, Any] = option(
         "Fields of `ScMMGPTConfig`, as for `align` and `tune`.",
@@ -110,7 +110,7 @@ def build_shapes(config: ScMMGPTConfig, stage: int) -> PreTrainedModel:
 
 
 def count_parameters(model: PreTrainedModel, args: PlanArguments) -> dict[str, dict[str, int]]:
-    """Trained and frozen parameters by part; LoRA's are a part of their own. Tied weights count once."""
+    """Count trained and frozen parameters by part; LoRA is a separate part. Tied weights count once."""
     parts: dict[str, dict[str, int]] = defaultdict(lambda: {"trained": 0, "frozen": 0})
     trained, head = args.trained, model.config.expression_head
     for name, parameter in model.named_parameters():
@@ -122,13 +122,13 @@ def count_parameters(model: PreTrainedModel, args: PlanArguments) -> dict[str, d
             is_adapted = isinstance(module, torch.nn.Linear) and name.rsplit(".", 1)[-1] in LORA_LAYERS
             if "language_model." in name and is_adapted:
                 parts["lora"]["trained"] += args.lora_config["r"] * (module.in_features + module.out_features)
-        for name in saved_parts(trained):  # PEFT trains a copy and keeps the original
+        for name in saved_parts(trained):  # PEFT trains a copy of the part and keeps the original
             parts["originals"]["frozen"] += sum(p.numel() for p in model.model.get_submodule(name).parameters())
     return parts
 
 
 def spared_bytes(model: PreTrainedModel, args: PlanArguments) -> int:
-    """Bytes that the language model's weights take less than in fp32; its head is never held in 4 bits."""
+    """Bytes that a lower precision of the language model's weights saves against fp32; the head is never in 4 bits."""
     if args.stage == 1 or args.language_model_precision == "fp32":
         return 0
     body = model.model.language_model
@@ -152,11 +152,11 @@ def kept_storages() -> Iterator[Storages]:
 
 
 def activation_bytes(config: ScMMGPTConfig, args: PlanArguments) -> dict[str, int]:
-    """Bytes that each part keeps for the backward pass of one GPU's batch: half its cells described, half generated.
+    """Bytes that each part keeps for the backward pass of one GPU's batch.
 
-    The parts run forward on fake tensors, and the sizes of the tensors that autograd saves are added up. In mixed
-    precision these include bfloat16 copies of fp32 weights. With checkpointing a layer keeps its input only, and one
-    layer at a time is recomputed in full.
+    In stage 2, half of the cells are described and half are generated. The parts run forward on fake tensors, and the
+    sizes of the tensors that autograd saves are added up, in mixed precision with the bfloat16 copies of fp32 weights.
+    With checkpointing, a layer keeps only its input, and one layer at a time is recomputed in full.
     """
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
         run: Callable[[Any, PlanArguments], Iterator[Kept]]
@@ -164,10 +164,10 @@ def activation_bytes(config: ScMMGPTConfig, args: PlanArguments) -> dict[str, in
         if args.stage == 1:
             run, model = run_align, ScMMGPTForCellTextAlignment(config)
         else:
-            held = torch.float32 if args.language_model_precision == "fp32" else torch.bfloat16
-            language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=held)
+            dtype = torch.float32 if args.language_model_precision == "fp32" else torch.bfloat16
+            language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
             run, model = run_tune, ScMMGPTForConditionalGeneration(config, language_model)
-            # LoRA keeps the inputs of the layers that it adapts, as full training does.
+            # Autograd saves the input of a layer under LoRA as it does in full training.
             trained, head = args.trained, config.expression_head
             if trained.language_model == "lora":
                 trained = replace(trained, language_model="full")
@@ -176,7 +176,7 @@ def activation_bytes(config: ScMMGPTConfig, args: PlanArguments) -> dict[str, in
         result = {}
         for part, layers, state_bytes, seen in run(model.train(), args):
             full = sum(storage.nbytes() for address, storage in seen.items() if address not in known)
-            known |= seen  # holds the storages, so that no later one gets the same address
+            known |= seen  # keeps the storages alive, so that no later storage gets the same address
             checkpointed = layers * state_bytes + full // max(layers, 1)
             result[part] = checkpointed if args.gradient_checkpointing and layers else full
     return result
@@ -215,10 +215,10 @@ def run_tune(model: ScMMGPTForConditionalGeneration, args: PlanArguments) -> Ite
         states = parts.query_cells(states)
         parts.language_projection(states)
     yield "qformer", config.qformer_config.num_hidden_layers, states.nbytes, seen
-    held = parts.get_input_embeddings().weight.dtype
-    embeds = torch.zeros(args.batch_size, args.text_length, config.text_config.hidden_size, dtype=held)
+    dtype = parts.get_input_embeddings().weight.dtype
+    embeds = torch.zeros(args.batch_size, args.text_length, config.text_config.hidden_size, dtype=dtype)
     mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-    mask[:, 0] = 0  # padded on the left, as batches are
+    mask[:, 0] = 0  # batches are padded on the left
     with kept_storages() as seen:
         inputs = {"inputs_embeds": embeds.requires_grad_(), "attention_mask": mask, "use_cache": False}
         states = parts.language_model(**inputs).last_hidden_state
@@ -226,7 +226,7 @@ def run_tune(model: ScMMGPTForConditionalGeneration, args: PlanArguments) -> Ite
     with kept_storages() as seen:
         logits = model.lm_head(states).float()
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.zeros(logits[..., 0].numel(), dtype=torch.long))
-    seen[-1] = torch.empty_like(logits).untyped_storage()  # the gradient of the logits, while all else is still held
+    seen[-1] = torch.empty_like(logits).untyped_storage()  # gradient of the logits, at the peak of the memory
     yield "logits", 0, 0, seen
     with kept_storages() as seen:
         parts.decode_cells(states[:half], mask[:half], gene_ids)
@@ -234,7 +234,7 @@ def run_tune(model: ScMMGPTForConditionalGeneration, args: PlanArguments) -> Ite
 
 
 def make_plan(args: PlanArguments) -> dict:
-    """Bytes per GPU by purpose, and whether they fit."""
+    """Compute the parameters by part, the bytes per GPU by purpose, and whether the sum fits the GPU."""
     config = build_config(args)
     activations = activation_bytes(config, args)
     model = build_shapes(config, args.stage)
@@ -270,7 +270,7 @@ def largest_layer(model: PreTrainedModel) -> int:
 
 
 def format_plan(plan: dict, args: PlanArguments) -> str:
-    """The plan as two tables, and a line that tells whether it fits the GPU."""
+    """Format the plan as two tables, and a line that tells whether the configuration fits the GPU."""
     lines = [f"{'part':<22}{'trained':>16}{'frozen':>16}"]
     lines += [f"{part:<22}{n['trained']:>16,}{n['frozen']:>16,}" for part, n in plan["parameters"].items()]
     lines += [f"{'all':<22}{plan['trained']:>16,}{plan['frozen']:>16,}", ""]

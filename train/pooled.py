@@ -1,11 +1,13 @@
-"""A readout of labels from several datasets, which may measure different genes: [`fit_pooled_readout`].
+"""Fit a label readout to several datasets, which may measure different genes: [`fit_pooled_readout`].
 
-Differences between laboratories are larger than those between cells of one type. Every label has the same weight, and
-within a label every dataset that has it, so that neither a large dataset nor a frequent label decides. What is stored
-is the mean of each label in each dataset (a group; a gene that the dataset does not measure has the mean over labels,
-which is evidence for none), and the variance within groups as a few factors and noise: the ridge regression of the
-labels is solved from them for the genes of a file (`regression_scmmgpt.solve_groups`). No cell is kept. `LOG.md` has
-the choices.
+- A group is one label in one dataset. Datasets differ more than cells of one type do, so every label has the same
+  weight, and within a label every dataset. A large dataset or a frequent label then has no larger weight.
+- The readout stores the mean of each group, and the variance within groups as a few factors plus noise. No cell is
+  stored. In a group whose dataset does not measure a gene, the gene has the mean over labels, which favours no label.
+- `regression_scmmgpt.solve_groups` solves the ridge regression of the labels from these statistics, for the genes
+  of a file.
+
+`LOG.md` has the choices.
 """
 
 from collections.abc import Sequence
@@ -22,12 +24,12 @@ from scmmgpt.readout_scmmgpt import PROFILE_SCALE, ScMMGPTLabelReadout
 from scmmgpt.regression_scmmgpt import solve_groups
 
 
-N_GENES = 12_000  # at most, the most variable ones: a panel may be any of them
+N_GENES = 12_000  # most genes of the readout, by variance; many, because a panel may have any of them
 N_FACTORS = 32
-PENALTY = 0.3  # of the ridge, in mean variances of a gene
-WIDE = 0.5  # a dataset of this share of the most genes that a dataset measures counts as a whole transcriptome
-MIN_DATASETS = 2  # that measure a gene, before its absence from all known types is believed
-TEMPERATURE = 0.1  # of the ridge's scores, which are about 1 for the right label and 0 for the others
+PENALTY = 0.3  # ridge penalty, relative to the mean variance of a gene
+WIDE = 0.5  # a dataset with this share of the genes of the widest dataset counts as a whole transcriptome
+MIN_DATASETS = 2  # a gene can be absent from all known types only if this number of datasets measures it
+TEMPERATURE = 0.1  # of the ridge scores, which are about 1 for the right label and 0 for other labels
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,14 @@ class Dataset:
     """Labelled cells of one source."""
 
     counts: csr_matrix  # (n_cells, vocabulary size), linear values of any scale
-    measured: np.ndarray  # int64: vocabulary ids of the genes that it measures, ascending
+    measured: np.ndarray  # int64: vocabulary ids of the measured genes, ascending
     targets: np.ndarray  # int64 (n_cells,): positions in the list of labels
 
 
 def expected_shares(datasets: Sequence[Dataset], n_labels: int) -> np.ndarray:
-    """Share of a cell's counts that each gene is expected to have, `(vocabulary size,)`; 0 for unmeasured genes.
+    """Expected share of each gene in a cell's counts, float64 `(vocabulary size,)`; 0 for unmeasured genes.
 
-    The mean over the labels and then over the datasets that measure whole transcriptomes (see `WIDE`).
+    The shares are averaged over the labels of a dataset, then over the datasets of whole transcriptomes (see `WIDE`).
     """
     widest = max(len(data.measured) for data in datasets)
     total, seen = np.zeros((2, datasets[0].counts.shape[1]))
@@ -72,12 +74,16 @@ def dense_expression(data: Dataset, genes: np.ndarray, shares: np.ndarray) -> np
 
 
 def two_way_means(cells: np.ndarray, known: np.ndarray, n_rounds: int = 10) -> np.ndarray:
-    """Means of the labels, freed of the datasets' own levels: `(n_labels, n_genes)`, NaN where nothing is known.
+    """Fit a two-way additive model, mean = label effect + dataset effect, and return the label effects.
 
     Args:
         cells: Mean of each label in each dataset, `(n_labels, n_datasets, n_genes)`.
-        known: bool, likewise: whether the dataset has the label and measures the gene.
-        n_rounds: Turns of least squares for labels and for datasets; a dataset's level is shrunk by one label.
+        known: bool, same shape: whether the dataset has the label and measures the gene.
+        n_rounds: Rounds of alternating least squares. The effect of a dataset is shrunk as if one more label had
+            effect 0.
+
+    Returns:
+        float64 `(n_labels, n_genes)`; NaN for a gene that no dataset with the label measures.
     """
     n_known = known.sum(axis=1)
     levels = np.zeros(cells.shape[1:])
@@ -97,23 +103,25 @@ def fit_pooled_readout(
     meanings: np.ndarray | None = None,
     penalty: float = PENALTY,
 ) -> ScMMGPTLabelReadout:
-    """Ridge regression of the labels on the cells of all datasets, stored so that it is solved for any genes.
+    """Fit a ridge regression of the labels to the cells of all datasets, stored as statistics of groups.
+
+    The statistics let the regression be solved for any subset of the genes.
 
     Args:
         datasets: Labelled cells.
         n_labels: Number of labels.
-        meanings: Shares of the labels in each target, `(n_targets, n_labels)`, rows of sum 1: a cell of a broad target
-            ("T cell") counts for each narrow label a part. By default each target is a label. Further columns are of
-            kinds of other cells, which are no labels.
-        penalty: Of the ridge, in mean variances of a gene.
+        meanings: Shares of the labels in each target, `(n_targets, n_labels + n_others)`, rows of sum 1. A cell of a
+            broad target ("T cell") is divided among the narrow labels. The last columns are classes of other cells,
+            which are not labels. Default: each target is a label.
+        penalty: Ridge penalty, relative to the mean variance of a gene.
 
     Raises:
-        ValueError: If a label, or a kind of other cells, has no cell.
+        ValueError: If a label, or a class of other cells, has no cell.
     """
     meanings = np.eye(n_labels) if meanings is None else meanings
     n_targets = len(meanings)
     present = np.stack([np.bincount(data.targets, minlength=n_targets) > 0 for data in datasets])
-    of_dataset, of_target = np.nonzero(present)  # of each group
+    of_dataset, of_target = np.nonzero(present)  # dataset and target of each group
     mentions = meanings[of_target]
     missing = np.flatnonzero(mentions.sum(axis=0) == 0).tolist()
     if missing:
@@ -166,7 +174,12 @@ def fit_pooled_readout(
 def spread_out(
     means: np.ndarray, measured: np.ndarray, mentions: np.ndarray, of_dataset: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of each label in each dataset `(n_labels, n_datasets, n_genes)`, and where it is known, of the groups."""
+    """Turn means of groups into means of labels in datasets.
+
+    Returns:
+        Means, float64 `(n_labels, n_datasets, n_genes)`; and bool of the same shape: whether the dataset has the label
+        and measures the gene.
+    """
     n_datasets = of_dataset.max() + 1
     of_label = np.zeros((mentions.shape[1], n_datasets, len(mentions)))
     for number in range(n_datasets):
@@ -180,9 +193,12 @@ def spread_out(
 def variable_genes(
     datasets: Sequence[Dataset], candidates: np.ndarray, shares: np.ndarray, n_genes: int = N_GENES
 ) -> np.ndarray:
-    """The `n_genes` of `candidates` of the highest mean variance of log1p(CP10k) over the datasets that measure them.
+    """Choose the `n_genes` candidates with the highest variance of log1p(CP10k), averaged over datasets.
 
-    Ascending ids.
+    Only datasets that measure a gene count for its average.
+
+    Returns:
+        Vocabulary ids, ascending.
     """
     total, seen = np.zeros((2, len(candidates)))
     for data in datasets:
@@ -194,11 +210,12 @@ def variable_genes(
 
 
 def fit_pooled_novelty(datasets: Sequence[Dataset], n_genes: int) -> dict[str, Any] | None:
-    """As `novelty_scmmgpt.fit_novelty`, of several datasets; None for fewer than two.
+    """Fit the novelty score (see `novelty_scmmgpt.fit_novelty`) to several datasets; None for fewer than two.
 
-    A gene is absent if no type of any dataset that measures it expresses it. The unit comes from cells of each dataset
-    whose types other datasets have, with the genes that are absent from these. Panels whose novelty is not judged
-    (`novelty_scmmgpt.MIN_MEASURED`) have no say in the unit.
+    - A gene is absent if `MIN_DATASETS` datasets measure the gene and no type in any of them expresses it.
+    - The unit of the score comes from held-out datasets: cells of each dataset whose types occur in other datasets,
+      with the genes that are absent from the other datasets.
+    - Panels with too few genes for a novelty score (`novelty_scmmgpt.MIN_MEASURED`) do not contribute to the unit.
     """
     cells = [Cells.from_csr(data.counts, np.arange(n_genes)) for data in datasets]
     measured = np.stack([np.isin(np.arange(n_genes), data.measured) for data in datasets])

@@ -5,7 +5,7 @@ python -m scmmgpt.train pretrain --corpus corpus/ --output_dir checkpoints/cell 
 python -m scmmgpt.train pretrain --corpus corpus/ --output_dir checkpoints/cell --cell_model checkpoints/scgpt-human
 ```
 
-A share of each cell's genes is hidden, and the model predicts their expression with scGPT's three objectives; see
+The model predicts the expression of hidden genes with scGPT's three objectives; see
 [`ScGPTForPreTraining`]. The choice of hidden genes is hashed from seed, epoch and cell, and does not depend on
 batches, workers or ranks. The output folder holds a [`ScGPTModel`], its gene vocabulary and its feature extractor;
 `align` takes the folder as `--cell_model`.
@@ -41,9 +41,9 @@ class PretrainArguments(CheckedFields):
     """Corpus, model and objectives of pre-training."""
 
     corpus: str = option("Folder written by `prepare`.")
-    cell_model: str | None = option("Checkpoint of the cell model to continue; by default a new one.", None)
+    cell_model: str | None = option("Checkpoint of the cell model to continue; default: a new cell model.", None)
     cell_config: dict[str, Any] = option(
-        "Fields of `ScGPTConfig`, for a new model or in place of the checkpoint's.", {}, fields=ScGPTConfig
+        "Fields of `ScGPTConfig`, for a new model, or to override the checkpoint's.", {}, fields=ScGPTConfig
     )
     objectives: list[str] = option(
         "Any of masked, gene_prompt, cell_prompt; see `ScGPTForPreTraining`.", list(ScGPTForPreTraining.OBJECTIVES)
@@ -51,9 +51,9 @@ class PretrainArguments(CheckedFields):
     mask_ratios: list[float] = option(
         "Shares of a cell's genes to hide; each cell draws one. scGPT was pre-trained with these.", [0.25, 0.5, 0.75]
     )
-    max_genes: int | None = option("Most tokens of a cell, with `<cls>`; by default the checkpoint's, or 1,200.", None)
+    max_genes: int | None = option("Most tokens of a cell, with `<cls>`; default: the checkpoint's, or 1,200.", None)
     token_budget: int | None = option(
-        "Tokens in a training batch, of cells of similar length, in place of `per_device_train_batch_size`.", None
+        "Most tokens of a training batch of cells of similar length; replaces `per_device_train_batch_size`.", None
     )
     value_mode: Literal["binned", "log1p", "raw"] = shared(AlignModelArguments, "value_mode")
     selection: Literal["random", "top"] = shared(AlignModelArguments, "selection")
@@ -93,7 +93,8 @@ def build_model(corpus: Corpus, arguments: PretrainArguments) -> tuple[ScGPTForP
         model = ScGPTForPreTraining(config, objectives=objectives)
     else:
         check_vocabulary(checkpoint, corpus)
-        model = ScGPTForPreTraining.from_pretrained(checkpoint, objectives=objectives, **arguments.cell_config)
+        fields = {"objectives": objectives, "dtype": torch.float32, **arguments.cell_config}
+        model = ScGPTForPreTraining.from_pretrained(checkpoint, **fields)
         extractor = ScMMGPTFeatureExtractor.from_pretrained(checkpoint)
     if arguments.max_genes is not None:
         extractor.max_genes = arguments.max_genes
@@ -101,7 +102,7 @@ def build_model(corpus: Corpus, arguments: PretrainArguments) -> tuple[ScGPTForP
 
 
 def check_vocabulary(checkpoint: str, corpus: Corpus) -> None:
-    """Refuse a checkpoint whose gene ids mean other genes than the corpus's."""
+    """Refuse a checkpoint whose gene vocabulary differs from the corpus's."""
     path = Path(checkpoint, "vocab.json")
     if not path.is_file():
         raise FileNotFoundError(
@@ -124,9 +125,10 @@ def make_parser(prog: str | None = None) -> OptionParser:
 def main(
     arguments: PretrainArguments, training_args: PretrainConfig, *, cells: Mapping[str, Any] | None = None
 ) -> None:
-    """Build, train, save.
+    """Build the model and its batches, train, save.
 
-    `cells` gives datasets in place of the cells of the corpus, as [`make_datasets`] takes them.
+    Args:
+        cells: See [`make_datasets`].
     """
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(arguments.corpus)

@@ -5,9 +5,9 @@
    be one on the principal components of all cells of the file (`FileComponents`).
 3. The **readout** maps the regression's weights into the shared space (`readout_of`): the product of a cell's readout
    with the text of a label is the label's score.
-4. The **label readout** keeps the regression's own scores, with the statistics of the cells from which
-   `readout_scmmgpt` solves it again for the genes of another file (`fit_label_readout`).
-5. Held-out cells give the **temperature** of the softmax over labels (`fit_temperature`).
+4. The **label readout** keeps the regression's logits, with statistics of the cells from which `readout_scmmgpt`
+   refits the regression on the genes of another file (`fit_label_readout`).
+5. The **temperature** of the softmax over labels is fitted on held-out cells (`fit_temperature`).
 """
 
 import logging
@@ -38,36 +38,39 @@ logger = logging.getLogger(__name__)
 Strength: TypeAlias = float | str  # an inverse L2 penalty, `COMPONENTS` or `SPREAD`
 Profiles: TypeAlias = csr_matrix | np.ndarray  # (n_cells, n_genes), or coordinates along other axes
 
-# The regression sees profiles of length `PROFILE_SCALE`; elsewhere in this file a profile has length 1.
-STRENGTHS = (0.001, 0.003, 0.01, 0.03)  # inverse L2 penalties to try, on that scale
+# The regression is fitted to profiles of norm `PROFILE_SCALE`; elsewhere in this file, profiles have norm 1.
+STRENGTHS = (0.001, 0.003, 0.01, 0.03)  # candidates for the inverse L2 penalty, on that scale
 MAX_ITERATIONS, TOLERANCE = 200, 1e-3
-DEFAULT_STRENGTH = 0.01  # where nothing is held out
+DEFAULT_STRENGTH = 0.01  # without held-out cells
 ONE_SHOT_STRENGTH = 0.0001  # with one cell of each label, since single cells differ mostly by noise
 COMPONENTS, SPREAD = "components", "spread"  # in place of a strength: regressions of `FileComponents`
 N_COMPONENTS, SPREAD_COMPONENTS, SPREAD_NEIGHBOURS, SPREAD_SHARE = 50, 20, 15, 0.5
-FOLDS = 4  # of the labelled cells, where no others are held out
-# Of the factor model. More factors than 64 restore no more labels where genes are absent, and a noise of one mean
-# variance of a gene beside its own keeps rare genes from being predicted by chance: see `train/LOG.md`.
+FOLDS = 4  # folds of cross-validation if no cells are held out
+# The factor model for missing genes. More than 64 factors do not improve the labels. The noise of each gene gets one
+# mean variance of a gene on top, so that rare genes do not predict others by chance (`train/LOG.md`).
 N_FACTORS, NOISE_FLOOR = 64, 1.0
-FACTOR_CELLS = 20_000  # at most
+FACTOR_CELLS = 20_000  # most cells from which the factors are fitted
 TEMPERATURES = 2.0 ** np.arange(-7, 1.25, 0.25)
 
 
 @dataclass
 class LabelledProfiles:
-    """Profiles of labelled and unlabelled cells."""
+    """Profiles (square roots of shares of counts) of labelled and unlabelled cells."""
 
     profiles: csr_matrix  # float32 (n_labelled, n_genes)
     targets: np.ndarray  # int64 (n_labelled,)
     n_labels: int
-    train: np.ndarray  # rows of `profiles`
-    validation: np.ndarray  # likewise; may be empty
+    train: np.ndarray  # int64, rows of `profiles`
+    validation: np.ndarray  # int64, rows of `profiles`; may be empty
     unlabelled: csr_matrix  # float32 (n_unlabelled, n_genes)
 
 
 @dataclass
 class LinearModel:
-    """A multinomial logistic regression on profiles, of mean 0 over the labels that it saw, and 0 for the others."""
+    """A multinomial logistic regression on profiles.
+
+    Coefficients have mean 0 over the labels with training cells. Labels without training cells have coefficients of 0.
+    """
 
     weights: np.ndarray  # float64 (n_labels, n_genes)
     bias: np.ndarray  # float64 (n_labels,)
@@ -79,27 +82,34 @@ class LinearModel:
 
 @dataclass
 class Regressions:
-    """One regression, fitted to the training cells and to all labelled cells (the same where none are held out)."""
+    """One regression, fitted to the training cells and to all labelled cells (the same if no cells are held out)."""
 
     strength: Strength
     train: LinearModel
     everything: LinearModel
-    losses: dict[Strength, float] = field(default_factory=dict)  # of validation, by strength
+    losses: dict[Strength, float] = field(default_factory=dict)  # strength -> validation loss
 
 
 def profile_matrix(cells: Cells, n_genes: int) -> csr_matrix:
-    """Profiles as a sparse matrix `(n_cells, n_genes)`."""
+    """Profiles (square roots of shares of counts) as a sparse matrix, float32 `(n_cells, n_genes)`."""
     return csr_matrix((hellinger_profile(cells), cells.gene_ids, cells.indptr), shape=(len(cells), n_genes))
 
 
 def linear_model(weights: np.ndarray, bias: np.ndarray, seen: np.ndarray, n_labels: int) -> LinearModel:
-    """The coefficients of a regression on `profiles * PROFILE_SCALE`, as a model of all labels on profiles."""
+    """Convert coefficients on `profiles * PROFILE_SCALE` to a model of all labels on profiles.
+
+    Args:
+        weights: `(n_rows, n_genes)`: a row for each label of `seen` or for every label; one row if there are two.
+        bias: `(n_rows,)`.
+        seen: Labels with training cells, int `(n_seen,)`.
+        n_labels: Number of labels, with or without training cells.
+    """
     weights, bias = np.atleast_2d(weights), np.atleast_1d(bias)
-    if len(weights) == 1:  # scikit-learn keeps one score for two classes
+    if len(weights) == 1:  # scikit-learn has one logit for two classes
         weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
-    if len(weights) > len(seen):  # of labels without a cell, too
+    if len(weights) > len(seen):  # with rows for labels without training cells
         weights, bias = weights[seen], bias[seen]
-    # Scores are defined up to a constant: centred, a label without a cell is neither likely nor unlikely.
+    # Logits are defined up to a constant. Centring makes a label without training cells neither likely nor unlikely.
     model = LinearModel(np.zeros((n_labels, weights.shape[1])), np.zeros(n_labels))
     model.weights[seen] = (weights - weights.mean(axis=0)) * PROFILE_SCALE
     model.bias[seen] = bias - bias.mean()
@@ -115,11 +125,16 @@ def fit_regression(profiles: Profiles, targets: np.ndarray, n_labels: int, stren
 
 
 def fit_regressions(data: LabelledProfiles, shots: int | None = None) -> Regressions:
-    """Choose the strength, on held-out cells where there are some, and fit.
+    """Choose the kind and strength of the regression, and fit it.
 
-    If nothing is held out, cross-validation chooses whether cells without a label take part. With fewer cells
-    of each label than `FOLDS`, labels spread where most cells have none. `shots` is the number of cells of each label,
-    if it was given.
+    * With held-out cells: see [`choose_regression`].
+    * Without held-out cells, but with unlabelled cells and at least `FOLDS` cells of a label: see [`cross_validate`].
+    * With more unlabelled than labelled cells: label spreading.
+    * Otherwise, a default strength.
+
+    Args:
+        data: Profiles and labels.
+        shots: Number of cells of each label, if it was given.
     """
     if len(data.validation):
         return choose_regression(data)
@@ -134,9 +149,9 @@ def fit_regressions(data: LabelledProfiles, shots: int | None = None) -> Regress
 
 
 def choose_regression(data: LabelledProfiles) -> Regressions:
-    """The regression with the lowest validation loss over `STRENGTHS`, and `SPREAD` where cells have no label.
+    """Choose the regression with the lowest validation loss over `STRENGTHS` and, with unlabelled cells, `SPREAD`.
 
-    Each loss is at the best temperature, which is fitted later anyway.
+    Each loss is at the best temperature, since the temperature is fitted afterwards.
     """
     seen = np.unique(data.targets[data.train])
 
@@ -155,10 +170,10 @@ def choose_regression(data: LabelledProfiles) -> Regressions:
     )
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
         search.fit(data.profiles * PROFILE_SCALE, data.targets)
-    validation_losses = -search.scores_[0, 0]  # of one fold, by strength
+    validation_losses = -search.scores_[0, 0]  # (n_strengths,) of the only fold
     best = validation_losses.argmin()
     losses: dict[Strength, float] = dict(zip(STRENGTHS, validation_losses.round(4).tolist(), strict=True))
-    path = search.coefs_paths_[0, 0, best]  # fitted to the training cells: weights, then bias
+    path = search.coefs_paths_[0, 0, best]  # weights, then bias, fitted to the training cells
     train = linear_model(path[:, :-1], path[:, -1], seen, data.n_labels)
     everything = linear_model(search.coef_, search.intercept_, search.classes_, data.n_labels)
     chosen = Regressions(STRENGTHS[best], train, everything, losses)
@@ -175,9 +190,9 @@ def choose_regression(data: LabelledProfiles) -> Regressions:
 
 
 def cross_validate(data: LabelledProfiles) -> Regressions:
-    """Of the regressions on all genes, on components and on spread labels, that of the lowest cross-validated loss.
+    """Choose the lowest cross-validated loss of regressions on all genes, on components, and on spread labels.
 
-    The only cell of a label is never held out. Cells of the fold that is held out count as unlabelled.
+    The only cell of a label is never held out. Cells of the held-out fold count as unlabelled.
     """
     profiles, targets = data.profiles[data.train], data.targets[data.train]
     components = FileComponents.of(data, data.train, N_COMPONENTS)
@@ -190,7 +205,7 @@ def cross_validate(data: LabelledProfiles) -> Regressions:
     common = everything[counts[targets] > 1]
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
     scores = {name: np.zeros((len(targets), data.n_labels)) for name in fits}
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of labels with fewer cells than folds
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # some labels have fewer cells than folds
         parts = [common[held_out] for _, held_out in folds.split(common, targets[common])]
     for held_out in parts:
         for name, fit in fits.items():
@@ -206,7 +221,7 @@ def cross_validate(data: LabelledProfiles) -> Regressions:
 class FileComponents:
     """Principal components of the labelled and the unlabelled cells of a file, and regressions on them.
 
-    They gain where labels are few, and lose where all cells have one: see `train/LOG.md`.
+    These regressions are more accurate if few cells have a label, and less accurate if all have one (`train/LOG.md`).
     """
 
     pca: PCA
@@ -216,19 +231,19 @@ class FileComponents:
 
     @classmethod
     def of(cls, data: LabelledProfiles, rows: np.ndarray, n_axes: int) -> "FileComponents":
-        """Components of the labelled `rows` and of all unlabelled cells."""
+        """Fit `n_axes` components to the labelled `rows` and all unlabelled cells."""
         profiles = vstack([data.profiles[rows], data.unlabelled], format="csr").astype(np.float64)
         pca = PCA(min(n_axes, min(profiles.shape) - 1), svd_solver="arpack", random_state=0)
         return cls(pca, pca.fit_transform(profiles), data.targets[rows], data.n_labels)
 
     def fit(self, rows: np.ndarray) -> LinearModel:
-        """The regression on the labelled cells `rows`."""
+        """Fit a regression to the labelled cells `rows`."""
         return self._regression(self.points[rows], self.targets[rows])
 
     def fit_spread(self, rows: np.ndarray | None = None) -> LinearModel:
-        """The regression on all cells that a label reaches from the labelled cells `rows`, by default all of them.
+        """Fit a regression to the labels that [`spread_labels`] gives to cells, from the labelled cells `rows`.
 
-        The labels spread along a graph of neighbours.
+        By default, all labelled cells are used. Cells that no label reaches are left out.
         """
         known = np.full(len(self.points), -1)
         rows = np.arange(len(self.targets)) if rows is None else rows
@@ -239,7 +254,7 @@ class FileComponents:
         return self._regression(points[reached], spread[reached])
 
     def _regression(self, points: np.ndarray, targets: np.ndarray) -> LinearModel:
-        """A regression on the first components, as a model of profiles."""
+        """Fit a regression to the first components, and express it as a model of profiles."""
         model = fit_regression(points, targets, self.n_labels, DEFAULT_STRENGTH)
         axes = self.pca.components_[: points.shape[1]]
         weights = model.weights @ axes
@@ -250,8 +265,11 @@ def spread_labels(points: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Label spreading (Zhou et al. 2004) from labelled to unlabelled cells, with equal total weight for every label.
 
     Args:
-        points: `(n_cells, n_axes)`.
-        targets: int64 `(n_cells,)`, -1 where unknown; in the result, where no label reached the cell.
+        points: Coordinates of the cells, `(n_cells, n_axes)`.
+        targets: Label of each cell, int64 `(n_cells,)`; -1 if unknown.
+
+    Returns:
+        int64 `(n_cells,)`; -1 for cells that no label reaches.
     """
     spreading = LabelSpreading(kernel=neighbour_graph, alpha=SPREAD_SHARE).fit(points, targets)
     shares = spreading.label_distributions_
@@ -260,7 +278,7 @@ def spread_labels(points: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def neighbour_graph(points: np.ndarray, _: np.ndarray) -> csr_matrix:
-    """The graph that joins a cell with its nearest neighbours, symmetric; a kernel for scikit-learn."""
+    """The symmetric graph of nearest neighbours, as a kernel for scikit-learn."""
     graph = kneighbors_graph(points, min(SPREAD_NEIGHBOURS, len(points) - 1), mode="connectivity")
     return graph.maximum(graph.T)
 
@@ -268,10 +286,13 @@ def neighbour_graph(points: np.ndarray, _: np.ndarray) -> csr_matrix:
 def fit_label_readout(
     data: LabelledProfiles, model: LinearModel, temperature: float, seed: int = 0
 ) -> ScMMGPTLabelReadout:
-    """The regression with the statistics of all labelled cells, in which every label has the same weight.
+    """Combine the regression with statistics of the labelled cells, in which every label has the same weight.
 
-    `temperature` divides the regression's scores; `seed` draws the cells of the factor model from more than
-    `FACTOR_CELLS`.
+    Args:
+        data: Profiles and labels.
+        model: The regression.
+        temperature: Divisor of the regression's logits.
+        seed: Seed of the sample of `FACTOR_CELLS` cells, if there are more.
     """
     rows = np.arange(len(data.targets))
     if len(rows) > FACTOR_CELLS:
@@ -303,10 +324,10 @@ def fit_label_readout(
 def principal_factors(
     profiles: csr_matrix, mean: np.ndarray, cell_weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Principal axes of weighted cells around `mean`, as long as their standard deviation, and what is left.
+    """Principal axes of weighted cells around `mean`, scaled by their standard deviations.
 
     Returns:
-        `(n_factors, n_genes)`, and the variance of each gene beside the factors `(n_genes,)`.
+        The axes, `(n_factors, n_genes)`, and the residual variance of each gene, `(n_genes,)`.
     """
     roots = np.sqrt(cell_weights)
     centred = LinearOperator(
@@ -323,11 +344,17 @@ def principal_factors(
 
 
 def readout_of(model: LinearModel, text_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights `(n_genes, projection_dim)` and bias whose products with the texts are the regression's scores.
+    """Weights and bias of the readout whose products with the texts are the regression's logits.
 
-    The shortest such vectors lie in the span of the texts, which makes a cell a mixture of texts. With more labels
-    than dimensions the scores are met in the least-squares sense. `text_features` are `(n_labels, projection_dim)`, on
-    any device; the results are float32, on the CPU.
+    The minimum-norm solution lies in the span of the texts, so that a cell is a mixture of texts. With more labels
+    than dimensions, the logits are approximated by least squares.
+
+    Args:
+        model: The regression.
+        text_features: Embeddings of the labels, `(n_labels, projection_dim)`, on any device.
+
+    Returns:
+        Weights `(n_genes, projection_dim)` and bias `(projection_dim,)`, float32, on the CPU.
     """
     to_text_space = torch.linalg.pinv(text_features.cpu().double(), rcond=1e-4).t()  # (n_labels, projection_dim)
     weights = torch.from_numpy(model.weights).t() @ to_text_space
@@ -336,46 +363,54 @@ def readout_of(model: LinearModel, text_features: torch.Tensor) -> tuple[torch.T
 
 
 def negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> float:
-    """Mean over cells of -log softmax(logits)[target]."""
+    """Mean negative log-likelihood of the labels, natural logarithm."""
     return F.cross_entropy(torch.from_numpy(np.asarray(logits, dtype=np.float64)), torch.from_numpy(targets)).item()
 
 
 def losses_of_cells(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """-log softmax(logits)[target] of each cell."""
+    """Negative log-likelihood of the label of each cell, float64 `(n_cells,)`."""
     cells = torch.from_numpy(np.asarray(logits, dtype=np.float64)), torch.from_numpy(targets)
     return F.cross_entropy(*cells, reduction="none").numpy()
 
 
 def at_best_temperature(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Logits of scores of any scale."""
-    scores = scores / max(np.abs(scores).max(), 1e-9)  # in the range of cosines, as `TEMPERATURES` expects
+    """Divide scores of any scale by the temperature with the lowest loss."""
+    scores = scores / max(np.abs(scores).max(), 1e-9)  # `TEMPERATURES` are for scores in the range of cosines
     return scores / fit_temperature(scores, targets)
 
 
 def calibrated_loss(scores: np.ndarray, targets: np.ndarray) -> float:
-    """Negative log-likelihood of scores of any scale, at the temperature that fits them best."""
+    """Mean negative log-likelihood of scores of any scale, at the temperature with the lowest loss."""
     return negative_log_likelihood(at_best_temperature(scores, targets), targets)
 
 
 def fit_temperature(similarity: np.ndarray, targets: np.ndarray) -> float:
-    """The temperature of `TEMPERATURES` whose softmax of the cosines `(n_cells, n_labels)` fits the labels best."""
+    """The one of `TEMPERATURES` with the lowest loss of the labels, for cosines `(n_cells, n_labels)`."""
     return float(min(TEMPERATURES, key=lambda t: negative_log_likelihood(similarity / t, targets)))
 
 
 def fit_temperature_of_scores(scores: np.ndarray, targets: np.ndarray) -> float:
-    """As [`fit_temperature`], for scores of a regression, which it never sharpens (1 or more).
+    """[`fit_temperature`] for logits of a regression; the result is at least 1, so that logits are never sharpened.
 
-    Held-out cells of a file are more like the training cells than those of the next file: a temperature that sharpens
-    there, where a penalised regression is modest, makes errors on other files certain (`train/LOG.md`).
+    Held-out cells of the same file are more similar to the training cells than cells of other files are. A penalised
+    regression is underconfident on them, but a temperature below 1 makes it overconfident on other files
+    (`train/LOG.md`).
     """
     scale = max(np.abs(scores).max(), 1e-9)
     return max(1.0, float(scale * fit_temperature(scores / scale, targets)))
 
 
 def fit_similarity_weight(logits: np.ndarray, similarity: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
-    """The weight of similarities beside the readout's logits, both `(n_cells, n_labels)`, and the best sum.
+    """Fit the weight of similarities that are added to the readout's logits.
 
-    The weight is 0 unless the log-likelihood of the labels gains more than the standard error of its gain.
+    Args:
+        logits: Logits of the readout, `(n_cells, n_labels)`.
+        similarity: Cosine similarities to the texts of the labels, `(n_cells, n_labels)`.
+        targets: Labels, int64 `(n_cells,)`.
+
+    Returns:
+        The weight, and the sum with the lowest loss. The weight is 0 unless the mean gain in log-likelihood exceeds
+        its standard error.
     """
     sums = {weight: logits + weight * similarity for weight in 1 / TEMPERATURES}
     best = min(sums, key=lambda weight: negative_log_likelihood(sums[weight], targets))
@@ -385,7 +420,7 @@ def fit_similarity_weight(logits: np.ndarray, similarity: np.ndarray, targets: n
 
 
 def scores_of(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Loss, accuracy and macro-F1 of `(n_cells, n_labels)` logits."""
+    """Loss, accuracy and macro-F1 of logits `(n_cells, n_labels)`."""
     predicted = logits.argmax(axis=1)
     return {
         "loss": round(negative_log_likelihood(logits, targets), 4),

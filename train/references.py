@@ -1,9 +1,11 @@
-"""Reference profiles: mean expression of the cell types of many organs, beside cells of the datasets.
+"""Reference profiles: mean expression of cell types of many organs, in addition to the cells of the datasets.
 
-Profiles of known types are one more laboratory of these types. The others are no labels: with them a readout learns
-what the cells of its labels are not, so that a cell of an organ that no dataset has is not given the least unlike
-label (`readout_scmmgpt.PanelReadout.novelty`). A checkpoint keeps those of single types too, to name cells by them
-(`profiles_scmmgpt`). `data/tables/reference_profiles.json` says what each profile is.
+- Profiles of labelled types join the training of a readout as one more dataset.
+- Profiles of other types are classes without a label. From them a readout learns to tell the cells of its labels from
+  other cells, so that a cell of an organ that no dataset covers is novel (`readout_scmmgpt.PanelReadout.novelty`).
+- A checkpoint also stores the profiles of single types, which name novel cells (`profiles_scmmgpt`).
+
+`data/tables/reference_profiles.json` gives the Cell Ontology term of each profile.
 """
 
 import html
@@ -31,24 +33,30 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reference:
-    """Mean profiles, one of each type or kind of other cells."""
+    """Mean profiles: one for each type, and one for each class of other cells."""
 
     counts: csr_matrix  # (n_profiles, vocabulary size), counts per 10,000 of the genes of the file
     measured: np.ndarray  # int64: vocabulary ids, ascending
-    meanings: np.ndarray  # (n_profiles, n_labels + n_others): shares of labels, or one kind of other cells
+    meanings: np.ndarray  # (n_profiles, n_labels + n_others): shares of the labels, or 1 for a class of other cells
     n_labels: int
 
     def without(self, label: int) -> "Reference":
-        """The reference without the profiles of a label."""
+        """Leave out the profiles with a share of a label."""
         kept = self.meanings[:, label] == 0
         return replace(self, counts=self.counts[kept], meanings=self.meanings[kept])
 
     def join(
         self, datasets: Sequence[Dataset], meanings: np.ndarray, labels: np.ndarray
     ) -> tuple[list[Dataset], np.ndarray]:
-        """Datasets and `meanings` over some labels, for `fit_pooled_readout`, with the profiles as one more dataset.
+        """Add the profiles as one more dataset, for `fit_pooled_readout`; leave out profiles of other labels.
 
-        Profiles of labels that are not among `labels` are left out.
+        Args:
+            datasets: Labelled cells, with targets in `meanings`.
+            meanings: Shares of the labels in each target, `(n_targets, len(labels))`.
+            labels: Positions of the labels of the readout among all labels of the reference.
+
+        Returns:
+            The datasets, and their `meanings` `(n_targets + n_profiles, len(labels) + n_others)`.
         """
         shares = self.meanings[:, [*labels, *range(self.n_labels, self.meanings.shape[1])]]
         kept = shares.sum(axis=1) > 0
@@ -59,12 +67,12 @@ class Reference:
 
 
 def reference_table() -> dict[str, Any]:
-    """The reviewed table of reference profiles: the file, and the Cell Ontology term of each profile."""
+    """Read the reviewed table of reference profiles: the file name, and the Cell Ontology term of each profile."""
     return read_json(TABLES / "reference_profiles.json", dict)
 
 
 def reference_genes(folder: str | Path, index: GeneIndex) -> np.ndarray:
-    """Vocabulary ids of the genes that the profiles have, int64, ascending; none if the folder has no such file."""
+    """Vocabulary ids of the genes of the profiles, int64, ascending; empty if the folder has no profiles."""
     path = Path(folder, reference_table()["file"])
     names = pd.read_csv(path, usecols=[0]).iloc[:, 0] if path.is_file() else ()
     ids = np.array([index.lookup(str(gene))[0] for gene in names], dtype=np.int64)
@@ -78,13 +86,13 @@ def read_reference(
     index: GeneIndex,
     n_genes: int,
 ) -> Reference | None:
-    """The profiles, over the genes of a vocabulary; None if the folder has no such file.
+    """Read the reference profiles over the genes of a vocabulary; None if the folder has no profiles.
 
     Args:
-        folder: Of the data.
+        folder: Folder of the data.
         types: Cell Ontology ids of the labels.
-        place: Terms -> the types that each counts for.
-        index: The genes.
+        place: Function: terms of profiles -> for each term, the ids of `types` that share the profile.
+        index: Gene names of the vocabulary.
         n_genes: Size of the vocabulary.
     """
     table = reference_table()
@@ -111,21 +119,21 @@ def read_reference(
 
 @dataclass(frozen=True)
 class TypeProfiles:
-    """Mean profiles of single types, for a readout to name the types by that none of its cells has."""
+    """Mean profiles of single types, by which a readout names types without training cells."""
 
     terms: list[str]  # Cell Ontology ids
     counts: np.ndarray  # (n_types, vocabulary size), counts per 10,000 of the genes of the file
     measured: np.ndarray  # int64: vocabulary ids, ascending
-    others: list[int]  # the kind of other cells that a type is part of, as a `Reference` numbers them; -1 for none
+    others: list[int]  # for each type, its class of other cells as numbered in `Reference`; -1 for none
 
     def without(self, known: Collection[str]) -> "TypeProfiles":
-        """The types that are not known by cells."""
+        """Leave out the types in `known`, which have training cells."""
         kept = [place for place, term in enumerate(self.terms) if term not in known]
         others = [self.others[place] for place in kept]
         return TypeProfiles([self.terms[place] for place in kept], self.counts[kept], self.measured, others)
 
     def add_to(self, readout: ScMMGPTLabelReadout) -> None:
-        """Keep the profiles in a readout, on the scale of its groups."""
+        """Store the profiles in a readout as log1p, on the scale of the means of its groups."""
         arrays = readout.arrays()
         shares = np.bincount(arrays["gene_ids"], arrays["shares"], minlength=self.counts.shape[1])
         known = self.measured[shares[self.measured] > 0]
@@ -135,7 +143,7 @@ class TypeProfiles:
 
 
 def read_types(folder: str | Path, index: GeneIndex, n_genes: int, broad: Collection[str] = ()) -> TypeProfiles | None:
-    """The profiles of all types of the table that are not `broad`; None if the folder has no such file."""
+    """Read the profiles of all types of the table except the terms in `broad`; None if the folder has no profiles."""
     table = reference_table()
     path = Path(folder, table["file"])
     if not path.is_file():
@@ -150,42 +158,50 @@ def read_types(folder: str | Path, index: GeneIndex, n_genes: int, broad: Collec
 def mean_profiles(
     path: Path, kinds: Mapping[str, Sequence[str]], index: GeneIndex, n_genes: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Kind -> counts per 10,000 of its mean profile `(n_genes,)`, sorted by kind; and the genes of the file, ids.
+    """Average the profiles of each kind, as means of log1p(CP10k).
 
-    `kinds` are the names of the profiles of each kind. The mean is that of logarithms.
+    Args:
+        path: Table of profiles, genes x profiles.
+        kinds: Kind (a term, or a class of other cells) -> names of its profiles; see [`type_name`].
+        index: Gene names of the vocabulary.
+        n_genes: Size of the vocabulary.
+
+    Returns:
+        Kind -> mean profile in counts per 10,000, float64 `(n_genes,)`, sorted by kind; and the vocabulary ids of the
+        genes of the table, ascending.
     """
     kind_of = {name: kind for kind, names in kinds.items() for name in names}
     profiles = pd.read_csv(path, index_col=0)
-    found = np.array([kind_of.get(type_name(column), "") for column in profiles.columns])
+    kind_of_column = np.array([kind_of.get(type_name(column), "") for column in profiles.columns])
     left_out = reference_table()["left_out"]
-    found[[any(re.search(part, column) for part in left_out) for column in profiles.columns]] = ""
+    kind_of_column[[any(re.search(part, column) for part in left_out) for column in profiles.columns]] = ""
     values = np.log1p(COUNTS_PER_10K * (profiles / profiles.sum()).to_numpy().T)
     ids = np.array([index.lookup(str(gene))[0] for gene in profiles.index])
     means = {}
-    for kind in sorted({*found} - {""}):
-        mean = np.expm1(values[found == kind].mean(axis=0))
+    for kind in sorted({*kind_of_column} - {""}):
+        mean = np.expm1(values[kind_of_column == kind].mean(axis=0))
         means[str(kind)] = np.bincount(ids[ids >= 0], mean[ids >= 0], minlength=n_genes)
     return means, np.unique(ids[ids >= 0])
 
 
 def profiled_tissues(folder: str | Path) -> set[tuple[str, str]]:
-    """Pairs of a tissue, UBERON id, and a type that a profile of it has; empty if the folder has no such file."""
+    """Pairs (UBERON id of a tissue, Cell Ontology id of a profile from it); empty if the folder has no profiles."""
     table = reference_table()
     path = Path(folder, table["file"])
     if not path.is_file():
         return set()
     term_of = {name: term for kind in ("types", "untrained") for term, names in table[kind].items() for name in names}
     tissue_of = {part: tissue for tissue, parts in table["tissues"].items() for part in parts}
-    found = set()
+    pairs = set()
     for column in pd.read_csv(path, nrows=0, index_col=0):
         if not any(re.search(part, column) for part in table["left_out"]):
             tissue = tissue_of.get(column.split("_")[-1].rstrip("-.0123456789"))
-            found.add((tissue, term_of.get(type_name(column))))
-    return {(tissue, term) for tissue, term in found if tissue and term}
+            pairs.add((tissue, term_of.get(type_name(column))))
+    return {(tissue, term) for tissue, term in pairs if tissue and term}
 
 
 def type_name(column: str) -> str:
-    """The type of a profile, as the table spells it, from the name of a column.
+    """Read the type of a profile from the name of its column, in the spelling of the reviewed table.
 
     >>> type_name("Loop of henle _SPP1 high_AdultKidney2")
     'loop of henle'

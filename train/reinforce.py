@@ -1,13 +1,13 @@
-"""After `tune`: reinforce descriptions whose statements are true of their cells (GRPO).
+"""Stage 3, after `tune`: reinforce descriptions that are true of their cells (GRPO).
 
 ```
 python -m scmmgpt.train reinforce --config train/configs/reinforce_tiny.yaml --corpus DIR --checkpoint DIR \
     --output_dir DIR
 ```
 
-The model writes `num_generations` descriptions of each cell, and those with a higher reward than the others become
-likelier. Rewards need no reference text. They need what the corpus knows of the cell: its type, with the Cell
-Ontology, and its counts (`train/rewards.py`). LoRA on the language model is all that is trained.
+The model writes `num_generations` descriptions of each cell. Training makes the descriptions with a higher reward more
+likely. Rewards need no reference text: they compare a description with the cell type (by the Cell Ontology) and the
+counts of the cell (`train/rewards.py`). Only LoRA on the language model is trained.
 
 `--output_dir` holds a complete checkpoint with LoRA merged. `--output_dir/adapter` holds LoRA alone, which belongs to
 `--checkpoint`. [`CellGRPOTrainer`] takes any dataset of cells and any rewards.
@@ -47,10 +47,10 @@ TYPE_COLUMNS = ("cell_type", "cell_type_ontology_term_id")
 
 
 class EpochSampler(RepeatSampler):
-    """TRL's order of prompts, drawn by seed and epoch, so that a resumed run finds it in every epoch."""
+    """TRL's order of prompts, seeded by seed and epoch, so that a resumed run repeats the order of its epoch."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; `Trainer` calls this at the start of each."""
+        """Set the epoch; `Trainer` calls this method at the start of every epoch."""
         if self.shuffle:
             self.generator.manual_seed((self.seed or 0) + epoch)
 
@@ -58,33 +58,38 @@ class EpochSampler(RepeatSampler):
 class CellGRPOTrainer(CheckpointTrainer, GRPOTrainer):
     """`GRPOTrainer` for prompts that show a cell.
 
-    TRL's trainer knows texts and images. Here the inputs of a row's cell go with the row: into generation, through the
-    shuffling of completions, and into every pass that computes log-probabilities.
+    TRL's trainer supports texts and images. This trainer passes the inputs of a row's cell on with the row: into
+    generation, through the shuffling of completions, and into every pass that computes log-probabilities.
 
-    Rows of the dataset have one cell each, as the columns `cell_id`, `gene_ids` and `counts` or as `cells`, and a
-    `prompt`, a text or messages, with one `<cell>`. Rewards get the other columns, and `expressed_genes`: the
-    vocabulary ids of the cell's genes with a count.
+    A row of the dataset has one cell, as the columns `cell_id`, `gene_ids` and `counts` or as `cells`. The optional
+    column `prompt` is a text or messages with one `<cell>`. Reward functions get the other columns, and
+    `expressed_genes`: the vocabulary ids of the cell's genes with a count.
 
     Args:
         processing_class: The checkpoint's [`ScMMGPTProcessor`].
-        prompt: The prompt of rows without one; by default the checkpoint's for descriptions.
-        kwargs: For `GRPOTrainer` and [`CheckpointTrainer`].
+        prompt: Prompt of rows without a `prompt`; default: the checkpoint's prompt for descriptions.
+        kwargs: Arguments of `GRPOTrainer` and [`CheckpointTrainer`].
+
+    Raises:
+        ValueError: If an option of `GRPOTrainer` is given that takes texts alone or makes prompts without cells.
     """
 
     def __init__(
         self, model: Any, *, args: Any, processing_class: Any, prompt: str | None = None, **kwargs: Any
     ) -> None:
         if args.use_vllm or args.use_transformers_continuous_batching:
-            raise ValueError("use_vllm and use_transformers_continuous_batching take texts alone; prompts show cells.")
+            raise ValueError("use_vllm and use_transformers_continuous_batching take texts only; prompts show cells.")
         if refused := [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]:
-            raise ValueError(f"{refused[0]} makes prompts of its own, which have no cells; leave it out.")
+            raise ValueError(f"{refused[0]} makes prompts without cells; leave it out.")
         self.prompt = processing_class.render_prompt("describe") if prompt is None else prompt
-        self._shown = Cells.from_rows([])  # of the prompts at hand
-        self._cells: dict[str, torch.Tensor] = {}  # inputs of the cells of the rows at hand
-        never = {"suppress_tokens": [processing_class.cell_token_id]}  # a placeholder without a cell
-        args.generation_kwargs = never | (args.generation_kwargs or {})
+        self._shown = Cells.from_rows([])  # cells of the current prompts
+        self._cells: dict[str, torch.Tensor] = {}  # model inputs of the cells of the current rows
+        # A generated `<cell>` would be a placeholder without a cell.
+        without_placeholder = {"suppress_tokens": [processing_class.cell_token_id]}
+        args.generation_kwargs = without_placeholder | (args.generation_kwargs or {})
         super().__init__(model=model, args=args, processing_class=processing_class.tokenizer, **kwargs)
-        self.processing_class: Any = processing_class  # after TRL has made sure that it handles no images
+        # Set after TRL's `__init__`, which checks whether the class processes images.
+        self.processing_class: Any = processing_class
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         sampler: Any = super()._get_train_sampler(dataset)
@@ -108,10 +113,10 @@ class CellGRPOTrainer(CheckpointTrainer, GRPOTrainer):
         for row, genes in zip(inputs, parts, strict=True):
             columns = {name: value for name, value in row.items() if name not in (*CELL_COLUMNS, "cells")}
             rows.append({"prompt": self.prompt, **columns, "expressed_genes": set(genes.tolist())})
-        return super()._generate_and_score_completions(rows) | self._cells  # which splits with the rows
+        return super()._generate_and_score_completions(rows) | self._cells  # TRL splits these inputs with the rows
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict[str, torch.Tensor]]:
-        """The prompts with the places of their cells, and the inputs of the cells for generation."""
+        """Return the token ids of the prompts, placeholders of cells included, and the model inputs of the cells."""
         options = {"add_generation_prompt": True, "tokenize": False}
         render = functools.partial(self.processing_class.apply_chat_template, **options)
         texts = [prompt if isinstance(prompt, str) else render(prompt) for prompt in prompts]
@@ -129,7 +134,7 @@ class CellGRPOTrainer(CheckpointTrainer, GRPOTrainer):
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """TRL's method, which divides the rows into pieces; each piece gets its cells."""
+        """TRL's method divides the rows into pieces; a hook adds the cells of each piece."""
         done = 0
 
         def add_cells(module: torch.nn.Module, args: tuple, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -146,14 +151,18 @@ class CellGRPOTrainer(CheckpointTrainer, GRPOTrainer):
 
 
 def load_cells(corpus: Corpus, split: str) -> datasets.Dataset:
-    """Cells of a split and their types, memory-mapped by `datasets`, which keeps a copy in its cache."""
+    """Load the cells of a split and their types; the library `datasets` memory-maps a copy in its cache."""
     files = [str(corpus.path / shard.path) for shard in corpus.shards(split)]
     cells = datasets.load_dataset("parquet", data_files=files, split="train", features=corpus.features())
     return cells.select_columns([*CELL_COLUMNS, *TYPE_COLUMNS])
 
 
 def load_model(checkpoint: str) -> tuple[ScMMGPTForConditionalGeneration, ScMMGPTProcessor]:
-    """The model of a checkpoint of `tune`, which names itself by its absolute path, and its processor."""
+    """Load the model and the processor of a checkpoint of `tune`; the model's name is the absolute path.
+
+    Raises:
+        ValueError: If the checkpoint is not one of `tune`.
+    """
     config = ScMMGPTForConditionalGeneration.config_class.from_pretrained(checkpoint)
     architecture = (config.architectures or [""])[0]
     if architecture != "ScMMGPTForConditionalGeneration":
@@ -165,7 +174,7 @@ def load_model(checkpoint: str) -> tuple[ScMMGPTForConditionalGeneration, ScMMGP
 
 
 def render_question(processor: ScMMGPTProcessor, question: str | None) -> str | None:
-    """A question in the form of `scmmgpt describe`: a question without `<cell>` follows the cell."""
+    """Render a question as `scmmgpt describe` does; a question without `<cell>` gets the cell in front."""
     if question is None:
         return None
     token = processor.cell_token
@@ -186,16 +195,16 @@ def main(
     cells: Mapping[str, Any] | None = None,
     reward_funcs: list[Callable[..., list[float | None]]] | None = None,
 ) -> None:
-    """Describe, compare, train, save.
+    """Load the checkpoint and its cells, train with GRPO, save.
 
     Args:
-        cells: Split -> dataset of the library `datasets`, map-style or streamed, in place of the corpus's cells.
-        reward_funcs: Rewards in place of those that `rewards` names, as `GRPOTrainer` takes them.
+        cells: Split -> dataset of the library `datasets`, map-style or streamed, that replaces the corpus's cells.
+        reward_funcs: Reward functions of `GRPOTrainer` that replace the option `rewards`.
     """
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
     model, processor = load_model(model_args.checkpoint)
-    open_corpus(corpus.path, vocabulary=processor.gene_tokenizer.get_vocab(), verify=False)  # refuses another one
+    open_corpus(corpus.path, vocabulary=processor.gene_tokenizer.get_vocab(), verify=False)  # refuses others
     evaluates = training_args.eval_strategy != "no"
     if cells is None:
         names = ["train", "validation"] if evaluates and "validation" in corpus.split_names else ["train"]

@@ -1,21 +1,20 @@
-"""Build the checkpoint that lies at the root of the repository, from public cells and the texts of this project.
+"""Build the checkpoint at the root of the repository from public cells and the texts of this project.
 
 ```
 python -m scmmgpt.train release --data ../shared/data --output results/release
 make release
 ```
 
-1. `prepare` reads the files that the reviewed table names (`train/data/tables/human_sets.json`) into one corpus, over
-   the genes that at least `MIN_SOURCES` of them measure, or one of them and the reference profiles.
+1. `prepare` reads the files in the reviewed table (`train/data/tables/human_sets.json`) into one corpus. Its genes are
+   those that at least `MIN_SOURCES` files measure, and those of the reference profiles that at least one file has.
 2. `align` trains a small cell model and Q-Former.
-3. The readout of cell types is fitted over all datasets and reference profiles, with novelty and the gate of labels
-   that were never trained. Its temperature, sets of labels, least score and unit of novelty come from each dataset,
-   scored by a readout of the others.
-4. `tune` trains a small language model from nothing on captions, and fits the states that cells are generated from.
-5. OUTPUT/checkpoint gets everything in bfloat16, `checkpoint.md` (what it was trained on, and its limits) and nothing
-   else; it must not take more than `MAX_BYTES`.
+3. The readout of cell types is fitted over all datasets and reference profiles, with novelty and the gate for
+   untrained labels. Temperature, label sets, least score and unit of novelty are fitted to held-out datasets, each
+   scored by a readout of the other datasets.
+4. `tune` trains a small language model from scratch on captions, and fits the cell states for generation.
+5. OUTPUT/checkpoint gets the model in bfloat16 and `checkpoint.md` (training data and limits), at most `MAX_BYTES`.
 
-A step that is complete is not repeated. `train/configs/*_release.yaml` have the sizes.
+Complete steps are not repeated. The sizes are in `train/configs/*_release.yaml`.
 """
 
 import argparse
@@ -77,21 +76,21 @@ TRAINED_CODE = ("*.py", "README.md", "runs", "adapter", "training_args.bin", "*.
 
 @dataclass(frozen=True)
 class LabelledSource:
-    """Cells of a file with their Cell Ontology terms, at most `MAX_CELLS` of a label."""
+    """Labelled cells of a file, at most `MAX_CELLS` of each label."""
 
     name: str
     cells: Cells
     measured: np.ndarray  # vocabulary ids of the genes that the file measures, ascending
-    terms: np.ndarray  # (n_cells,) of str; "" for none
-    tissues: np.ndarray  # (n_cells,) of str, likewise
+    terms: np.ndarray  # ids of the Cell Ontology, str (n_cells,)
+    tissues: np.ndarray  # ids of tissues, str (n_cells,); "" if unknown
 
 
 def make_parser(prog: str = "python -m scmmgpt.train release") -> argparse.ArgumentParser:
-    """The command line."""
+    """Make the parser of `release`."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(prog=prog, description=__doc__, formatter_class=raw)
-    parser.add_argument("--data", required=True, help="folder of the files that the table names")
-    parser.add_argument("--output", required=True, help="folder of the corpus, the stages and the checkpoint")
+    parser.add_argument("--data", required=True, help="folder with the files of the table")
+    parser.add_argument("--output", required=True, help="folder for corpus, training stages and checkpoint")
     parser.add_argument("--labels", default="human", metavar="TABLE", help="reviewed table of labels (%(default)s)")
     parser.add_argument("--align-config", default=str(CONFIGS / "align_release.yaml"), help="sizes and steps of align")
     parser.add_argument("--tune-config", default=str(CONFIGS / "tune_release.yaml"), help="sizes and steps of tune")
@@ -99,14 +98,18 @@ def make_parser(prog: str = "python -m scmmgpt.train release") -> argparse.Argum
 
 
 def main(args: argparse.Namespace) -> Path:
-    """Build what is not there yet; returns the folder of the checkpoint."""
+    """Run the steps that are not complete, and return the folder of the checkpoint.
+
+    Raises:
+        ValueError: If the folder has steps of another version, or the checkpoint exceeds `MAX_BYTES`.
+    """
     output, table = Path(args.output), prepare.read_label_table(args.labels)
     files = prepare._expand([args.data])
     specs = prepare.reviewed_sources(dict(zip(prepare.name_sources(files), files, strict=True)), table)
     output.mkdir(parents=True, exist_ok=True)
     version = output / "version"
     if (output / "corpus").exists() and (not version.is_file() or version.read_text() != VERSION):
-        raise ValueError(f"{output} holds steps of another version than {VERSION}; delete it, or name another folder.")
+        raise ValueError(f"{output} has steps of another version than {VERSION}. Delete it or pass another folder.")
     version.write_text(VERSION)
     corpus = build_corpus(args, specs, output)
     aligned, annotating, tuned = (output / name for name in ("aligned", "annotating", "tuned"))
@@ -122,7 +125,7 @@ def main(args: argparse.Namespace) -> Path:
 
 
 def build_corpus(args: argparse.Namespace, specs: Sequence[SourceSpec], output: Path) -> Corpus:
-    """The corpus over the shared genes."""
+    """Build the corpus over the shared genes, or open it."""
     vocabulary = output / "vocab.json"
     if not vocabulary.is_file():
         write_json(vocabulary, shared_vocabulary(specs, args.data))
@@ -133,10 +136,10 @@ def build_corpus(args: argparse.Namespace, specs: Sequence[SourceSpec], output: 
 
 
 def shared_vocabulary(specs: Sequence[SourceSpec], folder: str | Path) -> dict[str, int]:
-    """Special tokens, and the genes of several sources, with their ids.
+    """Token -> id, for special tokens and the genes that `MIN_SOURCES` sources measure.
 
-    A gene of the reference profiles needs one source: what marks the cells of one organ, such as INS, few sources of
-    other organs measure.
+    A gene of the reference profiles needs one source only: few sources of other organs measure markers of one organ,
+    such as INS.
     """
     index = reference_gene_index()
     measured = [np.unique(FileSource(spec).choose(index).match.measured) for spec in specs]
@@ -144,12 +147,12 @@ def shared_vocabulary(specs: Sequence[SourceSpec], folder: str | Path) -> dict[s
     shared = n_sources >= min(MIN_SOURCES, len(specs))
     shared |= np.isin(genes, reference_genes(folder, index))
     symbols = {i: symbol for symbol, i in index.vocabulary.items()}
-    kept = sorted(symbols[gene] for gene in genes[shared].tolist())
-    return {name: i for i, name in enumerate([*SPECIAL_TOKENS, *kept])}
+    shared_symbols = sorted(symbols[gene] for gene in genes[shared].tolist())
+    return {name: i for i, name in enumerate([*SPECIAL_TOKENS, *shared_symbols])}
 
 
 def read_labelled(spec: SourceSpec, index: GeneIndex) -> LabelledSource:
-    """Cells of a source with a cell type, at most `MAX_CELLS` of each of its own labels."""
+    """Read the cells of a source that have a Cell Ontology term, at most `MAX_CELLS` of each original label."""
     source = FileSource(spec)
     choice, obs = source.choose(index), source.obs()
     labels = resolve_labels(obs).fillna("")
@@ -164,9 +167,15 @@ def read_labelled(spec: SourceSpec, index: GeneIndex) -> LabelledSource:
 
 
 def place_terms(terms: Sequence[str], types: Sequence[str], broad: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The types that each term counts for: itself or the narrowest type above it, or all types below a broad term.
+    """Map each term to types: itself, the narrowest type above it or, for a broad term, all types below it.
 
-    Types without a cell of their own are left out. Terms that count for none are not in the result.
+    Args:
+        terms: Ids of the Cell Ontology that cells have.
+        types: Ids of the types of the readout.
+        broad: Ids of terms that stand for all types below them.
+
+    Returns:
+        Term -> types. Types below a broad term are left out if no other term maps to them; so are terms without types.
     """
     own: dict[str, tuple[str, ...]] = {}
     for term in terms:
@@ -184,7 +193,17 @@ def place_terms(terms: Sequence[str], types: Sequence[str], broad: Sequence[str]
 def pool(
     sources: Sequence[LabelledSource], table: Mapping[str, Any], n_genes: int
 ) -> tuple[list[Dataset], list[str], np.ndarray]:
-    """Datasets, types that they have, and the shares of types in each target, as `fit_pooled_readout` takes them."""
+    """Pool the sources for `fit_pooled_readout`.
+
+    Args:
+        sources: Labelled cells of each file.
+        table: The reviewed table, with `types` and `broad`.
+        n_genes: Size of the vocabulary.
+
+    Returns:
+        The datasets with cells of a type, the types with cells, and the shares of types in each target, float64
+        `(n_targets, n_types)`.
+    """
     terms = sorted({term for source in sources for term in source.terms if term})
     placed = place_terms(terms, table["types"], table.get("broad", ()))
     types = [name for name in table["types"] if (name,) in placed.values()]
@@ -202,7 +221,7 @@ def pool(
 def read_profiles(
     folder: str | Path, types: Sequence[str], table: Mapping[str, Any], index: GeneIndex, n_genes: int
 ) -> Reference | None:
-    """Reference profiles of the types and of other cells, if the folder has them."""
+    """Read reference profiles of the types and of other cells; None if the folder has none."""
 
     def place(terms: Sequence[str]) -> dict[str, tuple[str, ...]]:
         return place_terms([*types, *terms], types, table.get("broad", ()))
@@ -274,9 +293,15 @@ def add_readout(
 def add_profiles(
     model: ScMMGPTForCellTextAlignment, profiles: TypeProfiles, labels: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Keep profiles of types that no cell has; returns the settings of `annotate` for them, `profiles`.
+    """Add the profiles of types without cells to the label readout.
 
-    `labels` are the ids of the trained types.
+    Args:
+        model: The model, changed in place.
+        profiles: Profiles of the types.
+        labels: Ids of the trained types.
+
+    Returns:
+        Settings of `annotate` for these types, `profiles`.
     """
     profiles.add_to(model.label_readout)
     sizes = dict(zip(("num_profiles", "num_profile_genes"), model.label_readout.profiles.shape, strict=True))
@@ -292,7 +317,7 @@ def add_profiles(
 def fit_pooled_gate(
     model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, datasets: Sequence[Dataset], meanings: np.ndarray
 ) -> Gate | None:
-    """The gate of labels that were never trained, from the cells of one type each."""
+    """Fit the gate for untrained labels to the cells whose target is a single type."""
     counts = vstack([data.counts for data in datasets], format="csr")
     codes = np.concatenate([data.targets for data in datasets])
     rows = np.flatnonzero((meanings[codes] == 1).any(axis=1))
@@ -304,11 +329,15 @@ def fit_pooled_gate(
 
 
 def write_checkpoint(tuned: Path, output: Path, corpus: Corpus, table: Mapping[str, Any]) -> Path:
-    """Write the checkpoint in bfloat16, and check its size."""
+    """Write the checkpoint in bfloat16.
+
+    Raises:
+        ValueError: If the checkpoint exceeds `MAX_BYTES`.
+    """
     pipeline = ScMMGPTPipeline.from_pretrained(str(tuned.absolute()), device="cpu", dtype=torch.float32)
     model: Any = pipeline.model
     model.config.release = {"name": NAME, "version": VERSION}
-    # Other buffers keep their types: those of the readout are float16 where they may be.
+    # Other buffers keep their dtypes: the readout stores float16 where the precision suffices.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     if (states := model.model.cell_states) is not None:
@@ -325,12 +354,12 @@ def write_checkpoint(tuned: Path, output: Path, corpus: Corpus, table: Mapping[s
     n_bytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     logger.info("%s has %.1f MB.", output, n_bytes / 1e6)
     if n_bytes > MAX_BYTES:
-        raise ValueError(f"{output} has {n_bytes:,} bytes, more than {MAX_BYTES:,}: make the parts smaller.")
+        raise ValueError(f"{output} has {n_bytes:,} bytes, more than {MAX_BYTES:,}. Make the model smaller.")
     return output
 
 
 def describe(corpus: Corpus, table: Mapping[str, Any], model: Any) -> str:
-    """The facts of the checkpoint, in Markdown."""
+    """Text of `checkpoint.md`: training data, cell types and limits."""
     manifest = corpus.manifest
     splits = ", ".join(f"{split} {corpus.n_cells(split):,}" for split in corpus.split_names)
     n_cells = sum(corpus.n_cells(split) for split in corpus.split_names)

@@ -1,7 +1,6 @@
-"""The verifiable parts of a description of a cell: the type and the genes that the text names.
+"""Rewards for the verifiable parts of a description of a cell: the cell type and the genes that the text names.
 
-[`score_type`] and [`score_genes`] score one text. [`reward_functions`] makes functions of them for TRL's
-`GRPOTrainer`.
+[`score_type`] and [`score_genes`] score one text. [`reward_functions`] wraps them for TRL's `GRPOTrainer`.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -18,16 +17,16 @@ RewardFunction: TypeAlias = Callable[..., list[float | None]]
 
 
 def score_type(text: str, cell_type: str | None, term_id: str | None = None) -> float | None:
-    """Whether a text names the type of its cell, and how narrowly: see [`ontology.depth_share`].
+    """Score the first cell type that a text names, by [`ontology.depth_share`].
 
-    The first type that a text names counts. A type that the Cell Ontology does not have is right by its own name only.
+    If the annotation is not in the Cell Ontology, only its own name scores.
 
     Args:
         cell_type: Annotation of the cell.
-        term_id: Its id in the Cell Ontology; by default the one of the annotation's name.
+        term_id: Cell Ontology id of the annotation; default: found by name.
 
     Returns:
-        1 for the type itself, less for a type above it, 0 for any other or none; `None` if the annotation is missing.
+        1 for the annotated type, less for a broader type, 0 for any other type or none; `None` without annotation.
 
     >>> score_type("This cell is a B cell.", "B cell"), score_type("This cell is a T cell.", "B cell")
     (1.0, 0.0)
@@ -43,12 +42,12 @@ def score_type(text: str, cell_type: str | None, term_id: str | None = None) -> 
 
 
 def score_genes(text: str, expressed: Collection[int], gene_index: GeneIndex) -> float:
-    """The share of the mentions of genes in a text that are true of its cell and new; 0 for a text without any.
+    """Share of the gene mentions of a text that are true of its cell and not repeated; 0 without mentions.
 
-    A gene that the text denies ("CD25-negative") should not be expressed. A gene that is named again is no news, which
-    keeps a model from repeating one that is safe. Left out are genes in the name of the type that the text names, such
-    as CD14 of "CD14-positive monocyte", and genes that say nothing about a type (mitochondrial and ribosomal genes,
-    MALAT1, ...).
+    - A gene that the text denies ("CD25-negative") is true if the cell does not express the gene.
+    - A repeated mention counts as false, so that a model does not repeat a safe gene.
+    - Genes in the name of the cell type, such as CD14 in "CD14-positive monocyte", and genes that are not specific to
+      types (mitochondrial and ribosomal genes, MALAT1, ...) are left out.
 
     Args:
         expressed: Vocabulary ids of the genes with a count above zero.
@@ -62,13 +61,13 @@ def score_genes(text: str, expressed: Collection[int], gene_index: GeneIndex) ->
 
 
 def agreement(mentions: Sequence[tuple[int, int]], expressed: Collection[int]) -> float:
-    """See [`score_genes`]; `mentions` are those of [`genes_in_text`]."""
+    """Compute [`score_genes`] from the `mentions` of [`genes_in_text`]."""
     true = {gene for gene, sign in mentions if (gene in expressed) == (sign > 0)}
     return len(true) / max(len(mentions), 1)
 
 
 def genes_in_text(text: str, gene_index: GeneIndex) -> list[tuple[int, int]]:
-    """The mentions of genes that [`score_genes`] verifies: vocabulary id and 1, or -1 if the cell should lack it."""
+    """Find the gene mentions for [`score_genes`]: `(vocabulary id, sign)`, sign -1 if the text denies the gene."""
     mentions = []
     for match in WORD.finditer(text):
         word = match.group()
@@ -85,16 +84,17 @@ def genes_in_text(text: str, gene_index: GeneIndex) -> list[tuple[int, int]]:
 
 
 def text_of(completion: Completion) -> str:
-    """The text of a completion of TRL, which is a text, or messages if the prompt was."""
+    """Text of a completion of TRL; a prompt of messages has a completion of messages."""
     return completion if isinstance(completion, str) else "\n".join(message["content"] for message in completion)
 
 
 def reward_functions(names: Sequence[str], gene_index: GeneIndex) -> list[RewardFunction]:
-    """Functions of completions and columns of the dataset -> a reward for each completion.
+    """Make reward functions: completions and columns of the dataset -> a reward for each completion.
 
     Args:
-        names: `cell_type`, which reads the columns `cell_type` and `cell_type_ontology_term_id`, and `genes`, which
-            reads `expressed_genes`, vocabulary ids, which `CellGRPOTrainer` adds.
+        names: `cell_type` needs the columns `cell_type` and `cell_type_ontology_term_id`. `genes` needs the column
+            `expressed_genes` (vocabulary ids), which `CellGRPOTrainer` adds.
+        gene_index: Gene names of the vocabulary.
     """
 
     def cell_type(

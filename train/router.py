@@ -1,4 +1,4 @@
-"""Linear readout, network or both: a table of the accuracy on held-out cells and of the time for a cell."""
+"""Comparison of linear readout, network and both on held-out cells: accuracy, macro-F1 and time per cell."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,16 +10,20 @@ PARTS = ("readout", "transformer", "both")
 
 
 def timed(work: Callable[[], T], n_cells: int) -> tuple[T, float]:
-    """The result of `work`, and its milliseconds for each cell."""
+    """The result of `work`, and its time in milliseconds per cell."""
     began = time.perf_counter()
     result = work()
     return result, 1e3 * (time.perf_counter() - began) / n_cells
 
 
 def verdict(parts: Mapping[str, Mapping[str, float]], used: str, was_trained: bool = False) -> str:
-    """Which part `annotate` uses, and why, in words.
+    """State which part `annotate` uses, and why.
 
-    A network that `was_trained` is not among the parts if no epoch was better than the start.
+    Args:
+        parts: Part -> its scores, with `accuracy`. `transformer` is missing if its queries contribute nothing.
+        used: `readout` or `both`.
+        was_trained: Whether gradient steps were taken. If they were, a missing `transformer` means that no epoch
+            lowered the validation loss.
     """
     if "transformer" not in parts and was_trained:
         return "`annotate` uses the linear readout. No epoch of the network lowered the loss, and training was undone."
@@ -34,7 +38,7 @@ def verdict(parts: Mapping[str, Mapping[str, float]], used: str, was_trained: bo
 
 
 def comparison(parts: Mapping[str, Mapping[str, float]], used: str, n_cells: int, was_trained: bool = False) -> str:
-    """Held-out accuracy, macro-F1 and time of each part, with the one that is used, and the verdict."""
+    """A table of held-out accuracy, macro-F1 and time of each part, with a mark at `used`, and the verdict."""
     lines = [f"{f'{n_cells} held-out cells':<24}{'accuracy':>9}{'macro-F1':>10}{'ms a cell':>11}"]
     for name in PARTS:
         row = parts.get(name, {})

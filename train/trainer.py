@@ -42,14 +42,20 @@ def make_datasets(
     token_budget: int | None = None,
     **order: Any,
 ) -> tuple[BatchDataset, BatchDataset | None]:
-    """Training and validation batches of this rank; `None` for validation without `eval_strategy` or such a split.
+    """Make the training and validation batches of this rank.
 
     Args:
         collate: See [`BatchDataset`].
-        cells: Split -> dataset, map-style or streamed, in place of the corpus's cells; see [`open_cells`].
-        columns: Annotations that `collate` takes; by default all but the barcode.
-        token_budget: Tokens in a training batch, in place of a number of cells.
+        cells: Split -> dataset, map-style or streamed, that replaces the corpus's cells; see [`open_cells`].
+        columns: Annotations that `collate` takes; default: all except the barcode.
+        token_budget: Most tokens of a training batch; replaces `per_device_train_batch_size`.
         order: More settings of the training [`CellStream`].
+
+    Returns:
+        Training batches, and validation batches or `None` if `eval_strategy` is "no" or there is no such split.
+
+    Raises:
+        ValueError: If there is no split "train".
     """
     shared: dict[str, Any] = {"columns": columns}
     shared |= {"rank": training_args.process_index, "world_size": training_args.world_size}
@@ -74,9 +80,12 @@ def make_datasets(
 def as_batches(
     dataset: Any, collator: Any, training_args: TrainingArguments, split: str = "train"
 ) -> BatchDataset | None:
-    """Batches of this rank of a dataset, map-style or streamed, with a cell in every row; see [`open_cells`].
+    """Make this rank's batches of a map-style or streamed dataset with a cell in every row; see [`open_cells`].
 
-    A training set that is map-style is shuffled; a streamed one keeps its order.
+    A map-style training set is shuffled; a streamed dataset keeps its order.
+
+    Raises:
+        ValueError: If the collator is missing.
     """
     if dataset is None or isinstance(dataset, BatchDataset):
         return dataset
@@ -99,15 +108,15 @@ class BatchLoader(DataLoader):
         super().__init__(dataset, batch_size=None)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; `Trainer` calls this at the start of each."""
+        """Set the epoch; `Trainer` calls this method at the start of every epoch."""
         self.dataset.set_epoch(epoch)
 
 
 class ResumedPosition(TrainerCallback):
-    """Takes the training data to the position of a resumed run.
+    """Moves the training data to the position of a resumed run.
 
-    `Trainer` loads the batches of the epoch that were trained on, and discards them, without setting the epoch first.
-    This callback sets the epoch, and has [`BatchDataset.skim`] leave those batches empty.
+    `Trainer` reloads the finished batches of the epoch and discards them, without setting the epoch first. This
+    callback sets the epoch, and [`BatchDataset.skim`] makes the discarded batches empty.
     """
 
     def __init__(self, dataset: BatchDataset) -> None:
@@ -116,7 +125,7 @@ class ResumedPosition(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the position from `state`, which is the checkpoint's, or a new one."""
+        """Compute epoch and batch from `state.global_step`, which is 0 for a new run."""
         steps_per_epoch = max(-(-len(self.dataset) // args.gradient_accumulation_steps), 1)
         epoch, step = divmod(state.global_step, steps_per_epoch)
         self.dataset.set_epoch(epoch)
@@ -124,13 +133,13 @@ class ResumedPosition(TrainerCallback):
 
 
 class CheckpointTrainer(Trainer):
-    """`Trainer` that writes every checkpoint whole or not at all, with the card of this project.
+    """`Trainer` that writes every checkpoint whole or not at all, with the model card of this project.
 
-    To combine it with a trainer of TRL, make this class the first base.
+    To combine this trainer with a trainer of TRL, make this class the first base.
 
     Args:
-        write_card: `write_card(folder, log_history=..., repo_id=...)` writes the model card, in place of the
-            trainer's own; with `adapter_base=..., base_revision=...` that of an adapter.
+        write_card: `write_card(folder, log_history=..., repo_id=...)` writes the model card instead of `Trainer`; with
+            `adapter_base=..., base_revision=...` the card of an adapter. Default: the card of `Trainer`.
     """
 
     model: torch.nn.Module
@@ -138,21 +147,21 @@ class CheckpointTrainer(Trainer):
 
     def __init__(self, *args: Any, write_card: Callable[..., object] | None = None, **kwargs: Any) -> None:
         self.write_card = write_card
-        self._unfinished: Path | None = None  # where a checkpoint is being written
+        self._unfinished: Path | None = None  # folder of the checkpoint that is being written
         self._frozen_modules: list[torch.nn.Module] | None = None
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:
             flatten_scalars(self.model)
 
     def turn_off_frozen_dropout(self) -> None:
-        """Turn off dropout in frozen parts; `Trainer` sets the whole model to training mode before every step."""
+        """Turn off dropout in frozen parts, because `Trainer` sets the whole model to training mode at every step."""
         if self._frozen_modules is None:
             self._frozen_modules = frozen_modules(self.model)
         for module in self._frozen_modules:
             module.training = False
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card of this project, about data, parts and limits, whenever the trainer saves or pushes one."""
+        """Write the model card of this project: data, origins of the parts, metrics and limits."""
         if self.write_card is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
@@ -160,13 +169,13 @@ class CheckpointTrainer(Trainer):
             self.write_card(self.args.output_dir, log_history=self.state.log_history, repo_id=repo_id)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Refuse a checkpoint of other weights, such as of another release: half of it would go on from the start."""
+        """Refuse a checkpoint with other weights: the weights that it lacks would silently be initialised again."""
         own = set(load_result.missing_keys) - set(getattr(self.model, "all_tied_weights_keys", None) or ())
         if own or load_result.unexpected_keys:
             raise ValueError(
                 f"The checkpoint to resume lacks the weights {sorted(own)[:SHOWN]} of the model and has the weights "
-                f"{sorted(load_result.unexpected_keys)[:SHOWN]}, which the model has not. Resume with the release and "
-                "the options that wrote it, or start anew in another --output_dir."
+                f"{sorted(load_result.unexpected_keys)[:SHOWN]}, which the model lacks. Resume with the release and "
+                "the options that wrote the checkpoint, or start again in another --output_dir."
             )
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -177,7 +186,7 @@ class CheckpointTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write `checkpoint-N` in a hidden folder, and move it when it is whole: a kill leaves no half of one."""
+        """Write `checkpoint-N` to a hidden folder and then rename it, so that a killed run leaves no part of one."""
         run_dir, state = Path(self._get_output_dir(trial)), self.state
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         self._unfinished = run_dir / UNFINISHED
@@ -194,7 +203,7 @@ class CheckpointTrainer(Trainer):
             if state.best_global_step and (best.name == name or best.exists()):
                 state.best_model_checkpoint = str(best)
                 state.save_to_json(str(whole / TRAINER_STATE_NAME))
-            shutil.rmtree(run_dir / name, ignore_errors=True)  # of a run that went this far before
+            shutil.rmtree(run_dir / name, ignore_errors=True)  # an earlier run may have written the same step
             whole.rename(run_dir / name)
             whole.parent.rmdir()
             rotate_checkpoints(
@@ -218,7 +227,7 @@ class CheckpointTrainer(Trainer):
             obey_umask(output_dir or self.args.output_dir)
 
     def write_adapter_card(self, folder: str) -> None:
-        """Write the card of the adapter in a folder, which names the base as `adapter_config.json` does."""
+        """Write the card of the adapter in a folder; the card names the base of `adapter_config.json`."""
         if self.write_card is None:
             return
         config = read_json(Path(folder, CONFIG_NAME))
@@ -240,11 +249,12 @@ class StreamTrainer(CheckpointTrainer):
     """`Trainer` over [`BatchDataset`]s. To combine it with a trainer of TRL, make `StreamTrainer` the first base.
 
     Args:
-        train_dataset, eval_dataset: [`BatchDataset`]s, or any dataset of cells, which [`as_batches`] makes one of.
-        data_collator: For any other dataset: [`ScMMGPTDataCollator`], or `collate(cells, columns, epoch=...)`.
-        is_pretrained: Whether a parameter, given its name, learns at `args.pretrained_learning_rate`; by default none
-            does.
-        kwargs: For [`CheckpointTrainer`].
+        train_dataset, eval_dataset: [`BatchDataset`]s, or datasets with a cell in every row, which [`as_batches`]
+            turns into batches.
+        data_collator: Collator for datasets of rows: [`ScMMGPTDataCollator`], or `collate(cells, columns, epoch=...)`.
+        is_pretrained: Name of a parameter -> whether the parameter learns at `args.pretrained_learning_rate`; default:
+            none does.
+        kwargs: Arguments of [`CheckpointTrainer`].
     """
 
     train_dataset: BatchDataset
@@ -271,7 +281,7 @@ class StreamTrainer(CheckpointTrainer):
             args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=dict,  # batches come finished
+            data_collator=dict,  # a `BatchDataset` yields collated batches
             **kwargs,
         )
         self.add_callback(ResumedPosition(self.train_dataset))
@@ -285,12 +295,12 @@ class StreamTrainer(CheckpointTrainer):
         return BatchLoader(self.eval_dataset)
 
     def num_examples(self, dataloader: DataLoader) -> int:
-        """Number of cells: the unit of epochs and of speed."""
+        """Number of cells, because cells are the unit of epochs and of speed."""
         assert isinstance(dataloader.dataset, BatchDataset)
         return dataloader.dataset.n_cells
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer of `Trainer`, with the pretrained parameters in groups of their own."""
+        """Create the optimizer of `Trainer`, with separate parameter groups for the pretrained parameters."""
         if self.optimizer is not None:
             return self.optimizer
         model = self.model if model is None else model
@@ -310,14 +320,14 @@ class StreamTrainer(CheckpointTrainer):
         return self.optimizer
 
     def record_losses(self, **losses: torch.Tensor | None) -> None:
-        """Keep components of the loss for the next log line, those of evaluation under `eval_*`."""
+        """Keep components of the loss for the next log line; in evaluation under the names `eval_*`."""
         prefix = "" if self.model.training else "eval_"
         for name, loss in losses.items():
             if loss is not None:
                 self.losses_by_name[prefix + name].append(loss.detach())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean of every component over all ranks and, in training, the speed since the last log line."""
+        """Log, in addition, the mean of every loss component over all ranks and, in training, the cells per second."""
         if "loss" in logs:
             now, n_cells = time.perf_counter(), self.train_dataset.n_cells_read * self.args.world_size
             if self._last_log is not None:
@@ -337,14 +347,14 @@ class StreamTrainer(CheckpointTrainer):
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
-        """Return the loss alone: features of a whole validation split are not worth gathering."""
+        """Return the loss alone, because nothing uses the outputs of a whole validation split."""
         with torch.no_grad():
             loss: Any = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
 
 class ModelLossTrainer(StreamTrainer):
-    """Trainer of a model that returns its loss, and the components of the loss as `*_loss`."""
+    """Trainer of a model whose output has `loss`, and components of the loss named `*_loss`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -377,11 +387,11 @@ def freeze(model: torch.nn.Module, should_freeze: Callable[[str], bool]) -> None
 
 
 def frozen_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Modules of parts without trained parameters, which leave training mode because dropout has no use there.
+    """List the modules of parts without trained parameters, in which dropout is turned off.
 
-    Dropout is a module, or a function that a module (attention, for example) calls in training mode. Modules with
-    `gradient_checkpointing` stay in training mode: they checkpoint in this mode alone, and gradients pass through
-    frozen layers too.
+    Dropout is a module, or a function that a module (for example, attention) calls in training mode. Modules with
+    `gradient_checkpointing` are left out: they checkpoint only in training mode, and gradients also pass through
+    frozen layers.
     """
     parameters = list(model.parameters())
     if parameters and not any(parameter.requires_grad for parameter in parameters):

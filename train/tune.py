@@ -47,17 +47,17 @@ NEW_PARTS = ("language_projection", "label_projection", "text_to_cell", "express
 class TuneTrainer(StreamTrainer, SFTTrainer):
     """`SFTTrainer` with TRL's language loss, plus the expression loss of generated cells.
 
-    TRL runs the backbone and computes the language loss from its last states. It ignores other losses of `forward`, so
-    a hook takes the expression loss from the same pass of the backbone.
+    TRL runs the backbone and computes the language loss from the last hidden states. TRL ignores other losses of
+    `forward`, so a hook takes the expression loss from the same pass of the backbone.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.num_targets_in_batch: int | None = None
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # here alone: TRL divides the loss by the tokens of the whole step
+        self.model_accepts_loss_kwargs = True  # TRL divides the loss by the tokens of the whole step
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Also count the target genes of the whole step, so that accumulation weighs every gene alike."""
+        """Also count the target genes of the whole step, so that every gene has the same weight in the step's loss."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         targets = torch.tensor(sum(count_targets(batch) for batch in samples), device=device)
         self.num_targets_in_batch = int(self.accelerator.gather(targets).sum())
@@ -66,12 +66,12 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """`language_weight` x TRL's loss + `expression_weight` x the mean loss of a target gene."""
+        """Return `language_weight` * TRL's loss + `expression_weight` * mean loss over target genes."""
         self.turn_off_frozen_dropout()
         unwrapped: Any = self.accelerator.unwrap_model(model)
         backbone: Any = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
         outputs: list = []
-        # The head costs as much as the layers, so only states with a label pass through it; a prompt has none.
+        # The head costs as much as the layers, so only states with a label pass through the head; prompts have none.
         labels = inputs["labels"][:, 1:]
         labelled = labels != -100
 
@@ -80,7 +80,7 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
             return dataclasses.replace(output, last_hidden_state=output.last_hidden_state[:, :-1][labelled][None])
 
         def show_expression_loss(module: torch.nn.Module, args: Any, output: Any) -> Any:
-            # DDP finds a parameter unused if no returned field depends on it; `aux_loss` is a field of TRL's.
+            # DDP takes a parameter for unused if no returned field depends on it; TRL's output has a field `aux_loss`.
             output["aux_loss"] = outputs[0].expression_loss
             return output
 
@@ -101,8 +101,8 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
         if expression_loss is not None:
             scale = 1.0
             if model.training and self.num_targets_in_batch:
-                # The mean over this micro-batch counts as much as its share of the step's genes. DDP averages
-                # gradients over ranks, hence the factor.
+                # Weight the mean over this micro-batch by its share of the step's genes. The number of ranks undoes
+                # DDP's averaging of gradients.
                 scale = n_targets / self.num_targets_in_batch * self.accelerator.num_processes
             loss = loss + backbone.config.expression_weight * scale * expression_loss
         mean = self.mean_language_loss(language_loss, inputs, num_items_in_batch) if targets.numel() else None
@@ -110,9 +110,10 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
         return (loss, outputs[0]) if return_outputs else loss
 
     def mean_language_loss(self, loss: torch.Tensor, inputs: dict, num_items_in_batch: Any) -> torch.Tensor:
-        """The mean over the micro-batch, for the log: TRL divides the loss by the tokens of the whole step.
+        """Turn TRL's loss into the mean over the tokens of the micro-batch, for the log.
 
-        TRL also multiplies the loss by the number of ranks, since DDP averages gradients over them.
+        TRL divides the loss by the tokens of the whole step, and multiplies it by the number of ranks, because DDP
+        averages gradients.
         """
         if num_items_in_batch is None:
             return loss
@@ -121,27 +122,31 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
 
 
 def count_targets(batch: dict) -> int:
-    """Number of target values in a batch, over all target cells."""
+    """Count the target values of a batch, over all target cells."""
     return int(batch["target_attention_mask"][batch["target_rows"]].sum()) if "target_rows" in batch else 0
 
 
 def build_model(
     corpus: Corpus, captions: CaptionSampler, model_args: TuneModelArguments, device: torch.device
 ) -> tuple[ScMMGPTForConditionalGeneration, ScMMGPTProcessor]:
-    """The model to tune and its processor."""
+    """Build the model to tune and its processor.
+
+    Raises:
+        ValueError: If `aligned` is not a checkpoint of `align`.
+    """
     language_model, tokenizer = build_language_model(corpus, captions, model_args, device)
     architecture = (
         ScMMGPTForCellTextAlignment.config_class.from_pretrained(model_args.aligned).architectures or [""]
     )[0]
     if architecture != "ScMMGPTForCellTextAlignment":
         raise ValueError(f"{model_args.aligned} holds a {architecture}; name a checkpoint of `align`.")
-    alignment = ScMMGPTForCellTextAlignment.from_pretrained(model_args.aligned)
+    alignment = ScMMGPTForCellTextAlignment.from_pretrained(model_args.aligned, dtype=torch.float32)
     processor = join_processor(model_args.aligned, tokenizer, corpus)
     model = join(alignment, language_model, processor, model_args)
     processor.num_cell_tokens = model.config.num_cell_tokens
     if model.config.cell_tokens != "queries":
-        processor.feature_extractor.return_profile = True  # also where the readout places cells for search
-    if model_args.language_model_precision == "4bit":  # intermediate checkpoints hold the frozen weights in 4 bits
+        processor.feature_extractor.return_profile = True  # the readout needs whole profiles
+    if model_args.language_model_precision == "4bit":  # intermediate checkpoints store the frozen weights in 4 bits
         skip_other_parts(model)
     return model, processor
 
@@ -152,7 +157,7 @@ def join(
     processor: ScMMGPTProcessor,
     model_args: TuneModelArguments,
 ) -> ScMMGPTForConditionalGeneration:
-    """Stage-2 model of a stage-1 model and a language model, whose embeddings are extended by `<cell>`."""
+    """Join a stage-1 model and a language model to a stage-2 model; add `<cell>` to the token embeddings."""
     embeddings: Any = language_model.get_input_embeddings()
     if len(processor.tokenizer) > embeddings.num_embeddings:
         language_model.resize_token_embeddings(len(processor.tokenizer))
@@ -161,7 +166,7 @@ def join(
     cell_tokens = "queries" if alignment.config.label_readout is None else "both"
     fields = {"cell_tokens": cell_tokens, **model_args.model_config, "text_to_cell_config": projector}
     if model_args.trained.qformer and fields.get("num_state_components"):
-        logger.warning("States of cells are left out: they read texts by the Q-Former, which this run trains further.")
+        logger.warning("No cell states are fitted: they depend on the Q-Former, which this run trains further.")
         fields["num_state_components"] = None
     return ScMMGPTForConditionalGeneration.from_components(
         alignment, language_model, cell_token_id=processor.cell_token_id, **fields
@@ -169,9 +174,9 @@ def join(
 
 
 def join_processor(aligned: str, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> ScMMGPTProcessor:
-    """The processor of a stage-1 checkpoint, with a language model's tokenizer and the corpus's library size."""
+    """Join the processor of a stage-1 checkpoint, a language model's tokenizer and the library size of the corpus."""
     start = ScMMGPTProcessor.from_pretrained(aligned)
-    open_corpus(corpus.path, vocabulary=start.gene_tokenizer.get_vocab(), verify=False)  # refuses another one
+    open_corpus(corpus.path, vocabulary=start.gene_tokenizer.get_vocab(), verify=False)  # refuses other vocabularies
     parts = start.feature_extractor, tokenizer, start.qformer_tokenizer, start.gene_tokenizer
     lengths: Any = {"num_query_tokens": start.num_query_tokens, "qformer_max_length": start.qformer_max_length}
     processor = ScMMGPTProcessor(*parts, **lengths, library_size=typical_library_size(corpus))
@@ -180,9 +185,9 @@ def join_processor(aligned: str, tokenizer: PreTrainedTokenizerBase, corpus: Cor
 
 
 def saved_parts(trained: TrainedParts, cell_tokens: str = "queries") -> list[str]:
-    """Parts that are trained in full beside the language model's LoRA, and saved with it.
+    """List the parts that are trained in full and saved with the LoRA adapter.
 
-    An adapter holds modules alone, so the query tokens, a parameter of the whole, keep their values.
+    An adapter stores modules only. The query tokens, a parameter of the whole model, therefore keep their values.
     """
     cell_model = {"full": ("cell_model",), "decoders": CELL_DECODERS, "frozen": ()}[trained.cell_model]
     new = [name for name in NEW_PARTS if name != "label_projection" or cell_tokens != "queries"]
@@ -218,9 +223,10 @@ def unused_parts(text_to_cell_ratio: float, has_instructions: bool, cell_tokens:
 
 
 def is_pretrained(name: str) -> bool:
-    """Whether a parameter has the lower learning rate: parts that stage 1 trains, and the text-to-cell Q-Former.
+    """Whether a parameter learns at `pretrained_learning_rate`: parts of stage 1, and the text-to-cell Q-Former.
 
-    At the rate of the heads, the post-norm layers of that Q-Former lose the differences between texts.
+    At the learning rate of the heads, the post-norm layers of the text-to-cell Q-Former lose the differences between
+    texts.
     """
     return "qformer." in name or ("cell_model." in name and "_decoder." not in name)
 
@@ -247,9 +253,10 @@ def main(
     *,
     cells: Mapping[str, Any] | None = None,
 ) -> None:
-    """Join the models, start the new parts, train, save.
+    """Join the models, initialise the new parts, train, save.
 
-    `cells` gives datasets in place of the cells of the corpus, as [`make_datasets`] takes them.
+    Args:
+        cells: See [`make_datasets`].
     """
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
@@ -268,7 +275,7 @@ def main(
     if data_args.instructions:
         limit = getattr(model.config.text_config, "max_position_embeddings", None)
         instructions = read_instructions(data_args.instructions, corpus, processor, max_tokens=limit)
-    # Every rank computes the start from the same cells, so all have the same weights; FSDP broadcasts none.
+    # FSDP broadcasts no weights, so every rank computes the same initial weights from the same cells.
     initialize.start_from_mean_profile(model, read_gene_means(corpus.path))
     if model.config.cell_tokens != "labels":
         initialize.standardize_language_projection(model, train_dataset.of_all_ranks())

@@ -1,6 +1,6 @@
-"""The parts for labels without training cells (`unseen_scmmgpt`): a gate, and directions from texts about genes.
+"""Fit the parts for labels without training cells (`unseen_scmmgpt`): a gate, and gene directions from gene texts.
 
-The gate is fitted on episodes that leave one trained label out.
+The gate is a logistic regression, fitted on episodes that each leave one trained label out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,14 +22,14 @@ from scmmgpt.unseen_scmmgpt import MIN_BATCH, Gate, LabelSpace, half_distances, 
 
 
 MIN_LABELS = 3  # an episode needs two labels beside the one that is left out
-GATE_CELLS = 5000  # at most
-EMBEDDED: dict[bytes, dict[str, np.ndarray]] = {}  # by encoder and text
-# Seven weights are too many for the episodes of a few labels. The columns of the evidence weigh so in other datasets
-# (`lymphoid_ref`, `liver_he`, `hnscc_puram`, `spatial_cosmx_lung_left` and `tonsil_pbmc_lr_panel`): the mean of their
-# gates, each of length 1. They count as much as so many episodes of the file; train/LOG.md has both.
+GATE_CELLS = 5000  # most cells for the fit of the gate
+EMBEDDED: dict[bytes, dict[str, np.ndarray]] = {}  # cache: fingerprint of the encoder -> text -> embedding
+# Prior for the seven weights of the gate, because few labels give too few episodes to fit seven weights: the mean of
+# the unit-length weights in five other datasets (`lymphoid_ref`, `liver_he`, `hnscc_puram`, `spatial_cosmx_lung_left`,
+# `tonsil_pbmc_lr_panel`). The prior counts as `COMMON_EPISODES` episodes; train/LOG.md has the choice of both.
 COMMON_WEIGHTS = np.array([0.571, 0.322, 0.200, 0.240, 0.231, 0.394, 0.112])
 COMMON_EPISODES = 9
-GENE_TEXTS = 4000  # of the most variable genes: texts take minutes, and other genes hardly move a sum
+GENE_TEXTS = 4000  # most variable genes whose texts are embedded: texts take minutes, other genes hardly change a sum
 
 
 def fit_gate(
@@ -40,21 +40,28 @@ def fit_gate(
     named: Sequence[dict[int, int]],
     seed: int = 0,
 ) -> Gate | None:
-    """Leave out each label in turn, predict it from its text, and learn which evidence finds its cells.
+    """Fit the gate that weighs the evidence for a label without training cells.
 
-    The weights are drawn towards those of other datasets; slope and offset are fitted anew. With a batch read
-    the gate has its own weights. A cell's own label's mean leaves the cell out. Within an episode the cells of the
-    left-out label weigh as much as all others, and every label and every episode the same.
+    1. Each episode leaves out one label, and predicts the mean of the label from its text.
+    2. A logistic regression over all episodes finds the weights of the seven columns of evidence for the left-out
+       label. The weights are shrunk towards `COMMON_WEIGHTS`; slope and offset are then fitted again.
+    3. With `MIN_BATCH` cells or more, a second regression gives separate weights for a batch of cells: there the
+       predicted mean has moved towards the most similar cells of the batch.
+
+    The distance of a cell to the mean of its own label is corrected as if the cell were not in the mean. Within an
+    episode, the cells of the left-out label weigh as much as all other cells. Every label and every episode has the
+    same weight.
 
     Args:
-        readout: The statistics of the training cells.
-        cells, targets: Training cells and their labels.
+        readout: Statistics of the training cells.
+        cells: Training cells.
+        targets: Label of each cell, int64 `(n_cells,)`.
         texts: Embeddings of the labels' texts, `(n_labels, width)`.
-        named: Genes that each text names.
-        seed: Draws `GATE_CELLS` of more cells.
+        named: For each label, the genes that its text names.
+        seed: Seed of the sample of `GATE_CELLS` cells, if there are more.
 
     Returns:
-        The gate, or None for fewer than `MIN_LABELS` labels of two cells or more.
+        The gate, or None if fewer than `MIN_LABELS` labels have two cells or more.
     """
     n_labels = len(texts)
     if n_labels < MIN_LABELS:
@@ -67,7 +74,7 @@ def fit_gate(
     share = float(arrays["shares"].sum())
     ragged = panel_profiles(cells, arrays["gene_ids"], share)
     trained, _, _ = LabelSpace.of(arrays, here, texts, texts, named).products(ragged)
-    # Without the cell itself its distance from the mean of n cells grows by (n / (n - 1)) squared.
+    # If a mean of n cells leaves out the cell itself, the squared distance of the cell grows by (n / (n - 1)) ** 2.
     rows = np.repeat(np.arange(len(cells)), np.diff(ragged[0]))
     half = np.bincount(rows, weights=ragged[2].astype(np.float64) ** 2, minlength=len(cells)) / 2
     own = np.arange(len(cells)), targets
@@ -85,12 +92,12 @@ def fit_gate(
         left = LabelSpace.of(part, here, texts[others], texts[[label]], [named[label]])
         episodes.append((left, trained[:, others], left.products(ragged)[2]))
 
-    def collect(read: Gate | None = None) -> np.ndarray:
-        """Evidence of all cells in all episodes, `(n_episodes * n_cells, 7)`; with `read`, after the batch."""
+    def collect(batch_gate: Gate | None = None) -> np.ndarray:
+        """Evidence of all cells in all episodes, `(n_episodes * n_cells, 7)`; with a gate, that of a batch."""
         pieces = []
         for left, seen, of_genes in episodes:
-            if read is not None:
-                left = left.read_batch(read, ragged, seen, of_genes, expected)
+            if batch_gate is not None:
+                left = left.read_batch(batch_gate, ragged, seen, of_genes, expected)
             pieces.append(left.evidence(seen, half_distances(ragged, left.predicted), of_genes, expected)[:, 0])
         return np.concatenate(pieces)
 
@@ -111,12 +118,12 @@ def fit_gate(
     gate = Gate((weights * slope).tolist(), offset, scale.tolist(), curve.tolist())
     if len(cells) < MIN_BATCH:
         return gate
-    batch_weights, batch_offset = fit(collect(read=gate) / scale)
+    batch_weights, batch_offset = fit(collect(gate) / scale)
     return replace(gate, batch_weights=batch_weights.tolist(), batch_offset=batch_offset)
 
 
 def towards_common(weights: np.ndarray, n_episodes: int) -> np.ndarray:
-    """The weights `(7,)` of a gate for evidence of unit variance, drawn towards those of other datasets."""
+    """Shrink the weights `(7,)` of a gate, for evidence of unit variance, towards `COMMON_WEIGHTS`."""
     common = np.linalg.norm(weights) * COMMON_WEIGHTS
     return (n_episodes * weights + COMMON_EPISODES * common) / (n_episodes + COMMON_EPISODES)
 
@@ -124,9 +131,10 @@ def towards_common(weights: np.ndarray, n_episodes: int) -> np.ndarray:
 def _cells_of_gate(
     cells: Cells, targets: np.ndarray, n_labels: int, seed: int
 ) -> tuple[Cells, np.ndarray, np.ndarray]:
-    """At most `GATE_CELLS` cells of labels with two cells or more, the labels, and how many cells each label has.
+    """Sample at most `GATE_CELLS` cells; drop labels with one cell, because the cell equals the mean of its label.
 
-    The only cell of a label is the mean of the label.
+    Returns:
+        The cells, their labels, and the number of cells of each label `(n_labels,)`, 0 for dropped labels.
     """
     if len(cells) > GATE_CELLS:
         rows = np.sort(np.random.default_rng(seed).choice(len(cells), GATE_CELLS, replace=False))
@@ -139,15 +147,16 @@ def _cells_of_gate(
 def embed_gene_texts(
     readout: ScMMGPTLabelReadout, tables: Sequence[Mapping[int, str]], embed: Callable[[list[str]], np.ndarray]
 ) -> np.ndarray:
-    """Directions of the genes of a readout: the mean over tables of the embeddings of a gene's texts, each centred.
+    """Embed texts about genes: centre the embeddings of each table, then average over the tables that have the gene.
 
     Args:
-        readout: The statistics of the training cells.
-        tables: Vocabulary id -> text, of one kind of text each, such as summaries and names.
+        readout: Statistics of the training cells, whose genes are embedded.
+        tables: Mappings from vocabulary id to text, one for each kind of text, such as summaries and names.
         embed: Texts -> embeddings `(n_texts, width)`.
 
     Returns:
-        `(num_genes, width)`, 0 for genes without a text and for all but the `GENE_TEXTS` most variable ones.
+        float64 `(num_genes, width)`; 0 for genes without a text, and for genes with a text that are not among the
+        `GENE_TEXTS` most variable.
 
     Raises:
         ValueError: If no gene of the readout has a text.
@@ -171,11 +180,11 @@ def embed_gene_texts(
 
 
 def embed_once(embed: Callable[[list[str]], np.ndarray], texts: list[str]) -> np.ndarray:
-    """As `embed`, but texts that the same encoder has embedded in this process are looked up.
+    """Call `embed` only for texts that the same encoder has not embedded in this process.
 
     An evaluation fine-tunes dozens of models that start from one BERT.
     """
-    known = EMBEDDED.setdefault(embed(["cell"]).tobytes(), {})  # an encoder is known by its state of a text
+    known = EMBEDDED.setdefault(embed(["cell"]).tobytes(), {})  # the embedding of "cell" identifies the encoder
     new = [text for text in dict.fromkeys(texts) if text not in known]
     if new:
         known.update(zip(new, embed(new), strict=True))
@@ -183,7 +192,10 @@ def embed_once(embed: Callable[[list[str]], np.ndarray], texts: list[str]) -> np
 
 
 def add_gene_texts(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, path: str | Path | None) -> None:
-    """Give the label readout of a model the directions of genes of a table of texts, if there are both."""
+    """Set the gene directions of a model's label readout from the table at `path`; do nothing without readout or path.
+
+    The format of the table is that of [`load_gene_texts`].
+    """
     if path is None or getattr(model, "label_readout", None) is None:
         return
     lookup = processor.gene_index.lookup

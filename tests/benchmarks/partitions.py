@@ -7,7 +7,8 @@ Cells of the source are repeated; `--source synthetic` draws them over the forty
 the tiny one with random weights unless `--model` names a checkpoint, so that the time is mostly that of reading,
 partitions, workers and joining. Files of cells stay in `--folder`, if one is given, for the next call; with no
 `--workers` they are made and nothing is measured. `--cluster` starts a Dask scheduler and workers as processes of
-their own, where `--workers` alone has the scheduler in the command.
+their own, where `--workers` alone has the scheduler in the command. With `--repeats`, the run of median cost a cell
+stands for all runs of a size.
 
 Writes one JSON object for each run, and a table at the end:
 
@@ -42,7 +43,7 @@ from scmmgpt import synthetic
 from scmmgpt.tests.clusters import DaskCluster, dask_cluster
 
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.05
 Series = dict[tuple[str, int], list[tuple[float, float, int]]]  # kind, process -> time, CPU seconds, bytes
 
 
@@ -177,6 +178,12 @@ def _ratio(one: float, other: float) -> str:
     return f"{one / other:.2f}" if other > 0 else ""
 
 
+def median_run(words: list[str], out: Path, cluster: DaskCluster | None, repeats: int) -> dict[str, Any]:
+    """The run of median cost a cell among `repeats` runs: 10,000 cells are computed in less than a second."""
+    runs = [measure(words, out, cluster) for _ in range(repeats)]
+    return sorted(runs, key=lambda run: run["cost_ms"] or 0.0)[repeats // 2]
+
+
 def measure(words: list[str], out: Path, cluster: DaskCluster | None) -> dict[str, Any]:
     """Run a command of `scmmgpt` that writes `out`, which is removed."""
     where = [] if cluster is None else ["--cluster", cluster.address]
@@ -198,6 +205,7 @@ def main() -> None:
     parser.add_argument("--cluster", action="store_true")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--cells-per-partition", default="4096")
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--model")
     parser.add_argument("--verb", choices=("embed", "annotate"), nargs="+", default=["embed"])
     args = parser.parse_args()
@@ -222,7 +230,7 @@ def main() -> None:
                         words = [verb, str(path), "--model", args.model]
                         words += ["--cells-per-partition", args.cells_per_partition]
                         words += [] if cluster else ["--workers", str(workers)]
-                        found = measure(words, path.with_suffix(".out.h5ad"), cluster)
+                        found = median_run(words, path.with_suffix(".out.h5ad"), cluster, args.repeats)
                         runs.append({"verb": verb, "cells": n_cells, "workers": workers, **found})
                         sys.stdout.write(json.dumps(runs[-1]) + "\n")
                         sys.stdout.flush()

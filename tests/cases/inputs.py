@@ -539,7 +539,7 @@ def retired_ids(adata):
 
 
 T = table  # a table of the counts
-NO_GENE = r"no gene: moved to obs"
+NO_GENE = r"not genes were moved to obs"
 CASES = [
     # several matrices in a folder
     Case("two samples of GEO", two_samples("{sample}_{what}", second=False), r"2 matrices: GSM1_T1.*GSM2_T2"),
@@ -548,7 +548,7 @@ CASES = [
     Case("the second sample, at the end", two_samples("{what}_{sample}", second=True), cells=SECOND),
     Case("a second sample with the features of the series", shared_features, cells=SECOND, says="GSE9_features"),
     Case("barcodes that two samples could claim", shared_barcodes, r"no barcodes\.tsv"),
-    Case("barcodes of another sample alone", barcodes_of_another_sample, r"other names are GSM1_T1_barcodes"),
+    Case("barcodes of another sample alone", barcodes_of_another_sample, r"other names: GSM1_T1_barcodes"),
     Case("tables of the series", of_the_series, says="read with GSE9_genes"),
     Case("outs of cellranger", cellranger_outs("raw_feature_bc_matrix", "filtered_feature_bc_matrix"), r"2 data sets"),
     Case("outs of cellranger, one matrix", cellranger_outs("filtered_feature_bc_matrix"), says="filtered_feature"),
@@ -556,7 +556,7 @@ CASES = [
     Case("outs of cellranger multi", cellranger_multi("s1", "s2"), r"2 data sets.*s1.*s2"),
     Case("STARsolo with multimappers", starsolo_variants, says="also holds UniqueAndMult-EM"),
     Case("STARsolo Velocyto", parts("spliced.mtx", "unspliced.mtx", "ambiguous.mtx"), says=r"spliced \+ ambiguous"),
-    Case("parts of other cells", parts_of_other_cells, r"name other cells or genes than each other"),
+    Case("parts of other cells", parts_of_other_cells, r"have different cells or genes"),
     Case("files that macOS leaves", of_macos),
     Case(
         "kallisto nac",
@@ -573,7 +573,7 @@ CASES = [
     Case("Parse Biosciences", parse_biosciences, obs=("sample", "tscp_count")),
     Case("tables with headers and row numbers", with_headers),
     Case("a header of too many entries", huge_header, r"too short for them"),
-    Case("a truncated matrix", truncated_mtx, r"truncated or no Matrix Market"),
+    Case("a truncated matrix", truncated_mtx, r"truncated or not a Matrix Market"),
     Case("droplets without cells", raw_droplets, says="unfiltered", cells=slice(0, 0)),
     Case("an archive", archive, r"unpack it first"),
     # text tables
@@ -592,7 +592,7 @@ CASES = [
     Case("AbSeq", T("t.csv", abseq(["CD3:UCHT1|CD3E|AHS0231|pAbO", "CD4:SK3|CD4|AHS0032|pAbO"])), aside=2),
     Case("AbSeq from R", T("t.csv", abseq(["CD3.UCHT1.CD3E.AHS0231.pAbO", "HTO_1"])), aside=2),
     Case("CITE-seq-Count tags", T("t.csv", abseq(["CD3-CTCATTGTAACTCCT", "Hashtag1-ACCCACCAGTAAGAC"])), aside=2),
-    Case("a panel with its genes in rows", T("t.csv", lambda f: f.iloc[:30], turned=True), says="turned"),
+    Case("a panel with its genes in rows", T("t.csv", lambda f: f.iloc[:30], turned=True), says="transposed"),
     Case(
         "a long table of UMI-tools", long_table({"gene": "gene", "cell": "cell", "count": "count"}), says="long format"
     ),
@@ -624,10 +624,10 @@ CASES = [
     Case("a number of the row, the sample and the barcode", T("t.csv", counted), obs=("orig.ident",)),
     Case("a gene's probe before its symbol", T("t.csv", probes, turned=True), var=("symbol",), cells=slice(0, 0)),
     Case("a long table with samples", T("t.csv", long_with_sample, index=False), obs=("sample",)),
-    Case("a long table of cells of one name", T("t.csv", long_twice, index=False), r"'sample' differs within cells"),
+    Case("a long table of cells of one name", T("t.csv", long_twice, index=False), r"'sample' has several values"),
     Case("a compressed table", T("t.tsv.gz", sep="\t", turned=True)),
     Case("no header", T("t.csv", turned=True, edit=without_header), r"has no header"),
-    Case("genes by genes", T("t.csv", lambda f: f.T @ f), r"genes in its rows and in its columns"),
+    Case("genes by genes", T("t.csv", lambda f: f.T @ f), r"genes in both rows and columns"),
     Case("a spreadsheet", spreadsheet, r"Save it as"),
     # HDF5 and Zarr
     Case("an h5ad by column", h5ad(by_column)),
@@ -646,7 +646,7 @@ CASES = [
     Case("10x of two genomes", ten_x(version=2, genomes=("GRCh38", "mm10")), r"several genomes \(GRCh38, mm10\)"),
     Case("a compressed h5ad", compressed("cells.h5ad.gz"), r"gunzip"),
     Case("a compressed h5", compressed("cells.h5.gz"), r"gunzip"),
-    Case("a h5mu with proteins", h5mu, says="mod/prot is not read", obs=("leiden_wnn", "cell_type")),
+    Case("a h5mu with proteins", h5mu, says="mod/prot is neither read", obs=("leiden_wnn", "cell_type")),
     Case("SpatialData", zarr(inside=("tables/table",)), says="tables/table of the store"),
     Case("SpatialData with two tables", zarr(inside=("tables/a", "tables/b")), r"2 tables of cells.*a.*b"),
     Case("a Zarr without a chunk of values", zarr("X/data"), r"lacks 1 of 1 chunks"),

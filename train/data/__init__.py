@@ -10,8 +10,8 @@ r"""From files of cells to batches of a training step: classes with their files,
       |   (optional: corpus/cache/*.arrow, the same rows in files that stream faster, by cache.py `write_cache`)
       v
  BlockReader                     blocks.py: decodes one row group ("block") at a time
-      |                          (in its place `RowReader` reads blocks of a map-style dataset; streamed.py has
-      |                          `StreamedCells`, batches of a streamed dataset in its own order)
+      |                          (`RowReader` reads blocks of a map-style dataset instead; `StreamedCells` of
+      |                          streamed.py yields batches of a streamed dataset in the order of the dataset)
       |   Cells: indptr int64 (n_cells + 1,), gene_ids uint16 (nnz,), counts uint16 or float32 (nnz,),
       |          cell_ids uint64 (n_cells,), total_counts float32 (n_cells,)
       |   obs: {annotation: str (n_cells,)}
@@ -30,8 +30,8 @@ r"""From files of cells to batches of a training step: classes with their files,
       |   gene_ids int64 (B, G), expression float32 (B, G), cell_attention_mask int64 (B, G),
       |   qformer_input_ids int64 (B, T) in stage 1; input_ids, labels int64 (B, T) in stage 2; ...
       v
- StreamTrainer                   ../trainer.py: `make_datasets` puts together all from `CellStream` on
+ StreamTrainer                   ../trainer.py: `make_datasets` builds the chain from `CellStream` on
 ```
 
-Each part can be used without those below it. Nothing here imports the rest of `train`.
+Each part works without the parts below it. Nothing here imports the rest of `train`.
 """

@@ -25,9 +25,9 @@ trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=operato
 token budgets, epochs of the order differ in length. Epoch `e` of the dataset then begins after `e * len(dataset)`
 batches of the order; no batch is lost or repeated.
 
-**Resuming** is exact in every epoch. A plain `Trainer` collates the batches of the epoch that were trained on, and
-discards them; the trainers of this package call [`BatchDataset.skim`], which spares the collating. In a loop of your
-own, `state_dict` holds the position.
+**Resuming** is exact in every epoch. A plain `Trainer` collates the batches that precede the checkpoint, and discards
+them. The trainers of this package call [`BatchDataset.skim`], which skips them without collating. In a custom loop,
+`state_dict` holds the position.
 """
 
 import collections
@@ -78,9 +78,9 @@ class BatchDataset(datasets.IterableDataset, torch.utils.data.IterableDataset):
         self.source = source
         self.collate: Any = collate  # `Any`, since callers use members of their own collators
         self.n_cells_read = 0  # cells of all batches so far, over all epochs
-        self._step = 0  # batches of this epoch that were yielded
-        self._goes_on = False  # whether the next iteration begins at `_step` in place of 0
-        self._n_skimmed = 0  # batches that the next iteration leaves empty
+        self._step = 0  # batches that this epoch has yielded
+        self._goes_on = False  # whether the next iteration begins at `_step` instead of 0
+        self._n_skimmed = 0  # empty batches at the start of the next iteration
         super().__init__(ExamplesIterable(self._examples, {}))
 
     def __len__(self) -> int:
@@ -98,7 +98,11 @@ class BatchDataset(datasets.IterableDataset, torch.utils.data.IterableDataset):
         return max(self.source.world_size, len(self))
 
     def shard(self, num_shards: int, index: int, contiguous: bool = True) -> "BatchDataset":
-        """The share of rank `index` of `num_shards`; a dataset that is this share already returns itself."""
+        """Return the share of rank `index` of `num_shards`; a dataset that already is this share returns itself.
+
+        Raises:
+            ValueError: If the dataset is the share of another rank.
+        """
         own = self.source.rank, self.source.world_size
         if own == (index, num_shards):
             return self
@@ -110,7 +114,7 @@ class BatchDataset(datasets.IterableDataset, torch.utils.data.IterableDataset):
         return self._over(self.source.for_rank(index, num_shards))
 
     def of_all_ranks(self) -> "BatchDataset":
-        """The batches of a single process, the same on every rank."""
+        """Return all batches, undivided, for every rank."""
         return self._over(self.source.for_rank(0, 1))
 
     def _over(self, source: CellSource) -> "BatchDataset":
@@ -119,7 +123,7 @@ class BatchDataset(datasets.IterableDataset, torch.utils.data.IterableDataset):
     # Position
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, which decides order and random draws. A position loaded for this epoch is kept."""
+        """Set the epoch, which seeds order and random draws. A loaded position in the same epoch is kept."""
         if epoch != self.epoch:
             self._step, self._goes_on = 0, False
         super().set_epoch(epoch)
@@ -129,11 +133,11 @@ class BatchDataset(datasets.IterableDataset, torch.utils.data.IterableDataset):
         self._n_skimmed = n_batches
 
     def state_dict(self) -> dict:
-        """The position and what it depends on, as JSON types; the same on all ranks."""
+        """Position, and the settings that give the position its meaning, as JSON types; the same on all ranks."""
         return {"epoch": self.epoch, "step": self._step, **self.source.identity()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Go to a saved position: the next iteration begins with the first batch that was not yielded before.
+        """Restore a saved position: the next iteration begins with the first batch that was not yet yielded.
 
         Raises:
             ValueError: If the position was saved by a stream with other settings or other cells.
@@ -169,7 +173,7 @@ class BatchDataset(datasets.IterableDataset, torch.utils.data.IterableDataset):
         return collate(cells, obs, epoch=epoch)
 
     def _make_ahead(self, start: int) -> Generator[tuple[int, Mapping[str, Any]], None, None]:
-        """Numbers of cells and finished batches, in order."""
+        """Yield the number of cells and the model inputs of each batch, in order."""
         collate = copy.deepcopy(self.collate)
 
         def make(number: int, cells: Cells, obs: Obs, epoch: int) -> tuple[int, Mapping[str, Any]]:
@@ -189,5 +193,5 @@ class BatchDataset(datasets.IterableDataset, torch.utils.data.IterableDataset):
             source.close()
 
     def _examples(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Numbered batches, for datasets that `map` and other methods derive from this one."""
+        """Numbered batches, for the datasets that `map` and other methods derive from this dataset."""
         yield from enumerate(iter(self))

@@ -21,7 +21,11 @@ Obs = dict[str, np.ndarray]  # annotation -> object array of str, None for null
 
 
 class CellPool:
-    """Cells in the order of their batches, and their annotations; empty at first, with room for `lengths` genes."""
+    """Buffer for cells in the order of their batches, and for their annotations; `fill` writes into the buffer.
+
+    Args:
+        lengths: Genes of every cell, int `(n_cells,)`.
+    """
 
     def __init__(self, lengths: np.ndarray, counts_dtype: np.dtype, columns: list[str]) -> None:
         indptr = np.append(0, np.cumsum(lengths, dtype=np.int64))
@@ -43,7 +47,7 @@ class CellPool:
         _copy_rows(cells.indptr, rows, cells.gene_ids, own.indptr, places, own.gene_ids)
         _copy_rows(cells.indptr, rows, cells.counts, own.indptr, places, own.counts)
         own.cell_ids[places] = cells.cell_ids[rows]
-        own.library_sizes()[places] = cells.library_sizes()[rows]  # `total_counts` of both
+        own.library_sizes()[places] = cells.library_sizes()[rows]  # `library_sizes` returns `total_counts` itself
         for name, values in self.obs.items():
             values[places] = obs[name][rows]
 
@@ -59,20 +63,20 @@ def _copy_rows(
 
 
 class BlockReader:
-    """Decodes the row groups ("blocks") of a split, from the copies of `cache.py` where there are any.
+    """Decodes the row groups ("blocks") of a split, from the Arrow copy of a shard (`cache.py`) if there is one.
 
     Attributes:
         columns: Annotations to decode.
         sizes: Cells of every block, `int64 (n_blocks,)`, over all shards in order.
         lengths: Genes of every cell, `uint16 (n_cells,)`.
-        content: What a position depends on, as text.
+        content: Checksums of the shards: a saved position is valid for this content alone.
         counts_dtype: uint16, or float32 if any shard of the split has float32 counts.
         bytes_decoded: Size of all gene ids and counts after decoding.
     """
 
     def __init__(self, corpus: Corpus, split: str, columns: list[str]) -> None:
         self.corpus, self.columns, self.shards = corpus, columns, corpus.shards(split)
-        sizes, self._places = [], []  # of a block: number of its shard, and of its row group in the shard
+        sizes, self._places = [], []  # a place is the number of a shard, and of a row group in the shard
         for index, shard in enumerate(self.shards):
             for group, first in enumerate(range(0, shard.n_cells, shard.row_group_size)):
                 sizes.append(min(shard.row_group_size, shard.n_cells - first))
@@ -86,14 +90,14 @@ class BlockReader:
         self._local = threading.local()
 
     def labels(self, name: str) -> pa.ChunkedArray:
-        """An annotation of every cell."""
+        """Annotation `name` of every cell."""
         return self.corpus.obs(self.shards[0].split, [name])[name]
 
     def read(self, block: int) -> tuple[Cells, Obs]:
         """Decode one block.
 
         Raises:
-            ValueError: With the row group and its shard, if it is damaged.
+            ValueError: If the row group is damaged; the message names the row group and the shard.
         """
         index, group = self._places[block]
         if not hasattr(self._local, "open"):  # a ParquetFile serves one thread at a time
@@ -131,7 +135,10 @@ class RowReader:
     Args:
         dataset: A `datasets.Dataset`, or a dataset with `__len__` whose items are rows, one cell each.
 
-    Attributes: Those of [`BlockReader`]; `columns` are all columns but the cell's.
+    Attributes: Those of [`BlockReader`]; `columns` are all columns except `CELL_COLUMNS`.
+
+    Raises:
+        ValueError: If the dataset has no rows, or gene ids outside the range of a vocabulary.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -161,7 +168,7 @@ class RowReader:
         self.bytes_decoded = int(self.lengths.sum()) * (2 + self.counts_dtype.itemsize)
 
     def labels(self, name: str) -> pa.ChunkedArray:
-        """An annotation of every cell."""
+        """Annotation `name` of every cell."""
         return pa.chunked_array([pa.array(self.read(block)[1][name]) for block in range(len(self.sizes))])
 
     def read(self, block: int) -> tuple[Cells, Obs]:
@@ -201,10 +208,13 @@ class MemoryReader:
 
 
 def table_to_examples(table: pa.Table, columns: list[str] | None = None) -> tuple[Cells, Obs]:
-    """Cells of a table with a cell in every row, and its other columns (default: all); absent ones are None.
+    """Convert a table with a cell in every row to cells and annotations.
+
+    Args:
+        columns: Annotations to return; default: all columns except `CELL_COLUMNS`. An absent column becomes all None.
 
     Raises:
-        ValueError: If the table lacks a column of a cell, or has nulls there.
+        ValueError: If a column of `CELL_COLUMNS` other than `total_counts` is absent or has nulls.
     """
     check_columns(table.column_names)
     for name in CELL_COLUMNS[:-1]:
@@ -221,7 +231,7 @@ def table_to_examples(table: pa.Table, columns: list[str] | None = None) -> tupl
 
 
 def check_columns(names: Sequence[str]) -> None:
-    """Refuse a dataset whose rows cannot be cells."""
+    """Refuse a dataset that lacks `cell_id`, `gene_ids` or `counts`."""
     if missing := [name for name in CELL_COLUMNS[:-1] if name not in names]:
         raise ValueError(
             f"The dataset has no column {missing[0]!r}; its columns are {list(names)}. A row of a cell has `cell_id` "
@@ -229,9 +239,9 @@ def check_columns(names: Sequence[str]) -> None:
         )
 
 
-def _select(found: Mapping[str, np.ndarray], columns: list[str] | None, n_rows: int) -> Obs:
-    names = list(found) if columns is None else columns
-    return {name: found.get(name, np.full(n_rows, None)) for name in names}
+def _select(values: Mapping[str, np.ndarray], columns: list[str] | None, n_rows: int) -> Obs:
+    names = list(values) if columns is None else columns
+    return {name: values.get(name, np.full(n_rows, None)) for name in names}
 
 
 def _values(column: pa.ChunkedArray) -> np.ndarray:

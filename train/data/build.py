@@ -35,12 +35,12 @@ from scmmgpt.train.data.splits import split_cells, split_units
 from scmmgpt.train.data.workers import start_workers
 
 
-Results = list[dict[str, Any]]  # what the tasks of one step returned
+Results = list[dict[str, Any]]  # one result for each task of a step
 
 logger = logging.getLogger(__name__)
 
-MIN_COMMON_GENES = 200  # of all sources, to recognise copies of a cell by
-SMALL_SOURCES_BYTES = 2**28  # one process builds from smaller sources before worker processes would have started
+MIN_COMMON_GENES = 200  # if fewer genes are common to all sources, copies of a cell are compared by all genes
+SMALL_SOURCES_BYTES = 2**28  # below this size, one process finishes before worker processes would have started
 
 
 class CorpusBuilder:
@@ -115,7 +115,7 @@ class CorpusBuilder:
 
     @contextlib.contextmanager
     def _leaving_nothing(self, is_new: bool) -> Iterator[None]:
-        """Remove the scratch of a build that fails before it has read any source, and its folder if that is new."""
+        """If the build fails before it has read a source, remove its scratch folder, and its output folder if new."""
         try:
             yield
         except BaseException:
@@ -126,9 +126,9 @@ class CorpusBuilder:
             raise
 
     def _has_work(self) -> bool:
-        """Whether a build left files in the folder that took time to make."""
-        made = ("manifest.json", "data/[!.]*.parquet", ".build/parts-*/*")
-        return any(True for pattern in made for _ in self.output.glob(pattern))
+        """Whether the output folder has files that took time to build."""
+        patterns = ("manifest.json", "data/[!.]*.parquet", ".build/parts-*/*")
+        return any(True for pattern in patterns for _ in self.output.glob(pattern))
 
     def _build(self, workers: int, cluster: str | None) -> corpus.Manifest:
         self._prepare_scratch()
@@ -154,24 +154,24 @@ class CorpusBuilder:
 
     def _finished_manifest(self) -> corpus.Manifest | None:
         """Check that the folder is new or belongs to this build; return the manifest if nothing is left to do."""
-        path, found = self.output / "manifest.json", None
+        path, earlier = self.output / "manifest.json", None
         has_work = self._has_work()
         if not has_work and (others := [entry.name for entry in self.output.iterdir() if entry.name[0] != "."]):
             raise ValueError(f"{self.output} holds other files, such as {min(others)!r}. Name a new folder.")
         manifest = corpus.Manifest.read(path) if path.exists() else None
         if (self.scratch / "request.json").exists():
-            found = read_json(self.scratch / "request.json")
+            earlier = read_json(self.scratch / "request.json")
         elif manifest is not None:
-            found = manifest.notes.get("request")
+            earlier = manifest.notes.get("request")
         elif any(self.output.glob("data/[!.]*.parquet")):
             raise ValueError(f"{self.output / 'data'} holds shards of an unknown build. Choose another folder.")
-        if found is not None and found != self.request and not has_work:
-            shutil.rmtree(self.scratch, ignore_errors=True)  # of a command that was mended since
-        elif found is not None and found != self.request:
-            changed = sorted(key for key in self.request if found.get(key) != self.request[key])
+        if earlier is not None and earlier != self.request and not has_work:
+            shutil.rmtree(self.scratch, ignore_errors=True)  # an earlier command failed and was then corrected
+        elif earlier is not None and earlier != self.request:
+            changed = sorted(key for key in self.request if earlier.get(key) != self.request[key])
             raise ValueError(
                 f"{self.output} holds a corpus of other sources or options ({', '.join(changed)} differ). Choose "
-                "another folder, or remove this one to build it anew."
+                "another folder, or remove this one to build it again."
             )
         missing = []
         for shard in manifest.shards if manifest else []:
@@ -218,7 +218,7 @@ class CorpusBuilder:
         write_json(self.scratch / "vocab.json", vocabulary)
 
     def _write_common_genes(self, scans: Results) -> None:
-        """Write the ids of the genes that all sources measure; those of all genes, if few are measured by all."""
+        """Write the ids of the genes that all sources measure, or of all genes if these are too few."""
         path, vocabulary = self.scratch / "common.npy", read_json(self.scratch / "vocab.json")
         if path.exists():
             return
@@ -295,7 +295,7 @@ class CorpusBuilder:
         dropped = {reason: sum(part["dropped"][reason] for part in parts) for reason in reasons}
         dropped["duplicates"] = sum(shard["duplicates"] for shard in merged)
         if dropped["duplicates"]:
-            logger.warning("Left out %d cells whose counts are those of another cell.", dropped["duplicates"])
+            logger.warning("Left out %d copies: cells with the same counts as another cell.", dropped["duplicates"])
         for scan, spec in zip(scans, specs, strict=True):
             _warn_of_labels(spec, scan["record"]["labels"].get("cell_type", {}))
         sources, start = [], 0
@@ -332,7 +332,7 @@ class CorpusBuilder:
             pq.write_table(pa.table(columns), temporary)
 
 
-def _warn_of_labels(spec: SourceSpec, found: dict[str, Any]) -> None:
-    """Warn of cell types without a term in the Cell Ontology that are codes or differ in spelling alone."""
-    for warning in label_warnings(found.get("unmatched", {}), f"cell_type of {spec.name}"):
+def _warn_of_labels(spec: SourceSpec, report: dict[str, Any]) -> None:
+    """Warn of cell types without a Cell Ontology term that are codes, differ in spelling alone, or have one cell."""
+    for warning in label_warnings(report.get("unmatched", {}), f"cell_type of {spec.name}"):
         logger.warning(warning)

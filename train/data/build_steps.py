@@ -46,14 +46,14 @@ from scmmgpt.train.data.splits import assign_splits
 
 COUNT_KINDS = ("uint16", "float32")
 SHARE_UNITS = 2**36  # fine enough for one count in a million, and 10^8 cells still sum to less than 2^63
-MIN_COPIED_GENES = 20  # of a cell that is recognised by its counts: cells of fewer genes are equal by chance
+MIN_COPIED_GENES = 20  # fewest genes for the detection of copies; cells with fewer genes can be equal by chance
 CELLS_TAKEN = 2_048  # cells whose counts are read or gathered at once
 CELLS_PER_SCAN = 500_000  # cells whose annotations are read at once
 
 
 @dataclasses.dataclass(frozen=True)
 class ScanTask:
-    """Source number `index`, whose genes are matched with the build's vocabulary, or with all human genes."""
+    """Scan of source number `index`; its genes are matched with the build's vocabulary, or with all human genes."""
 
     scratch: Path
     index: int
@@ -180,10 +180,10 @@ def map_partition(task: PartitionTask) -> dict[str, Any]:
 
 
 def content_hashes(cells: Cells, common: np.ndarray) -> np.ndarray:
-    """A hash of each cell's counts, uint64 `(n_cells,)`; 0 for a cell of fewer than `MIN_COPIED_GENES` genes.
+    """Hash the counts of each cell, uint64 `(n_cells,)`; 0 for a cell of fewer than `MIN_COPIED_GENES` genes.
 
     Args:
-        common: Ids of the genes that all sources measure: copies of a cell differ in the other genes.
+        common: Ids of the genes that all sources measure. Copies of a cell in two sources can differ in other genes.
     """
     kept = np.isin(cells.gene_ids, common)
     bits = cells.counts.astype(np.float32).view(np.uint32).astype(np.uint64)
@@ -195,9 +195,10 @@ def content_hashes(cells: Cells, common: np.ndarray) -> np.ndarray:
 
 
 def find_copies(parts: list[Path]) -> None:
-    """Mark the cells that have the counts of another cell, whatever their names.
+    """Mark copies: cells with the same counts as another cell, even if their names differ.
 
-    Of cells with equal counts, the cell of the smallest key stays unmarked. No cell is then in two splits.
+    Among cells with equal counts, the cell with the smallest key stays unmarked. Copies would otherwise leak a cell
+    from one split into another.
     """
     files = [folder / f"{kind}.arrow" for folder in parts for kind in COUNT_KINDS]
     files = [path for path in files if path.exists()]
@@ -218,12 +219,12 @@ def find_copies(parts: list[Path]) -> None:
 
 
 def copies_path(path: Path) -> Path:
-    """File of the marks of a scratch file of cells."""
+    """Path of the array that marks the copies in a scratch file of cells, bool `(n_cells,)`."""
     return path.with_name(f"{path.stem}-copies.npy")
 
 
 def _needs_float(cells: Cells) -> np.ndarray:
-    """Whether a cell has a count that is no 16-bit integer, bool `(n_cells,)`. No cell may be empty."""
+    """Whether a cell has a count that is not a 16-bit integer, bool `(n_cells,)`. Every cell must have a gene."""
     counts = cells.counts
     fits = (counts == np.rint(counts)) & (counts <= np.iinfo(np.uint16).max)
     return ~np.logical_and.reduceat(fits, cells.indptr[:-1]) if len(cells) else np.zeros(0, dtype=bool)
@@ -311,10 +312,10 @@ def merge_shard(task: ShardTask) -> dict[str, int]:
 
 
 def _tell_apart(cells: Cells) -> tuple[np.ndarray, int]:
-    """Among neighbours of one identity, find exact copies and rename the other cells, in place.
+    """Find exact copies among successive cells with the same id; give the other such cells new ids, in place.
 
     Returns:
-        Positions of the cells that are not copies, and the number of renamed cells.
+        Positions of the cells that are not copies, and the number of cells with new ids.
     """
     ids = cells.cell_ids.copy()
     kept, renamed = np.ones(len(cells), dtype=bool), 0

@@ -33,21 +33,21 @@ logger = logging.getLogger(__name__)
 
 
 def cached_path(corpus: Corpus, shard: Shard) -> Path:
-    """Where the copy of a shard is, or would be."""
+    """Path of the Arrow copy of a shard, whether or not the copy exists."""
     return corpus.path / "cache" / Path(shard.path).with_suffix(".arrow").name
 
 
 def is_cached(corpus: Corpus, shard: Shard) -> bool:
-    """Whether a shard has a copy, and the copy is of the shard as it is now."""
+    """Whether a shard has an up-to-date Arrow copy; warn of an outdated copy."""
     path = cached_path(corpus, shard)
     if not path.exists():
         return False
     with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as file:
-        found = file.schema.metadata[b"sha256"].decode()
-    if found != shard.sha256:
+        copied = file.schema.metadata[b"sha256"].decode()
+    if copied != shard.sha256:
         text = "%s is not used: it is a copy of another state of the corpus. Run `python -m scmmgpt.train cache %s`."
         logger.warning(text, path, corpus.path)
-    return found == shard.sha256
+    return copied == shard.sha256
 
 
 def open_cached(corpus: Corpus, shard: Shard, columns: list[str]) -> pa.ipc.RecordBatchFileReader:
@@ -61,7 +61,8 @@ def open_cached(corpus: Corpus, shard: Shard, columns: list[str]) -> pa.ipc.Reco
 def write_cache(corpus: Corpus, *, num_threads: int = 1) -> Path:
     """Copy the shards of a corpus that have no copy yet, and return the folder of the copies.
 
-    A copy gets its name when it is complete: streams may read the corpus meanwhile, and a stopped command continues.
+    A copy gets its name when it is complete. Streams may therefore read the corpus during the copying, and a command
+    that was stopped can be given again.
     """
     folder = corpus.path / "cache"
     folder.mkdir(exist_ok=True)
@@ -76,7 +77,7 @@ def write_cache(corpus: Corpus, *, num_threads: int = 1) -> Path:
 
 def _copy_shard(corpus: Corpus, shard: Shard) -> None:
     with corpus.open_shard(shard) as file, whole_file(cached_path(corpus, shard)) as temporary:
-        # Labels of all row groups at once, because an Arrow file has one dictionary for each column.
+        # Read the labels of all row groups at once, because an Arrow file has one dictionary for each column.
         labels = file.read(columns=list(OBS_COLUMNS)).unify_dictionaries()
         schema, options = None, pa.ipc.IpcWriteOptions(compression="lz4")
         with pa.OSFile(str(temporary), "wb") as sink, contextlib.ExitStack() as stack:

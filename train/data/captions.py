@@ -224,7 +224,7 @@ class CaptionSampler:
                 `n_cells` strings. An absent column is unknown, and so is a value of None, "" or "unknown".
             cells: Raw counts, for marker genes, which also need `gene_symbols` and the sampler's `gene_means`.
             gene_symbols: Symbol of each vocabulary id.
-            epoch: Number of the epoch; each epoch draws other captions.
+            epoch: Number of the epoch, which seeds the draws.
             cell_ids: uint64 `(n_cells,)`; default: `cells.cell_ids`.
             answers: Whether to draw from the set's answers instead of its captions.
         """
@@ -293,9 +293,9 @@ class CaptionSampler:
         """Return the templates that a cell's known fields can fill, their cumulative weights, and the synonyms."""
         values = self._describe(combination)
         synonyms = values["synonyms"]
-        found = values | {"a_synonym": bool(synonyms), "markers": has_markers}
-        known = {field for field, value in found.items() if value}
-        # A text of a cell of known type always names the type.
+        available = values | {"a_synonym": bool(synonyms), "markers": has_markers}
+        known = {field for field, value in available.items() if value}
+        # If the type is known, the text always names the type.
         choices = [t for t in templates if t.required <= known and t.names_type == ("cell_type" in known)]
         if not choices:
             raise ValueError(

@@ -18,13 +18,13 @@ def rows_of(obs: Mapping[str, np.ndarray], chosen: np.ndarray) -> dict[str, np.n
 
 
 class AlignmentCollator:
-    """Batches of stage 1: cells, a caption of each, and which captions have the same meaning.
+    """Batches of stage 1: cells, one caption per cell, and ids that captions of the same meaning share.
 
     Args:
         mask_ratio: Share of genes to hide for the masked-expression loss; `None` leaves that loss out.
         mask_value: Value of hidden genes, `ScGPTConfig.mask_value`.
-        paired: Whether a cell's own caption alone is right for the cell, as published; otherwise all captions of the
-            same meaning are.
+        paired: Whether the only positive of a cell is its own caption, as published; otherwise every caption of the
+            same meaning is a positive.
     """
 
     def __init__(
@@ -103,8 +103,9 @@ class TuningCollator:
         return dict(batch)
 
     def prompt_ids(self, obs: Mapping[str, np.ndarray], cell_ids: np.ndarray) -> np.ndarray:
-        """Id that each cell's prompt is drawn by, uint64 `(n_cells,)`: the cell's own, or one of `prompts_per_epoch`
-        ids that all cells with equal annotations share.
+        """Id that seeds the draw of each cell's prompt, uint64 `(n_cells,)`.
+
+        The id is the cell's own, or one of `prompts_per_epoch` ids that all cells with equal annotations share.
         """
         if self.prompts_per_epoch is None:
             return cell_ids

@@ -72,7 +72,7 @@ ROW_GROUP_SIZE = 512  # cells read at once; some tens of row groups make one shu
 MAX_VOCABULARY_SIZE = 2**16  # gene ids are stored as uint16; scGPT's vocabulary has 60,697 entries
 SMALL_CORPUS_BYTES = 2**30  # up to this size, checksums take about a second
 
-_RESTORE = "Delete the shard and run `prepare` again with the same arguments, or copy the shard anew from its source."
+_RESTORE = "Delete the shard and run `prepare` again with the same arguments, or copy the shard from its source again."
 
 
 def hash_vocabulary(vocabulary: Mapping[str, int]) -> str:
@@ -101,7 +101,7 @@ class Shard:
     row_group_size: int
 
     def checked(self) -> "Shard":
-        """The record itself, if each field has its type, and the path stays in the corpus."""
+        """Return the record if every field has its type and the path is inside the corpus; raise otherwise."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if type(value) is not field.type or isinstance(value, int) and value < 0:
@@ -169,7 +169,7 @@ class Manifest:
             fields["shards"] = [Shard(**shard).checked() for shard in fields["shards"]]
             return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields})
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}). Copy it anew from the source of the corpus.") from None
+            raise ValueError(f"{path} is damaged ({error}). Copy it again from the source of the corpus.") from None
 
 
 def shard_schema(counts_dtype: str, vocabulary_hash: str) -> pa.Schema:
@@ -193,8 +193,8 @@ def shard_schema(counts_dtype: str, vocabulary_hash: str) -> pa.Schema:
 class Corpus:
     """A corpus that `open_corpus` opened: its folder, and the contents of its JSON files.
 
-    `vocabulary` maps gene symbols to ids. `gene_aliases` is empty if the corpus has no such file. `repo_id` is the
-    name on the Hub of a corpus that was opened from there.
+    `vocabulary` maps gene symbols to ids. `gene_aliases` is empty if the corpus has no `gene_aliases.json`. `repo_id`
+    is the Hub id of a downloaded corpus, without revision; None for a folder.
     """
 
     path: Path
@@ -281,7 +281,7 @@ class Corpus:
     def to_adata(self, split: str, start: int = 0, stop: int | None = None) -> "anndata.AnnData":
         """Return a split as an AnnData: counts over the whole vocabulary in CSR, barcodes as `obs_names`.
 
-        Of cells `start` to `stop` alone, only their row groups are read.
+        With `start` or `stop`, only the row groups of these cells are read.
         """
         import anndata
 
@@ -328,13 +328,13 @@ class Corpus:
         return file
 
     def features(self) -> "datasets.Features":
-        """The `datasets.Features` of the shards; counts are float32 if those of any shard are."""
+        """The `datasets.Features` of the shards; counts are float32 if any shard has float32 counts."""
         return features_of(self.manifest)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the corpus to the Hub as a dataset, without lock files and `cache/`; returns the name of the dataset.
+        """Upload the corpus to the Hub as a dataset, without lock files and `cache/`; return the name of the dataset.
 
-        `load_dataset` and [`open_corpus`] read it from there. `options` are those of [`push_folder`].
+        `load_dataset` and [`open_corpus`] read the uploaded corpus. `options`: see [`push_folder`].
         """
         return push_folder(self.path, repo_id, repo_type="dataset", **options)
 
@@ -407,7 +407,7 @@ def open_corpus(
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
-    """Folder with a corpus of the Hub, in the Hub's cache."""
+    """Download a corpus of the Hub; return its folder in the Hub's cache."""
     try:
         return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

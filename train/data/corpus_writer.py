@@ -46,7 +46,7 @@ class CorpusWriter:
         if not 0 <= min(vocabulary.values(), default=-1) <= largest < corpus.MAX_VOCABULARY_SIZE:
             raise ValueError(
                 f"The gene vocabulary has {len(vocabulary)} entries with ids up to {largest}; a corpus has ids 0 to "
-                f"{corpus.MAX_VOCABULARY_SIZE - 1}. Choose fewer genes, or number them anew."
+                f"{corpus.MAX_VOCABULARY_SIZE - 1}. Choose fewer genes, or renumber them."
             )
         self.path = Path(path)
         self.vocabulary = dict(vocabulary)
@@ -127,10 +127,10 @@ class CorpusWriter:
                     f"{folder} mixes shards of several builds: split {split!r} is in {sorted(by_number)} shards. "
                     "Remove the shards of the other builds."
                 )
-            ((n_shards, found),) = by_number.items()
-            if missing := sorted(set(range(n_shards)) - found):
+            ((n_shards, present),) = by_number.items()
+            if missing := sorted(set(range(n_shards)) - present):
                 raise ValueError(
-                    f"Split {split!r} has {len(found)} of {n_shards} shards; missing are numbers {missing[:10]}. "
+                    f"Split {split!r} has {len(present)} of {n_shards} shards; missing are numbers {missing[:10]}. "
                     "Run the build again: it writes the missing shards only."
                 )
         if not paths:
@@ -154,7 +154,7 @@ def _describe_shard(path: Path) -> corpus.Shard:
 
 
 def _parquet_options(schema: pa.Schema) -> dict[str, Any]:
-    """The encodings of the smallest files: deltas of sorted ids, dictionaries of small counts and of labels."""
+    """Options of the smallest Parquet files: deltas for sorted ids, dictionaries for small counts and labels."""
     small = schema.field("counts").type.value_type == pa.uint16()
     encodings = {"gene_ids.list.element": "DELTA_BINARY_PACKED", "barcode": "DELTA_BYTE_ARRAY"}
     return {

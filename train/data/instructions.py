@@ -44,7 +44,7 @@ class Instructions:
     Args:
         conversations: Messages of each conversation, with string contents.
         cell_rows: Cells of each conversation, as positions in `cells`, in the order of the text.
-        cells: Every cell of any conversation, once; `None` if there is no cell.
+        cells: The distinct cells of all conversations; `None` if no conversation has a cell.
     """
 
     conversations: list[list[dict[str, str]]]
@@ -61,12 +61,12 @@ def read_instructions(
     """Read and check a file of conversations, and load their cells from the training split.
 
     Args:
-        max_tokens: Most tokens of a conversation that the language model takes; by default its tokenizer's limit.
+        max_tokens: Most tokens of a conversation; default: the limit of the language model's tokenizer.
 
     Raises:
-        ValueError: With the row and its values, if the roles are not user and assistant in turn, after at most one
-            system message; if placeholders and cells differ in number; if a cell is not in the training split; or if
-            the language model's chat template can't render the conversation.
+        ValueError: If the roles are not user and assistant in turn, after at most one system message; if the numbers
+            of placeholders and cells differ; if a cell is not in the training split; if a conversation is too long; or
+            if the language model's chat template can't render the conversation. The message names row and values.
     """
     conversations, names, column = [], [], None
     limit = processor.tokenizer.model_max_length if max_tokens is None else max_tokens
@@ -105,7 +105,7 @@ def read_instructions(
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Name for errors, and content, of each row."""
+    """Yield the name of each row, for error messages, and its content."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of conversations at {path}.")
     if path.suffix == ".parquet":
@@ -131,7 +131,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _check_messages(messages: Any, where: str, processor: ScMMGPTProcessor) -> list[dict[str, str]]:
-    """The messages with string contents; refuses roles in another order, and placeholders in the assistant's turns."""
+    """Return the messages with string contents; refuse other orders of roles, and placeholders of the assistant."""
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise ValueError(
             f"{where} has messages {str(messages)[:200]}; write a list of {{role, content}}, where a content is a "
@@ -157,7 +157,7 @@ def _check_messages(messages: Any, where: str, processor: ScMMGPTProcessor) -> l
 
 
 def _is_message(message: Any) -> bool:
-    """Whether a value is a message with a role, and with a text or parts as content."""
+    """Whether a value is a message: a role, and a text or a list of parts as content."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     content = message.get("content")
@@ -178,8 +178,8 @@ def _fetch(corpus: Corpus, column: str, names: list[tuple[str, list]]) -> tuple[
         return [[] for _ in names], None
     places: dict[Any, int] = {}
     batches = []
-    for found, cells in _search(corpus, "train", column, sorted(wanted)):
-        for name in found:
+    for matched, cells in _search(corpus, "train", column, sorted(wanted)):
+        for name in matched:
             if name in places:
                 raise ValueError(f"Several cells of {corpus.path} have the barcode {name!r}; use `cell_ids`.")
             places[name] = len(places)
@@ -198,7 +198,7 @@ def _fetch(corpus: Corpus, column: str, names: list[tuple[str, list]]) -> tuple[
 
 
 def _cell_id(name: Any, where: str) -> int:
-    """The identity as an unsigned integer; a corpus holds the same 64 bits as a signed one."""
+    """Return a cell id as an unsigned integer; the corpus stores the same 64 bits as a signed integer."""
     try:
         value = int(name)
     except (TypeError, ValueError):
@@ -211,25 +211,25 @@ def _cell_id(name: Any, where: str) -> int:
 
 
 def _search(corpus: Corpus, split: str, column: str, wanted: list) -> Iterator[tuple[list, Cells]]:
-    """Yield names and cells of the wanted cells of a split, by row group; row groups without any are not decoded."""
+    """Yield names and cells of the wanted cells of a split by row group; skip row groups without a wanted cell."""
     for shard in corpus.shards(split):
         with corpus.open_shard(shard) as file:
             for group in range(file.num_row_groups):
                 values = file.read_row_group(group, columns=[column])[column]
                 if column == "cell_id":
                     values = pa.chunked_array([values.to_numpy().view(np.uint64)])
-                found = pc.is_in(values, value_set=pa.array(wanted, type=values.type))
-                if pc.any(found).as_py():
+                is_wanted = pc.is_in(values, value_set=pa.array(wanted, type=values.type))
+                if pc.any(is_wanted).as_py():
                     table = file.read_row_group(group, columns=list(CELL_COLUMNS))
-                    yield values.filter(found).to_pylist(), table_to_cells(table.filter(found))
+                    yield values.filter(is_wanted).to_pylist(), table_to_cells(table.filter(is_wanted))
 
 
 class InstructionBatches(BatchDataset):
     """Batches of stage 2 in which conversations take the place of some cells.
 
-    The number of a batch determines its conversations, so resuming needs no state. Batches and ranks divide the
-    conversations among them in a random order, which is drawn again after each pass through all conversations; all
-    conversations occur equally often.
+    The number of a batch determines its conversations, so resuming needs no state. The conversations are dealt to
+    batches and ranks in a random order. Each pass through all conversations draws a new order, so every conversation
+    occurs equally often.
 
     Args:
         batches: Batches of cells; their stream has a `batch_size`.
@@ -260,7 +260,7 @@ class InstructionBatches(BatchDataset):
         return append_rows(kept, discussed, processor=collate.processor)
 
     def conversations_of(self, number: int) -> list[int]:
-        """Numbers of the conversations in a batch of this rank; batches are counted from the start of epoch 0."""
+        """Indices of the conversations in a batch of this rank; `number` counts batches from the start of epoch 0."""
         first, last = (int(n_batches * self.batch_size * self.ratio) for n_batches in (number, number + 1))
         start = first * self.source.world_size + self.source.rank * (last - first)
         total = len(self.instructions)
@@ -283,7 +283,7 @@ def encode_conversations(
 
 
 def append_rows(first: dict, second: dict, *, processor: ScMMGPTProcessor) -> dict[str, torch.Tensor]:
-    """Join two batches, of which the second has no target cells; texts are padded on the left, cells on the right."""
+    """Join two batches; the second has no target cells. Texts are padded on the left, cells on the right."""
     fill = {
         "input_ids": processor.tokenizer.pad_token_id,
         "labels": -100,

@@ -1,4 +1,4 @@
-"""Labels as people write them: how they are cleaned, and warnings of labels that are no names."""
+"""Clean labels as users write them, and warn of labels that are not names."""
 
 import re
 from collections import Counter, defaultdict
@@ -13,7 +13,7 @@ SHOWN = 5  # most labels that a warning lists
 
 
 def clean_label(value: Any) -> str:
-    """A label as text, without spaces around it or in a row; whole numbers have no decimals.
+    """Return a label as text: single spaces between words, none around; whole numbers without decimals.
 
     >>> clean_label(" B  cell "), clean_label(2.0)
     ('B cell', '2')
@@ -22,7 +22,14 @@ def clean_label(value: Any) -> str:
 
 
 def check_labels(labels: Iterable[Any], where: str) -> list[str]:
-    """Warnings about a column of labels: one label for all cells, missing labels, and those of [`label_warnings`].
+    """Warn of a single label for all cells, of missing labels, and of the labels that [`label_warnings`] names.
+
+    Args:
+        labels: Label of every cell.
+        where: Name of the column, for the messages.
+
+    Returns:
+        One sentence for each warning.
 
     Raises:
         ValueError: If no cell has a label.
@@ -40,11 +47,14 @@ def check_labels(labels: Iterable[Any], where: str) -> list[str]:
 
 
 def label_warnings(counts: Mapping[str, int], where: str) -> list[str]:
-    """Sentences about labels that are codes, that differ in spelling alone, or that have one cell each.
+    """Warn of labels that are codes, of labels that differ only in spelling, and of many labels with a single cell.
 
     Args:
         counts: Label -> number of cells.
-        where: Name of the column, for the sentences.
+        where: Name of the column, for the messages.
+
+    Returns:
+        One sentence for each warning.
     """
     warnings = []
     codes = [label for label in counts if is_code(label)]
@@ -57,7 +67,7 @@ def label_warnings(counts: Mapping[str, int], where: str) -> list[str]:
     for label in counts:
         spellings[spelling_key(label)].append(label)
     same = [
-        " and ".join(f"{label!r} ({counts[label]})" for label in found) for found in spellings.values() if found[1:]
+        " and ".join(f"{label!r} ({counts[label]})" for label in alike) for alike in spellings.values() if alike[1:]
     ]
     if same:
         more = f"; and {len(same) - SHOWN} more" if len(same) > SHOWN else ""
@@ -75,7 +85,7 @@ def label_warnings(counts: Mapping[str, int], where: str) -> list[str]:
 
 
 def is_code(label: str) -> bool:
-    """Whether a label is a number, also with a word of clustering before it."""
+    """Whether a label is a number, or a number after a word such as "cluster" or "leiden"."""
     return (
         re.fullmatch(r"(cluster|leiden|louvain|seurat|clust|c|k)?[\s_.-]*\d+([.,]\d+)?", label.strip(), re.I)
         is not None
@@ -83,7 +93,7 @@ def is_code(label: str) -> bool:
 
 
 def spelling_key(label: str) -> str:
-    """A key that labels share if they differ only in case, or in spaces, hyphens and underscores between words.
+    """Key that is equal for labels that differ only in case, or in spaces, hyphens and underscores between words.
 
     Signs of markers stay: CD4+ and CD4- differ.
     """
@@ -91,11 +101,11 @@ def spelling_key(label: str) -> str:
 
 
 def listed(labels: Iterable[str]) -> str:
-    """The first labels."""
+    """List the first `SHOWN` labels in quotes, then "..." if there are more."""
     labels = list(labels)
     return ", ".join(map(repr, labels[:SHOWN])) + (", ..." if len(labels) > SHOWN else "")
 
 
 def count_labels(values: Iterable[Any]) -> Counter[str]:
-    """Number of cells of each label; `None` is not a label."""
+    """Count the cells of each label, without `None`."""
     return Counter(value for value in values if value is not None)

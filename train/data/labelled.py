@@ -25,18 +25,18 @@ from scmmgpt.train.data.streamed import open_cells
 
 logger = logging.getLogger(__name__)
 
-READ_AT_ONCE = 4096  # cells of a dataset
+READ_AT_ONCE = 4096  # cells per read of a dataset
 
 
 @dataclasses.dataclass
 class CellTable:
-    """Cells with annotations, and how to read them.
+    """Annotated cells, and the options of [`read_cells`] that turn them into [`Cells`].
 
     Args:
         adata: The cells.
-        options: Of [`read_cells`].
-        cell_ids, total_counts: See [`Cells`]; by default those that [`read_cells`] finds.
-        n_train: First rows, which are for training, where the others are to be held out; `None` leaves that open.
+        options: Keyword arguments of [`read_cells`].
+        cell_ids, total_counts: See [`Cells`]; default: the values that [`read_cells`] derives from `adata`.
+        n_train: Number of training rows, which come first; the other rows are held out. `None`: not split.
     """
 
     adata: anndata.AnnData
@@ -46,25 +46,28 @@ class CellTable:
     n_train: int | None = None
 
     def read(self, gene_index: GeneIndex) -> Cells:
-        """The cells in another vocabulary."""
+        """Convert the cells to raw counts of the genes of `gene_index`."""
         cells, _ = read_cells(self.adata, gene_index, **self.options)
-        kept = {"cell_ids": self.cell_ids, "total_counts": self.total_counts}
-        return dataclasses.replace(cells, **{name: value for name, value in kept.items() if value is not None})
+        given = {"cell_ids": self.cell_ids, "total_counts": self.total_counts}
+        return dataclasses.replace(cells, **{name: value for name, value in given.items() if value is not None})
 
     def measured(self, gene_index: GeneIndex) -> np.ndarray:
-        """Ids of the measured genes in a vocabulary, ascending."""
+        """Ids of the genes of `gene_index` that the cells measure, ascending int32 `(n_genes,)`."""
         ids = choose_input(self.adata, gene_index, **self.options).match.ids
         return np.unique(ids[ids >= 0])
 
 
 def open_table(source: str, options: Mapping[str, Any], cells: Mapping[str, Any] | None = None) -> CellTable:
-    """The cells of a file, of a corpus, or of datasets.
+    """Open the cells of a file, of a corpus, or of datasets.
 
     Args:
-        source: File of cells; or corpus, whose training cells are read, and whose validation cells are held out.
-        options: Of [`read_cells`].
-        cells: Split -> dataset in place of the cells of the corpus `source`; see [`open_cells`]. Its `gene_ids` are of
-            the corpus's vocabulary. A split "validation" is held out.
+        source: File of cells, or a corpus: its training split is read, and its validation split is held out.
+        options: Keyword arguments of [`read_cells`].
+        cells: Split -> dataset that replaces the cells of the corpus `source`; see [`open_cells`]. The `gene_ids` of
+            the dataset are ids of the corpus's vocabulary. The split "validation" is held out.
+
+    Raises:
+        ValueError: If `cells` has no split "train".
     """
     if cells is None and not Path(source, "manifest.json").is_file():
         return CellTable(read_file(source), options)
@@ -89,7 +92,7 @@ def _read_split(cells: Any, split: str) -> tuple[Cells, pd.DataFrame]:
 
 
 def _to_adata(cells: Cells, obs: pd.DataFrame, corpus: Corpus) -> anndata.AnnData:
-    """Counts of the genes that occur, in the order of the corpus's vocabulary."""
+    """AnnData of raw counts; its genes are those with a count in any cell, in the order of the vocabulary."""
     symbols = corpus.gene_symbols
     counts = cells.to_csr(len(symbols)).astype(np.float32)
     occur = np.flatnonzero(counts.getnnz(axis=0))
@@ -102,7 +105,7 @@ class LabelledCells:
     """Cells in memory as a source of batches.
 
     Args:
-        targets: Number of each cell's label, int64 `(n_cells,)`.
+        targets: Index of each cell's label, int64 `(n_cells,)`.
         seed: Seed of the order, which differs between epochs; `None` keeps the cells in their order.
         batch_size, rank, world_size: See [`CellStream`].
     """
@@ -124,11 +127,11 @@ class LabelledCells:
         return -(-per_rank // self.batch_size)
 
     def batches(self, epoch: int = 0, start: int = 0) -> Generator[tuple[Cells, Obs, int], None, None]:
-        """Yield cells, their `target`s, and the epoch of random draws, which is always 0 without a seed."""
+        """Yield cells, their `target`s, and the epoch that seeds random draws; without a seed, this epoch is 0."""
         order = np.arange(self.n_cells)
         if self.seed is not None:
             order = np.random.default_rng([self.seed, epoch]).permutation(order)
-        # All ranks take equally many steps: where the division leaves a remainder, a few cells occur twice.
+        # All ranks take the same number of steps. If the cells do not divide evenly, a few cells occur twice.
         per_rank = -(-len(order) // self.world_size)
         own = np.resize(order, per_rank * self.world_size)[self.rank :: self.world_size]
         for step in range(start, len(self)):
@@ -136,16 +139,16 @@ class LabelledCells:
             yield self.cells[rows], {"target": self.targets[rows]}, 0 if self.seed is None else epoch
 
     def for_rank(self, rank: int, world_size: int) -> "LabelledCells":
-        """The same cells in the share of another rank."""
+        """Return the share of rank `rank` of `world_size` of the same cells."""
         return dataclasses.replace(self, rank=rank, world_size=world_size)
 
     def identity(self) -> dict:
-        """Settings that a position in an epoch depends on."""
+        """Settings that determine which cells a position in an epoch stands for."""
         return {"batch_size": self.batch_size, "seed": self.seed, "world_size": self.world_size}
 
 
 class LabelledBatches(BatchDataset):
-    """Inputs of labelled cells, and the texts of all labels in every batch.
+    """Batches of labelled cells as model inputs; every batch also holds the texts of all labels.
 
     Args:
         cells, targets, order: See [`LabelledCells`]; `order` needs `batch_size`.

@@ -31,7 +31,9 @@ ONTOLOGIES = {
 MISSING = frozenset({"", "na", "nan", "none", "unknown", "unassigned", "<na>"})
 
 ROOT_TYPE = "CL:0000000"  # cell
-MOST_KINDS = 200  # of a label whose kinds are judged by it; without epithelial cells the most are 161 in the release
+# Most subtypes of a label in `terms_below`. Among the labels of the release, "epithelial cell" has more; the next
+# largest number is 161.
+MOST_KINDS = 200
 BLOOD = "UBERON:0000178"
 LABELS_FILE = Path(__file__).parent / "templates" / "labels.json"
 
@@ -221,18 +223,18 @@ def distance(term_id: str | None, other_id: str | None) -> float:
 
 @functools.cache
 def cell_types() -> dict[str, str]:
-    """Name -> id of every cell type but "cell" itself, for texts that may name any; no name of two types."""
+    """Name -> Cell Ontology id of every cell type except "cell" itself; a name that two types share is left out."""
     ids = set(_names_to_ids("CL", "name").values()) - {ROOT_TYPE}
     return {str(term_name(term_id)): term_id for term_id in sorted(ids)}
 
 
 @functools.cache
 def depth_share(term_id: str, true_id: str) -> float:
-    """How much of the way from "cell" down to the true type a term covers.
+    """Share of the path from "cell" down to the true type that a term covers.
 
     Returns:
-        1 for the true type itself. For a type above it, 1 - (steps from the true type) / (steps from the true type to
-        "cell"), by shortest ways. 0 for all others, narrower types included.
+        1 for the true type itself. For an ancestor of the true type, 1 - (steps from the true type to the ancestor) /
+        (steps from the true type to "cell"), by shortest paths. 0 for all other terms, narrower types included.
 
     >>> depth_share("CL:0000945", "CL:0000236")  # lymphocyte of B lineage, where the cell is a B cell
     0.8333333333333334
@@ -254,7 +256,7 @@ def ancestors(term_id: str) -> tuple[str, ...]:
 
 
 def shared(term_id: str, others: Iterable[str]) -> list[str]:
-    """Ids of a term and its ancestors that are among some other terms and their ancestors, sorted."""
+    """Sorted ids that a term and its ancestors have in common with `others` and their ancestors."""
     of_others = {above for other in others for above in (other, *ancestors(other))}
     return sorted(of_others & {term_id, *ancestors(term_id)})
 
@@ -265,18 +267,18 @@ def all_synonyms(term_id: str) -> tuple[str, ...]:
 
 
 def label_terms(labels: Mapping[str, str | None]) -> list[dict[str, Any]]:
-    """The Cell Ontology terms of some labels and all terms above them, for `annotate` to understand other words.
+    """List the Cell Ontology terms of labels and of all their ancestors.
 
-    A checkpoint keeps them, so that it needs no ontology. The narrowest terms come first. Of terms that stand above
-    the same labels the curated classes of CELLxGENE come first ("T cell" before "mature alpha-beta T cell"), then the
-    nearest.
+    A checkpoint stores this list, so that `annotate` understands synonyms and broader names without the ontology.
+    Terms of fewer labels come first. Among terms of equally many labels, the curated classes of CELLxGENE come first
+    ("T cell" before "mature alpha-beta T cell"), then the nearest ancestors.
 
     Args:
         labels: Label -> Cell Ontology id, or None.
 
     Returns:
-        For each term `id`, `name`, `names` (name and unambiguous synonyms, normalised) and `labels`: the labels that
-        are the term or kinds of it.
+        A mapping for each term: `id`, `name`, `names` (name and unambiguous synonyms, normalised) and `labels`, the
+        labels that equal the term or are subtypes of the term.
     """
     below: dict[str, list[str]] = {}
     for label, given in labels.items():
@@ -296,23 +298,25 @@ def label_terms(labels: Mapping[str, str | None]) -> list[dict[str, Any]]:
 
 
 def terms_below(labels: Mapping[str, str], without: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The terms below labels, for `annotate` to judge a kind of a label by the label.
+    """List the subtypes of labels, so that `annotate` can score a subtype that was never trained by its label.
 
-    A label of more than `MOST_KINDS` kinds ("epithelial cell") says too little of one, and has none.
+    A label with more than `MOST_KINDS` subtypes ("epithelial cell") is too broad to score a subtype by. The subtypes
+    of such a label are left out.
 
     Args:
         labels: Label -> Cell Ontology id.
-        without: Ids of terms that are known otherwise.
+        without: Ids of terms to leave out, because another list has them.
 
     Returns:
-        As [`label_terms`], each with the one label that is the nearest above it; terms of two such are left out.
+        As [`label_terms`]; each term has one label, its nearest ancestor among the labels. Terms with several nearest
+        ancestors are left out.
     """
     label_of = {term_id: label for label, term_id in labels.items()}
     below: dict[str, list[str]] = {label: [] for label in labels}
     for term_id in cell_types().values():
-        found = [name for name in ancestors(term_id) if name in label_of]
-        above = {higher for name in found for higher in ancestors(name)}
-        nearest = [name for name in found if name not in above]
+        labelled = [ancestor for ancestor in ancestors(term_id) if ancestor in label_of]
+        above = {higher for ancestor in labelled for higher in ancestors(ancestor)}
+        nearest = [ancestor for ancestor in labelled if ancestor not in above]
         if len(nearest) == 1 and term_id not in label_of and term_id not in without:
             below[label_of[nearest[0]]].append(term_id)
     few = ((label, ids) for label, ids in below.items() if len(ids) <= MOST_KINDS)
@@ -320,30 +324,30 @@ def terms_below(labels: Mapping[str, str], without: Collection[str] = ()) -> lis
 
 
 def tissue_terms(pairs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
-    """The tissues of some labelled cells, for `annotate` to choose from the labels of one of them.
+    """List the tissues of labelled cells with their labels, so that `annotate` can restrict the labels to one tissue.
 
-    A tissue has the labels of its cells, an organ those of its parts too, and each the labels of blood, which runs
-    through all.
+    A tissue has the labels of its cells. An organ also has the labels of its parts. Every tissue has the labels of
+    blood, because blood runs through every tissue.
 
     Args:
-        pairs: Tissue, in words or an UBERON id, and label, of cells; a pair with a missing one counts for nothing.
+        pairs: Tissue (a name or an UBERON id) and label of each cell. Pairs with a missing value are skipped.
 
     Returns:
-        As [`label_terms`]: `id` ("" of words that UBERON does not know), `name`, `names` and `labels`, by name.
+        As [`label_terms`], sorted by name: `id` ("" for a name that UBERON lacks), `name`, `names` and `labels`.
     """
     from cellxgene_ontology_guide.curated_ontology_term_lists import get_curated_ontology_term_list
     from cellxgene_ontology_guide.entities import CuratedOntologyTermList
 
     organs = set(get_curated_ontology_term_list(CuratedOntologyTermList.ORGAN))
-    found: dict[str, set[str]] = {}
+    labels_of: dict[str, set[str]] = {}
     for tissue, label in set(pairs):
         own = resolve("tissue", tissue, tissue)
         above = [] if own.term_id is None else [term for term in ancestors(own.term_id) if term in organs]
         for place in [] if own.name is None or is_missing(label) else [own.term_id or own.name, *above]:
-            found.setdefault(place, set()).add(label)
-    of_blood = found.get(BLOOD, set())
+            labels_of.setdefault(place, set()).add(label)
+    of_blood = labels_of.get(BLOOD, set())
     terms = []
-    for place, labels in found.items():
+    for place, labels in labels_of.items():
         own, names = resolve("tissue", place, place), sorted({*labels, *of_blood})
         if own.term_id is not None:
             terms.append(_described("tissue", own.term_id, names))
@@ -353,13 +357,13 @@ def tissue_terms(pairs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 def tissues_of(obs: Any, labels: Iterable[Any]) -> list[dict[str, Any]]:
-    """[`tissue_terms`] of labelled cells, by their column "tissue", or that of its ids; empty without one."""
+    """[`tissue_terms`] of the obs column `tissue_ontology_term_id`, or else `tissue`; empty if obs has neither."""
     key = next((name for name in ("tissue_ontology_term_id", "tissue") if name in obs), None)
     return [] if key is None else tissue_terms(zip(obs[key], labels, strict=True))
 
 
 def _described(column: str, term_id: str, labels: Sequence[str]) -> dict[str, Any]:
-    """A term for a checkpoint: its id, its name, all names that mean it and no other, and labels."""
+    """Entry of a checkpoint for a term: id, name, the normalised names of this term alone, and labels."""
     words = [str(term_name(term_id)), *all_synonyms(term_id)]
     reviewed = [word for word, known in _reviewed_labels().get(column, {}).items() if known == term_id]
     keys = dict.fromkeys([*map(normalize_label, words), *reviewed])

@@ -4,8 +4,8 @@
    cells of the blocks in this order are the sequence of the epoch. Balancing repeats cells in the sequence, or leaves
    them out.
 2. **Ranks.** Rank `r` of `n` owns the `r`-th of `n` equal stretches of the sequence. All ranks take equally many
-   steps: where the division leaves a remainder, a few cells occur on two ranks. Without shuffling, batches of a fixed
-   number of cells are dealt in turn instead, rank 0 first, as transformers' `Trainer` deals a streamed dataset.
+   steps; if the division leaves a remainder, a few cells occur on two ranks. Without shuffling, batches of a fixed
+   number of cells are dealt to the ranks in turn, rank 0 first, as transformers' `Trainer` deals a streamed dataset.
 3. **Pools.** Each stretch is cut into pools of some 8,000 cells, which are read together.
 4. **Batches.** Each pool is permuted and cut into batches, either of a fixed number of cells, or of cells of similar
    length within a number of tokens. The corpus stores the length of every cell in a column of its own, so batches are
@@ -34,9 +34,10 @@ class Pool:
     """Cells that are read together, and how they are cut into batches.
 
     Args:
-        pieces: Blocks to read; of each, the rows to take, `int64 (n_rows,)`, and their places in the pool, alike.
+        pieces: `(block, rows, places)`: rows to take from a block, and their places in the pool, both
+            `int64 (n_rows,)`.
         lengths: Genes of every cell by its place in the pool, `uint16 (n_cells,)`.
-        bounds: Batches in order, as `int64 (n_batches, 2)`: the first place of each, and the place after its last.
+        bounds: `[start, stop)` of each batch in the pool, `int64 (n_batches, 2)`, in the order of the batches.
     """
 
     pieces: list[tuple[int, np.ndarray, np.ndarray]]
@@ -52,13 +53,14 @@ class CellOrder:
         block_sizes: Cells of every block, `int64 (n_blocks,)`.
         lengths: Genes of every cell, `uint16 (n_cells,)`, block after block.
         batch_size: Cells per batch. Give this or `token_budget`.
-        token_budget: Most tokens per batch, padding included: number of cells times the longest. A cell has a token
-            per gene and `<cls>`, and at most `max_genes` tokens. A batch holds cells of similar length.
+        token_budget: Most tokens per batch, padding included: number of cells times tokens of the longest cell. A
+            cell has one token per gene and `<cls>`, and at most `max_genes` tokens. A batch has cells of similar
+            length.
         max_genes: Length at which the feature extractor cuts a cell.
         shuffle: Whether to permute blocks, pools and batches; otherwise cells come in stored order.
-        label_codes: Label of every cell, `int32 (n_cells,)`, to balance: an epoch draws about as many cells as the
-            split has, those of rare labels up to `MAX_REPEATS` times, and only some of those of frequent labels, a
-            different choice in every epoch. `None` draws every cell once.
+        label_codes: Label of every cell, `int32 (n_cells,)`, for balanced draws. An epoch draws about as many cells as
+            the split has. Cells of rare labels occur up to `MAX_REPEATS` times. Cells of frequent labels are a random
+            subset, drawn again in every epoch. `None` draws every cell once.
         temperature: A label of `n` cells is drawn in proportion to `n ** (1 / temperature)`: 1 keeps the frequencies,
             infinity makes them equal.
         seed: Seed of the order.
@@ -101,7 +103,7 @@ class CellOrder:
         return np.cumsum(self.block_sizes) - self.block_sizes
 
     def epoch(self, number: int) -> "EpochOrder":
-        """The order within one epoch. The latest one is kept."""
+        """The order within one epoch; the order of the latest epoch is cached."""
         if number not in self._epochs:
             self._epochs.clear()
             self._epochs[number] = EpochOrder(self, number)
@@ -132,7 +134,7 @@ class CellOrder:
         expected = shares / shares.sum() * len(self.label_codes) / np.maximum(n_cells, 1)
         expected = np.minimum(expected, MAX_REPEATS)
         whole = np.floor(expected)
-        # A cell occurs `whole` times, and once more with the probability that is left.
+        # A cell occurs `whole` times, and once more with probability `expected - whole`.
         threshold = ((expected - whole) * 2.0**64).clip(0, 2.0**64 - 2**12).astype(np.uint64)
         more = hashes(len(self.label_codes), self.seed, epoch, 2) < threshold[self.label_codes]
         return whole.astype(np.uint8)[self.label_codes] + more.astype(np.uint8)
@@ -147,7 +149,7 @@ class EpochOrder:
         if self._repeats is not None:
             sizes = np.add.reduceat(self._repeats.astype(np.int64), cells.starts)
         self._blocks = permutation(len(sizes), cells.seed, epoch) if cells.shuffle else np.arange(len(sizes))
-        self._ends = np.cumsum(sizes[self._blocks])  # of each block in the sequence of the epoch
+        self._ends = np.cumsum(sizes[self._blocks])  # end of each block in the sequence of the epoch
         self._share = -(-int(self._ends[-1]) // cells.world_size)  # cells of a rank
         if cells.batch_size is None:
             ranks = range(cells.world_size)
@@ -169,7 +171,7 @@ class EpochOrder:
             `first, last, begin, end`: the pool is `[first, last)` of the sequence; its batches `[begin, end)` are due.
         """
         pools, at = self._cut(rank), 0
-        while at < self.n_steps:  # a rank with fewer batches than others repeats its stretch
+        while at < self.n_steps:  # a rank with fewer batches than other ranks repeats its stretch
             for first, last in pools:
                 n_batches = self._n_batches(first, last)
                 begin, end = max(step - at, 0), min(n_batches, self.n_steps - at)
@@ -191,7 +193,7 @@ class EpochOrder:
         return Pool(placed, lengths[order], bounds)
 
     def _cut(self, rank: int) -> list[tuple[int, int]]:
-        """Cut the stretch of a rank into pools of about equal size, since a small last pool would mix fewer cells."""
+        """Cut the stretch of a rank into pools of similar size, because a small last pool would mix fewer cells."""
         unit = self.cells.batch_size or 1  # pools of whole batches: only the last batch of an epoch can be smaller
         n_units = -(-self._share // unit)
         n_pools = max(-(-n_units // max(self.cells.pool_size // unit, 1)), 1)
@@ -204,7 +206,7 @@ class EpochOrder:
         return len(self._arrange(self._lengths(self._pieces(first, last)), first)[1])
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
-        """Blocks, and rows of each, that are `[start, stop)` of the stretches of all ranks."""
+        """`(block, rows)` of the cells `[start, stop)` of the stretches of all ranks."""
         if self.cells.shuffle or self.cells.batch_size is None or self.cells.world_size == 1:
             return self._between(start, stop)
         pieces: list[tuple[int, np.ndarray]] = []
@@ -216,9 +218,9 @@ class EpochOrder:
         return pieces
 
     def _deal(self, start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-        """Stretches of the sequence that are `[start, stop)` of a rank's batches, where ranks take batches in turn.
+        """Stretches of the sequence for `[start, stop)` of the cells of a rank, if ranks take batches in turn.
 
-        The last step divides the cells that are left evenly, and repeats some of them where that leaves a remainder.
+        The last step divides the remaining cells evenly among the ranks, and repeats some cells if they don't divide.
         """
         n_cells, n_ranks = int(self._ends[-1]), self.cells.world_size
         n_whole, n_left = divmod(n_cells, size * n_ranks)  # steps
@@ -235,7 +237,7 @@ class EpochOrder:
             at += n
 
     def _between(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
-        """Blocks, and rows of each, that are `[start, stop)` of the sequence; after its end the sequence repeats."""
+        """`(block, rows)` of the cells `[start, stop)` of the sequence, which repeats after its end."""
         pieces = []
         while start < stop:
             first = start % int(self._ends[-1])
@@ -271,7 +273,7 @@ class EpochOrder:
 
 @numba.njit(cache=True)
 def _cut_by_tokens(tokens: np.ndarray, budget: int) -> np.ndarray:
-    """Edges of the longest batches of successive cells whose number times longest cell is within the budget."""
+    """Edges of batches of successive cells, each as large as the budget allows: cells times tokens of the longest."""
     edges = [0]
     longest = 0
     for i in range(len(tokens)):

@@ -11,7 +11,7 @@ number of workers.
 
 `--labels TABLE.json` reads the files by a reviewed table: `sets`, file name without suffix -> `label_key` (column of
 the source's own labels), `labels` (label -> Cell Ontology id, or null), `columns`, `constants`, `licence` and `paper`.
-Files that it does not name are left out. `human` is a table of this package, of public human datasets.
+Files that the table does not name are left out. `--labels human` takes this package's table of public human datasets.
 
 Processes of this machine do the work (`--workers`), or a Dask cluster whose workers see the same folders (`--cluster
 tcp://host:8786`, extra `cluster`), started by SLURM, Kubernetes or SSH.
@@ -35,7 +35,7 @@ from scmmgpt.train.data.sources import SourceSpec
 
 logger = logging.getLogger(__name__)
 
-# Shown by `--help-all` alone.
+# Only `--help-all` shows these options.
 RARE_OPTIONS = (
     "organism all_data exclude_dataset min_genes seed cells_per_shard cells_per_partition cluster assume gene_column"
 ).split()
@@ -148,19 +148,18 @@ def list_sources(args: argparse.Namespace) -> list[SourceSpec]:
         return reviewed_sources(dict(zip(names, files, strict=True)), read_label_table(args.labels), options, licences)
     if unknown := sorted(licences.keys() - {"", *names}):
         raise ValueError(f"--licence names {unknown}, but the sources are called {', '.join(names)}.")
-    found = [licences.get(name, licences.get("")) for name in names]
     return [
-        SourceSpec("file", name, str(file), columns, constants, licence, options)
-        for file, name, licence in zip(files, names, found, strict=True)
+        SourceSpec("file", name, str(file), columns, constants, licences.get(name, licences.get("")), options)
+        for file, name in zip(files, names, strict=True)
     ]
 
 
 def read_label_table(name: str) -> dict[str, Any]:
-    """The reviewed table of `--labels`: a file, or `human` of this package.
+    """Read the reviewed table of `--labels`: a JSON file, or `human`, a table of this package.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it has no `sets`.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the table has no `sets`.
     """
     path = TABLES / f"{name}_sets.json" if name.isidentifier() else Path(name)
     if not path.is_file():
@@ -177,13 +176,13 @@ def reviewed_sources(
     options: Mapping[str, Any] | None = None,
     licences: Mapping[str, str] | None = None,
 ) -> list[SourceSpec]:
-    """The sources that a reviewed table names, with the columns, constants and labels of the table.
+    """List the sources that a reviewed table names, with the columns, constants and labels of the table.
 
     Args:
         files: Name of a source -> file.
-        table: Of [`read_label_table`].
-        options: Of [`SourceSpec`].
-        licences: Name of a source -> licence, in place of the table's; the empty name is of all.
+        table: Result of [`read_label_table`].
+        options: See [`SourceSpec`].
+        licences: Name of a source -> licence, which overrides the table's; the empty name applies to all sources.
 
     Raises:
         ValueError: If the table names none of the files.
@@ -206,7 +205,7 @@ def reviewed_sources(
 
 
 def name_sources(files: Sequence[Path]) -> list[str]:
-    """Names of source files, which identify datasets: the name of the file, or of the first folder that differs.
+    """Name source files, to identify datasets: by file name, or else by the nearest folder whose name differs.
 
     >>> name_sources([Path("A/outs/matrix.h5"), Path("B/outs/matrix.h5"), Path("C.h5ad")])
     ['A', 'B', 'C']
@@ -220,7 +219,7 @@ def name_sources(files: Sequence[Path]) -> list[str]:
         folders = [list(reversed(files[i].absolute().parts[:-1])) for i in members]
         levels = list(zip(*folders, strict=False))
         telling = next((level for level in levels if len(set(level)) == len(level)), None)
-        if telling is None:  # no folder tells all apart, but several together do
+        if telling is None:  # no single folder name differs between all files, but several together do
             differing = [level for level in reversed(levels) if len(set(level)) > 1]
             telling = tuple("-".join(parts) for parts in zip(*differing, strict=True))
         for i, folder in zip(members, telling, strict=False):
@@ -236,10 +235,10 @@ def _expand(paths: list[str]) -> list[Path]:
         if not path.exists():
             raise FileNotFoundError(f"There is no source {path}. Correct the path.")
         if path.is_dir() and not _is_source(path):
-            found = sorted(p for p in path.rglob("*") if _is_source(p))
-            if not found:
+            members = sorted(p for p in path.rglob("*") if _is_source(p))
+            if not members:
                 raise FileNotFoundError(f"The folder {path} has no file of cells. Name one with, e.g., .h5ad files.")
-            files += found
+            files += members
         else:
             files.append(path)
     return list(dict.fromkeys(files))

@@ -23,13 +23,14 @@ def push_folder(
     token: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """Upload a folder to the Hub, except `STAYS_HOME`, into a repository that is made if it is missing.
+    """Upload a folder to a repository of the Hub, which is created if missing; skip files that match `STAYS_HOME`.
 
     Returns:
         Full name of the repository, `owner/name`.
     """
     api = HfApi(token=token)
-    sdk = "gradio" if repo_type == "space" else None  # of pages, and of metrics, which `evaluate` reads from Spaces
+    # The browser page is a Gradio app, and `evaluate` loads metrics from Gradio Spaces.
+    sdk = "gradio" if repo_type == "space" else None
     repo = api.create_repo(repo_id, repo_type=repo_type, private=private, space_sdk=sdk, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo, branch=revision, repo_type=repo_type, exist_ok=True)
@@ -70,11 +71,11 @@ if __name__ == "__main__":
 
 
 def write_space(folder: str | os.PathLike, model: str) -> Path:
-    """Write a folder that is a Space with the page of a checkpoint, `model`.
+    """Write the folder of a Space that serves the browser page of the checkpoint `model`; return the folder.
 
-    The folder carries the modules of this package that users need, and the requirements of the installed package
-    with the extra `app`. `push_folder(folder, "owner/page", repo_type="space")` uploads it; `python app.py` in it
-    serves the page here.
+    The folder has the modules of this package that the page needs, and the requirements of the installed package with
+    the extra `app`. `push_folder(folder, "owner/page", repo_type="space")` uploads the folder. `python app.py` in the
+    folder serves the page on this machine.
     """
     root, folder = Path(__file__).parents[2], Path(folder)
     patterns = ("*.py", "readers/*.py", "commands/*.py", "commands/templates/*", "eval/__init__.py", "eval/figures.py")

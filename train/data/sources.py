@@ -28,7 +28,7 @@ from scmmgpt.train.data.label_checks import clean_label
 
 # The Census has no barcodes; its `observation_joinid` identifies a cell across releases.
 CENSUS_COLUMNS = (*(name for name in OBS_COLUMNS if name != "barcode"), "observation_joinid")
-N_SAMPLED_CELLS = 512  # of a Census slice, to choose how to read it
+N_SAMPLED_CELLS = 512  # cells of a Census slice from which matrix, kind of values and genes are chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class SourceSpec:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     labels: Mapping[str, str | None] | None = None
 
-    def __hash__(self) -> int:  # of the content: workers cache open sources by their specs
+    def __hash__(self) -> int:  # hashes the content, because workers cache open sources by their specs
         return hash(json.dumps(dataclasses.asdict(self), sort_keys=True))
 
 
@@ -90,12 +90,12 @@ class FileSource:
 
     def provenance(self) -> dict[str, Any]:
         """Return size, checksum, licence and citation of the file, for the manifest."""
-        found: dict[str, Any] = {"bytes": fingerprint(self.spec)["bytes"]}
-        if Path(self.spec.path).is_file() and found["bytes"] <= SMALL_CORPUS_BYTES:
-            found["sha256"] = hash_file(self.spec.path)
+        record: dict[str, Any] = {"bytes": fingerprint(self.spec)["bytes"]}
+        if Path(self.spec.path).is_file() and record["bytes"] <= SMALL_CORPUS_BYTES:
+            record["sha256"] = hash_file(self.spec.path)
         texts = {key: value for key, value in self.adata.uns.items() if isinstance(value, str) and value}
-        found["licence"] = self.spec.licence or texts.get("licence") or texts.get("license") or "unknown"
-        return found | {key: texts[key] for key in ("title", "citation", "schema_version") if key in texts}
+        record["licence"] = self.spec.licence or texts.get("licence") or texts.get("license") or "unknown"
+        return record | {key: texts[key] for key in ("title", "citation", "schema_version") if key in texts}
 
 
 class CensusSource:
@@ -236,7 +236,7 @@ def _open(spec: SourceSpec, _fingerprint: tuple[int, ...]) -> Source:
 
 
 def fingerprint(spec: SourceSpec) -> dict[str, int]:
-    """Return size and time of change of a source's files, neither of which may change during a build."""
+    """Return the size and the latest modification time (ns) of a source's files, which must not change in a build."""
     if spec.kind == "census":
         return {}
     path = Path(spec.path)
@@ -251,7 +251,8 @@ def _standard_obs(frame: pd.DataFrame, spec: SourceSpec) -> pd.DataFrame:
     columns: dict[str, Any] = {}
     for name in OBS_COLUMNS:
         source = spec.columns.get(name, name)
-        of_constant = name.removesuffix("_ontology_term_id") in spec.constants  # which the source's id may contradict
+        # The source's ontology id may contradict the constant, so a constant replaces the label and the id.
+        of_constant = name.removesuffix("_ontology_term_id") in spec.constants
         if source in frame and not of_constant:
             columns[name] = _cleaned(frame[source])
         else:
@@ -292,8 +293,8 @@ def resolve_labels(obs: pd.DataFrame, report: dict[str, Any] | None = None) -> p
 
     Args:
         obs: Frame with every column of `ontology.ONTOLOGIES` and its column of ids.
-        report: Mapping to fill or extend, by column: `cells`, numbers of cells by rule (`ontology.Term.how`), and the
-            labels that were `renamed`, `unmatched` or in `conflicts` with their id.
+        report: Mapping to extend, obs column -> `cells` (number of cells by `ontology.Term.how`) and the labels that
+            were `renamed`, `unmatched`, or in `conflicts` with their id.
     """
     obs, report = obs.copy(), {} if report is None else report
     for column in ontology.ONTOLOGIES:
@@ -302,19 +303,19 @@ def resolve_labels(obs: pd.DataFrame, report: dict[str, Any] | None = None) -> p
         ids, id_values = pd.factorize(obs[partner])
         pairs, cells = np.unique((labels + 1) * (len(id_values) + 1) + ids + 1, return_inverse=True)
         n_cells = np.bincount(cells, minlength=len(pairs))
-        found, terms = report.setdefault(column, {"cells": Counter()}), []
+        entry, terms = report.setdefault(column, {"cells": Counter()}), []
         for pair, n in zip(pairs.tolist(), n_cells.tolist(), strict=True):
             label_code, id_code = divmod(pair, len(id_values) + 1)
             label = label_values[label_code - 1] if label_code else None
             term = ontology.resolve(column, label, id_values[id_code - 1] if id_code else None)
             terms.append(term)
-            found["cells"][term.how] += n
+            entry["cells"][term.how] += n
             if term.how == "unmatched":
-                found.setdefault("unmatched", Counter())[str(label)] += n
+                entry.setdefault("unmatched", Counter())[str(label)] += n
             elif term.how == "conflict":
-                found.setdefault("conflicts", Counter())[f"{label} / {term.term_id} {term.name}"] += n
+                entry.setdefault("conflicts", Counter())[f"{label} / {term.term_id} {term.name}"] += n
             elif term.name != label and label is not None:
-                found.setdefault("renamed", {})[str(label)] = f"{term.name} ({term.term_id}, by {term.how})"
+                entry.setdefault("renamed", {})[str(label)] = f"{term.name} ({term.term_id}, by {term.how})"
         obs[column] = np.array([term.name for term in terms], dtype=object)[cells]
         obs[partner] = np.array([term.term_id for term in terms], dtype=object)[cells]
     return obs

@@ -43,11 +43,14 @@ class CellStream:
     Args:
         corpus: A `Corpus`, or the path of one; or a dataset, as [`RowReader`] takes it, with the cells of one split.
         split: `"train"`, `"validation"` or `"test"` of a corpus.
-        columns: Annotations to yield; by default those of `OBS_COLUMNS` but the barcode, of a dataset all others too.
+        columns: Annotations to yield; default: `OBS_COLUMNS` without the barcode, and all other columns of a dataset.
         batch_size, token_budget, max_genes, shuffle, temperature, seed, drop_last: See [`CellOrder`]. Losses that
-            compare the cells of all ranks need `batch_size`, by which all ranks have equally many cells.
+            compare the cells of all ranks need `batch_size`, which gives every rank the same number of cells.
         balance: An annotation, such as `"cell_type"` or `"dataset_id"`, whose rare labels are drawn more often.
         rank, world_size: Number of this process, from 0, and number of processes.
+
+    Raises:
+        ValueError: If the corpus has no such annotation or split, or `rank` is outside `world_size`.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class CellStream:
             self.reader = MemoryReader(reader)
 
     def __len__(self) -> int:
-        """Batches of a rank in an epoch, always as many as epoch 0 of the order has; see `batches.py`."""
+        """Batches of a rank in every epoch: the number of epoch 0 of the order; see `batches.py`."""
         return self.order.n_steps(0)
 
     @property
@@ -113,13 +116,13 @@ class CellStream:
         return self.order.world_size
 
     def for_rank(self, rank: int, world_size: int) -> "CellStream":
-        """The same cells in the share of another rank; both streams share one copy of cells in memory."""
+        """Return the share of rank `rank` of `world_size`; both streams use one copy of cells in memory."""
         other = copy.copy(self)
         other.rank, other.order = rank, dataclasses.replace(self.order, world_size=world_size)
         return other
 
     def identity(self) -> dict:
-        """Settings and content that a position in an epoch depends on, as JSON types."""
+        """Settings and a hash of the content that determine the cells at a position in an epoch, as JSON types."""
         names = "batch_size token_budget max_genes shuffle seed world_size drop_last pool_size".split()
         return {
             "split": self.split,
@@ -172,14 +175,14 @@ class CellStream:
 
 
 def open_reader(corpus: Any, split: str, columns: list[str] | None, balance: str | None) -> BlockReader | RowReader:
-    """A reader of a split of a corpus, or of a map-style dataset; refuses columns that the cells do not have."""
+    """Open a reader of a split of a corpus, or of a map-style dataset; refuse an annotation that is absent."""
     wanted = [name for name in OBS_COLUMNS if name != "barcode"] if columns is None else list(columns)
     if not isinstance(corpus, Corpus | str | os.PathLike):
         reader = RowReader(corpus)
-        found = reader.columns or []
-        reader.columns = wanted + [name for name in found if name not in wanted] if columns is None else wanted
-        if balance is not None and balance not in found:
-            raise ValueError(f"The dataset has no column {balance!r}; it has {found}.")
+        present = reader.columns or []
+        reader.columns = wanted + [name for name in present if name not in wanted] if columns is None else wanted
+        if balance is not None and balance not in present:
+            raise ValueError(f"The dataset has no column {balance!r}; it has {present}.")
         return reader
     for name in wanted if balance is None else [*wanted, balance]:
         if name not in OBS_COLUMNS:

@@ -19,21 +19,25 @@ from scmmgpt.train.data.corpus import OBS_COLUMNS
 from scmmgpt.train.data.stream import CellStream
 
 
-ORDER_OF_CELLS = ("shuffle", "balance", "token_budget", "max_genes", "temperature", "seed")  # not of a stream
+# Settings of `CellStream` that a streamed dataset, which has its own order, does not take.
+ORDER_OF_CELLS = ("shuffle", "balance", "token_budget", "max_genes", "temperature", "seed")
 
 
 @dataclasses.dataclass
 class StreamedCells:
     """A streamed dataset as a source of batches.
 
-    A step takes the next `batch_size` x `world_size` rows, of which rank `r` has the `r`-th `batch_size`, as with
-    transformers' `Trainer`. `set_epoch` shuffles a dataset on which `shuffle` was called anew. A position is found by
-    reading the epoch up to it, without collating, so it is exact for any dataset that repeats itself.
+    A step takes the next `batch_size * world_size` rows; rank `r` gets the `r`-th `batch_size` rows of them, as in
+    transformers' `Trainer`. If `shuffle` was called on the dataset, every epoch has another order. Resuming reads the
+    epoch up to the saved position without collating; the position is exact if the dataset yields the same rows again.
 
     Args:
         dataset: A `datasets.IterableDataset` with a cell in every row; see [`table_to_examples`].
         columns: See [`CellStream`].
-        n_cells: Rows of an epoch; by default counted, which reads the dataset once.
+        n_cells: Rows of an epoch; default: one pass over the dataset counts the rows.
+
+    Raises:
+        ValueError: If the dataset lacks a column of cells, or has too few cells for one batch on every rank.
     """
 
     dataset: datasets.IterableDataset
@@ -71,7 +75,7 @@ class StreamedCells:
             if number >= len(self):
                 break
             size = self.batch_size
-            if len(table) < size * self.world_size:  # the last step: equally many cells on all ranks
+            if len(table) < size * self.world_size:  # in the last step, too, all ranks get the same number of cells
                 size = -(-len(table) // self.world_size)
                 table = table.take(np.resize(np.arange(len(table)), size * self.world_size))
             yield *self._read(table.slice(self.rank * size, size)), epoch
@@ -80,29 +84,29 @@ class StreamedCells:
         names = self.columns
         if names is None:
             known = [name for name in OBS_COLUMNS if name != "barcode"]
-            found = [name for name in table_to_examples(table.slice(0, 1))[1] if name not in known]
-            names = known + found
+            others = [name for name in table_to_examples(table.slice(0, 1))[1] if name not in known]
+            names = known + others
         return table_to_examples(table, names)
 
     def for_rank(self, rank: int, world_size: int) -> "StreamedCells":
-        """The same cells in the share of another rank."""
+        """Return the share of rank `rank` of `world_size` of the same cells."""
         return dataclasses.replace(self, rank=rank, world_size=world_size)
 
     def identity(self) -> dict:
-        """Settings that a position in an epoch depends on."""
+        """Settings that determine which cells a position in an epoch stands for."""
         names = ("batch_size", "drop_last", "world_size", "n_cells")
         return {name: getattr(self, name) for name in names}
 
 
 def open_cells(cells: Any, split: str = "train", **settings: Any) -> CellStream | StreamedCells:
-    """Batches of a corpus, of a map-style dataset, or of a streamed one.
+    """Open a corpus, a map-style dataset or a streamed dataset as a source of batches.
 
     Args:
-        cells: What [`CellStream`] takes, or a `datasets.IterableDataset`, which keeps its own order.
-        settings: Those of [`CellStream`].
+        cells: The first argument of [`CellStream`], or a `datasets.IterableDataset`, which keeps its own order.
+        settings: Keyword arguments of [`CellStream`]; those of `ORDER_OF_CELLS` have no effect on a streamed dataset.
 
     Raises:
-        ValueError: If a setting needs random access, which a streamed dataset has not.
+        ValueError: If `balance` or `token_budget` is given for a streamed dataset, which has no random access.
     """
     if not isinstance(cells, datasets.IterableDataset):
         return CellStream(cells, split, **settings)

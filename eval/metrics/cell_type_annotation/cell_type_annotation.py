@@ -59,9 +59,14 @@ def annotation_scores(
 
 
 def expected_calibration_error(confidences: ArrayLike, correct: ArrayLike) -> float:
-    """Mean gap between confidence and accuracy over equally wide bins of confidence, weighted by their cells.
+    """Expected calibration error over `N_BINS` bins of equal width, weighted by the cells of a bin.
 
-    `confidences`, in [0, 1], and `correct` have the shape `(n_cells,)`.
+    Args:
+        confidences: Probabilities in [0, 1], shape `(n_cells,)`.
+        correct: Whether each prediction is right, shape `(n_cells,)`.
+
+    Raises:
+        ValueError: If a confidence is outside [0, 1].
     """
     confidences, correct = np.asarray(confidences, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if not np.all((confidences >= 0) & (confidences <= 1)):
@@ -83,7 +88,7 @@ def _check_pairs(predictions: Sized, references: Sized) -> None:
 
 
 class CellTypeAnnotation(evaluate.Metric):
-    """`evaluate` module around `annotation_scores`, for names of types or their numbers."""
+    """`evaluate` module around `annotation_scores`; types are names or integer codes."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -99,10 +104,10 @@ class CellTypeAnnotation(evaluate.Metric):
     def add_batch(
         self, *, predictions: Any = None, references: Any = None, confidences: Any = None, **options: Any
     ) -> None:
-        """Add a batch; `confidences`, if any, are given with every batch."""
+        """Add a batch; give `confidences` with every batch or with none."""
         lists = {"predictions": np.asarray(predictions).tolist(), "references": np.asarray(references).tolist()}
         _check_pairs(**lists)  # `evaluate` takes the type of a column from its first entry
-        # They are not columns of the module's table, since `evaluate` has no columns that may be left out.
+        # `evaluate` has no optional columns, so confidences are kept outside its table.
         self.confidences = getattr(self, "confidences", [])
         self.confidences.extend([] if confidences is None else np.asarray(confidences, dtype=np.float64).tolist())
         super().add_batch(**lists, **options)

@@ -1,8 +1,8 @@
-"""Generated cells beside real cells: k-NN accuracy of the prompted type, and distances to real cells of that type.
+"""Generated against real cells: k-NN accuracy of the prompted type, and distances to real cells of the same type.
 
-The protocol is that of Cell2Sentence: k = 3, 5, 10, 25, with neighbours among real held-out cells. The space is one
-that no model under test has learnt: principal components of further real cells (`train`), which must be neither those
-that the generator was trained on, whose noise the components fit, nor the compared ones.
+The protocol is that of Cell2Sentence: k = 3, 5, 10, 25, with neighbours among real held-out cells. The space is
+principal components of further real cells (`train`). These cells must not be the training cells of the generator,
+because components fit noise of their cells, and must not be among the compared cells.
 
 MMD and energy distance are one statistic with two kernels, the unbiased `E k(x, x') + E k(y, y') - 2 E k(x, y)`. It is
 zero on average for two samples of one distribution, and may be negative. A Gaussian kernel gives the squared maximum
@@ -46,7 +46,7 @@ CITATION = """@inproceedings{levine2024cell2sentence,
 }"""
 KS = (3, 5, 10, 25)
 N_COMPONENTS = 50
-MIN_CELLS = 3  # of a type on each side; with fewer, the distance between two samples is mostly noise
+MIN_CELLS = 3  # fewest cells of a type on each side; the distance of smaller samples is mostly noise
 
 
 def median_distance(points: np.ndarray, *, seed: int = 0) -> float:
@@ -121,16 +121,16 @@ def _check_samples(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray
         raise ValueError(f"Samples of shapes {x.shape} and {y.shape} cannot be compared. Give two of the same width.")
     if len(x) < 2 or len(y) < 2:
         raise ValueError(
-            f"Samples of {len(x)} and {len(y)} points have no distance. Give two points of each at least."
+            f"Samples of {len(x)} and {len(y)} points have no distance. Give at least two points of each."
         )
     return x, y
 
 
 def fit_cell_space(train: np.ndarray | sparse.csr_matrix, *, n_components: int = N_COMPONENTS, seed: int = 0) -> PCA:
-    """Principal components of log1p(CP10k) `(n_train, n_genes)`, fewer where there are fewer cells or genes."""
+    """Fit principal components to log1p(CP10k) `(n_train, n_genes)`; fewer for fewer cells or genes."""
     n_components = min(n_components, min(train.shape) - 1)
     if n_components < 1:
-        raise ValueError(f"Cells of shape {train.shape} have no components. Give two cells and two genes at least.")
+        raise ValueError(f"Cells of shape {train.shape} have no components. Give at least two cells and two genes.")
     solver = "arpack" if sparse.issparse(train) else "auto"
     return PCA(n_components, svd_solver=solver, random_state=seed).fit(train)
 
@@ -197,14 +197,14 @@ def generated_cell_scores(
         references: Prompted type of each generated cell.
         real: Held-out real cells, shape `(n_real, n_genes)`.
         real_labels: Types of the real cells.
-        train: Real cells that fit the space, shape `(n_train, n_genes)`; no generator has seen them.
-        ks: Numbers of neighbours; those above n_real are left out.
+        train: Real cells for the principal components, shape `(n_train, n_genes)`; no generator may have seen them.
+        ks: Numbers of neighbours; values above n_real are left out.
         n_components: Number of principal components.
         seed: Seed of the solvers and of the 200 directions of the sliced Wasserstein distance.
 
     Returns:
         `knn_accuracy_<k>` for each k, and `energy_distance`, `mmd2` and `sliced_wasserstein`, averaged over types with
-        at least three cells on each side; NaN where there is no such type.
+        at least three cells on each side; NaN if there is no such type.
     """
     widths = {name: matrix.shape[1] for name, matrix in (("generated", generated), ("real", real), ("train", train))}
     if len(set(widths.values())) > 1:

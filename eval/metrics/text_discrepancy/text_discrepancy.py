@@ -2,8 +2,8 @@
 
 * meaning: sentence embeddings, compared as distributions (unbiased MMD, sliced Wasserstein) and in pairs (cosine);
 * words: BLEU (sacrebleu) and ROUGE (rouge-score);
-* named cell type: the share of descriptions that name the true one. Look at this number first: captions of one type
-  differ in wording only.
+* named cell type: the share of descriptions that name the true type. Look at this number first, because captions of
+  one type differ only in wording.
 
 `evaluate.load` reads this file by its path: it imports nothing of the package, and the package may import it.
 
@@ -49,7 +49,7 @@ CITATION = """@article{gretton2012kernel,
   year={2004}
 }"""
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
-MAX_TOKENS = 256  # of the sentence embedder, as it was trained
+MAX_TOKENS = 256  # input length of the sentence embedder in its training
 
 
 def embed_texts(texts: Sequence[str]) -> np.ndarray:
@@ -116,8 +116,8 @@ def mmd_squared(x: np.ndarray, y: np.ndarray) -> float:
 
     Args:
         x: Sample of shape `(n, d)`, n >= 2.
-        y: Sample of shape `(m, d)`, m >= 2. The bandwidth is the median distance between its points (2,000 of them at
-            most); the mean distance where that median is 0, and 1 where all points coincide.
+        y: Sample of shape `(m, d)`, m >= 2. The bandwidth is the median distance between at most 2,000 points of `y`;
+            the mean distance if the median is 0; 1 if all points coincide.
     """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     some = y if len(y) <= 2000 else y[np.random.default_rng(0).choice(len(y), 2000, replace=False)]
@@ -133,7 +133,7 @@ def mmd_squared(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def sliced_wasserstein(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> float:
-    """Sliced 2-Wasserstein distance between two samples (POT); the seed fixes its 200 directions."""
+    """Sliced 2-Wasserstein distance between samples `(n, d)` and `(m, d)` (POT), over 200 seeded directions."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     return float(ot.sliced_wasserstein_distance(x, y, n_projections=200, seed=seed))
 
@@ -160,12 +160,12 @@ def text_scores(
 
     Args:
         predictions: Generated texts.
-        references: One reference for each.
-        prediction_embeddings: Sentence embeddings of the predictions, shape `(n, d)`; computed where `None`.
-        reference_embeddings: Sentence embeddings of the references, shape `(n, d)`; computed where `None`.
+        references: One reference for each prediction.
+        prediction_embeddings: Sentence embeddings of the predictions, shape `(n, d)`; default: [`embed_texts`].
+        reference_embeddings: Sentence embeddings of the references, shape `(n, d)`; default: [`embed_texts`].
         cell_types: True type of each cell; adds `named_type_accuracy`, the share of descriptions whose first named
-            type is the true one.
-        candidates: All types that a description may name; those in `cell_types` where `None`.
+            type is the true type.
+        candidates: All types that a description may name; default: the types in `cell_types`.
         seed: Seed of the directions of the sliced Wasserstein distance.
 
     Returns:
