@@ -9,7 +9,7 @@ scmmgpt annotate new_cells.h5ad --model DIR --output annotated.h5ad
 Three steps:
 
 1. **Fit the profile readout** (`readout`): a multinomial logistic regression on the square root of every gene's share
-   of the cell. Its weights are mapped into the space of cells and texts, where a cell becomes a mixture of the texts
+   of the cell, in which every label has the same weight. Its weights are mapped into the space of cells and texts, where a cell becomes a mixture of the texts
    of the labels that it resembles. A label that was never trained can therefore be given as a text. The model is
    linear because a regression on the whole transcriptome is hard to beat with a few thousand labelled cells. The
    square root keeps the variance of counts even and gives every cell the same length (Hellinger distance). Held-out
