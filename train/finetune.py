@@ -9,11 +9,12 @@ scmmgpt annotate new_cells.h5ad --model DIR --output annotated.h5ad
 Three steps:
 
 1. **Fit the profile readout** (`readout`): a multinomial logistic regression on the square root of every gene's share
-   of the cell, in which every label has the same weight. Its weights are mapped into the space of cells and texts, where a cell becomes a mixture of the texts
-   of the labels that it resembles. A label that was never trained can therefore be given as a text. The model is
-   linear because a regression on the whole transcriptome is hard to beat with a few thousand labelled cells. The
-   square root keeps the variance of counts even and gives every cell the same length (Hellinger distance). Held-out
-   cells choose the strength of the regression; with `--group_key` these are cells of other donors or batches.
+   of the cell, in which every label has the same weight. Its weights are mapped into the space of cells and texts,
+   where a cell becomes a mixture of the texts of the labels that it resembles. A label that was never trained can
+   therefore be given as a text. The model is linear because a regression on the whole transcriptome is hard to beat
+   with a few thousand labelled cells. The square root keeps the variance of counts even and gives every cell the same
+   length (Hellinger distance). Held-out cells choose the strength of the regression; with `--group_key` these are
+   cells of other donors or batches.
 2. **Take gradient steps** on the whole model: cell model, Q-Former, readout. Training stops when the validation loss
    stops falling, and the weights with the lowest loss are kept, which may be those of step 1.
 3. **Refit the readout** with the held-out cells, at the same strength. The temperature of `annotate` is the one that
