@@ -2,8 +2,8 @@
 
 1. The **profile** of a cell is the square root of every gene's share of its counts (Hellinger coordinates, length 1).
 2. A multinomial logistic **regression** on profiles scores the labels (`fit_regressions`). Every label has the same
-   weight, rare or common: rare labels gain, and common ones lose nothing (`train/LOG.md`). If labels are few, it may
-   be one on the principal components of all cells of the file (`FileComponents`).
+   weight, rare or common, which raises macro-F1 and, less, accuracy (`train/LOG.md`). If labels are few, it may be
+   one on the principal components of all cells of the file (`FileComponents`).
 3. The **readout** maps the regression's weights into the shared space (`readout_of`): the product of a cell's readout
    with the text of a label is the label's score.
 4. The **label readout** keeps the regression's own scores, with the statistics of the cells from which
