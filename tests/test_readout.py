@@ -51,9 +51,19 @@ def test_labels_spread_to_neighbours_without_one():
     assert accuracy(spread) > accuracy(alone) + 0.1
 
 
-@pytest.mark.parametrize("n_labels", [2, 4])
-def test_the_strength_is_that_of_the_lowest_validation_loss_and_both_fits_are_at_it(n_labels):
-    targets = np.arange(200) % n_labels
+def test_a_label_has_the_same_weight_however_many_cells_it_has():
+    """Five copies of each cell of a label change nothing but the total weight, which the strength makes up for."""
+    targets = np.arange(90) % 3
+    profiles = planted_profiles(targets, rate=1.3)
+    rows = np.concatenate([np.arange(90), np.repeat(np.flatnonzero(targets == 0), 4)])
+    alone = readout.fit_regression(profiles, targets, 3, 0.01)
+    repeated = readout.fit_regression(profiles[rows], targets[rows], 3, 0.01 * 90 / len(rows))
+    np.testing.assert_allclose(repeated.scores(profiles), alone.scores(profiles), atol=0.02)
+
+
+@pytest.mark.parametrize("turns", [[0, 0, 0, 1], [0, 0, 1, 2, 3]])
+def test_the_strength_is_that_of_the_lowest_validation_loss_and_both_fits_are_at_it(turns):
+    targets, n_labels = np.resize(turns, 200), max(turns) + 1
     profiles = planted_profiles(targets, rate=1.3)
     train, validation = np.arange(140), np.arange(140, 200)
     found = readout.fit_regressions(divided(profiles, targets, train, validation))

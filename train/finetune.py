@@ -9,7 +9,7 @@ scmmgpt annotate new_cells.h5ad --model DIR --output annotated.h5ad
 Three steps:
 
 1. **Fit the profile readout** (`readout`): a multinomial logistic regression on the square root of every gene's share
-   of the cell's counts. Its weights are mapped into the embedding space of cells and texts, where a cell becomes a
+   of the cell's counts, with the same weight for every label. Its weights are mapped into the embedding space of cells and texts, where a cell becomes a
    mixture of the texts of similar labels. An untrained label can therefore be given as a text. The model is linear
    because a regression on the whole transcriptome is hard to beat with a few thousand labelled cells. The square root
    stabilises the variance of counts and gives every cell the same norm (Hellinger distance). Held-out cells choose the

@@ -1,8 +1,9 @@
 """The mathematics of the profile readout: a linear map from a cell's profile into the space of cells and texts.
 
 1. The **profile** of a cell is the square root of every gene's share of its counts (Hellinger coordinates, length 1).
-2. A multinomial logistic **regression** on profiles scores the labels (`fit_regressions`). If labels are few, it may
-   be one on the principal components of all cells of the file (`FileComponents`).
+2. A multinomial logistic **regression** on profiles scores the labels (`fit_regressions`). Every label has the same
+   weight, rare or common, which raises macro-F1 and, less, accuracy (`train/LOG.md`). If labels are few, it may be
+   one on the principal components of all cells of the file (`FileComponents`).
 3. The **readout** maps the regression's weights into the shared space (`readout_of`): the product of a cell's readout
    with the text of a label is the label's score.
 4. The **label readout** keeps the regression's logits, with statistics of the cells from which `readout_scmmgpt`
@@ -118,7 +119,7 @@ def linear_model(weights: np.ndarray, bias: np.ndarray, seen: np.ndarray, n_labe
 
 def fit_regression(profiles: Profiles, targets: np.ndarray, n_labels: int, strength: float) -> LinearModel:
     """Solve the regression for one strength; `n_labels` includes labels without a cell."""
-    regression = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS, tol=TOLERANCE)
+    regression = LogisticRegression(C=strength, class_weight="balanced", max_iter=MAX_ITERATIONS, tol=TOLERANCE)
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # early stopping is one more penalty
         regression.fit(profiles * PROFILE_SCALE, targets)
     return linear_model(regression.coef_, regression.intercept_, regression.classes_, n_labels)
@@ -163,6 +164,7 @@ def choose_regression(data: LabelledProfiles) -> Regressions:
         Cs=STRENGTHS,
         l1_ratios=(0.0,),
         cv=[(data.train, data.validation)],
+        class_weight="balanced",
         scoring=score,
         max_iter=MAX_ITERATIONS,
         tol=TOLERANCE,
