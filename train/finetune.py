@@ -9,11 +9,12 @@ scmmgpt annotate new_cells.h5ad --model DIR --output annotated.h5ad
 Three steps:
 
 1. **Fit the profile readout** (`readout`): a multinomial logistic regression on the square root of every gene's share
-   of the cell's counts, with the same weight for every label. Its weights are mapped into the embedding space of cells and texts, where a cell becomes a
-   mixture of the texts of similar labels. An untrained label can therefore be given as a text. The model is linear
-   because a regression on the whole transcriptome is hard to beat with a few thousand labelled cells. The square root
-   stabilises the variance of counts and gives every cell the same norm (Hellinger distance). Held-out cells choose the
-   regularisation strength; with `--group_key` they are cells of other donors or batches.
+   of the cell's counts, with the same weight for every label. The weights of the regression are mapped into the
+   embedding space of cells and texts, where a cell becomes a mixture of the texts of similar labels. An untrained
+   label can therefore be given as a text. The model is linear because a regression on the whole transcriptome is hard
+   to beat with a few thousand labelled cells. The square root stabilises the variance of counts and gives every cell
+   the same norm (Hellinger distance). Held-out cells choose the regularisation strength; with `--group_key` they are
+   cells of other donors or batches.
 2. **Take gradient steps** on the whole model: cell model, Q-Former, readout. Training stops when the validation loss
    stops falling. The weights with the lowest loss are kept, which may be those of step 1.
 3. **Refit the readout** with the held-out cells, at the same strength. The temperature of `annotate` is fitted on the
