@@ -1369,6 +1369,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             target_counts (`torch.Tensor` of shape `(num_targets, num_genes)`): Raw counts, for `nb` and `zinb`.
             library_size (`torch.FloatTensor` of shape `(num_targets,)`): Total counts of the target cell.
         """
+        check_keywords(self, kwargs, self.model.language_inputs.union(LOSS_INPUTS))
         caches = {"past_key_values": past_key_values, "cache": cache}
         kwargs.update({name: value for name, value in caches.items() if value is not None})
         outputs = self.model(

@@ -340,7 +340,7 @@ def targets_of(model, n=2):
 
 
 def test_keywords_that_nobody_knows_are_refused(tiny_model, inputs):
-    with pytest.raises(TypeError, match="'expresion' is not an input of ScMMGPTModel; it takes input_ids"):
+    with pytest.raises(TypeError, match="'expresion' is not an input of ScMMGPTForCond.*; it takes .*labels"):
         tiny_model(**prompts_of(inputs), expresion=inputs["expression"])
     assert tiny_model(**prompts_of(inputs), use_cache=False, output_hidden_states=True).hidden_states is not None
 
