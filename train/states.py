@@ -38,6 +38,7 @@ from scmmgpt.train.panels import complete_libraries, find_measured
 logger = logging.getLogger(__name__)
 
 MAX_CELLS = 10_000  # of the training split: some minutes of one core
+BALANCE = 2  # a type is drawn by this root of its number of cells, as in `align` and `tune`
 MAX_KEPT = 2000  # states of training cells that generated cells are compared with
 CAPTION_EPOCHS = 4  # captions of a cell from each set of templates
 TEXTS_AT_ONCE = 128
@@ -70,6 +71,8 @@ class TextedCells:
         groups: The group of each cell, int64 `(n_cells,)`; by default one.
         measured: The genes that each group measured, bool `(n_groups, vocab_size)`; by default all. Nothing is learned
             from the zeros of the others.
+        weights: How often each cell is drawn, and how much it counts for the mean of a text, `(n_cells,)`; by default
+            all are alike.
     """
 
     counts: sparse.csr_matrix
@@ -78,9 +81,10 @@ class TextedCells:
     texts: np.ndarray
     groups: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
     measured: np.ndarray = field(default_factory=lambda: np.ones((1, 1), dtype=bool))
+    weights: np.ndarray = field(default_factory=lambda: np.ones(1))
 
     def __post_init__(self) -> None:
-        self.groups = np.broadcast_to(self.groups, len(self))
+        self.groups, self.weights = (np.broadcast_to(values, len(self)) for values in (self.groups, self.weights))
         self.measured = np.broadcast_to(self.measured, (len(self.measured), self.counts.shape[1]))
 
     def __len__(self) -> int:
@@ -132,7 +136,7 @@ class FactorModel(nn.Module):
         counts = cells.counts[:, genes]
         expression = cells.expression(genes)
         axes, centre, scores = principal_axes(expression, num_components, seed)
-        text = Ridge(RIDGE).fit(cells.mean_features(), scores)
+        text = Ridge(RIDGE).fit(cells.mean_features(), scores, cells.weights / cells.weights.mean())
         scale = np.maximum((scores - text.predict(cells.mean_features())).std(axis=0), MIN_SCALE)
         # A change of log1p(CP10k) is one of the log rate where a gene is high, and a multiple of it where it is low.
         height = np.clip(expression.mean(axis=0), 0.1, 1.0)
@@ -193,12 +197,13 @@ def parameter(values: np.ndarray) -> nn.Parameter:
     return nn.Parameter(float_tensor(values))
 
 
-def batches(n: int, size: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Rows of each step: shuffled epochs, one after the other."""
-    order = np.empty(0, dtype=np.int64)
+def batches(weights: np.ndarray, size: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Rows of each step: shuffled epochs, one after the other, in which a row is as often as its weight has it."""
+    ends, order = np.cumsum(weights / weights.mean()), np.empty(0, dtype=np.int64)
     for _ in range(steps):
         while len(order) < size:
-            order = np.concatenate([order, rng.permutation(n)])
+            times = np.diff(np.floor(ends + rng.random()).astype(np.int64), prepend=0)
+            order = np.concatenate([order, rng.permutation(np.repeat(np.arange(len(weights)), times))])
         yield order[:size]
         order = order[size:]
 
@@ -219,7 +224,7 @@ def fit_factors(cells: TextedCells, genes: np.ndarray, num_components: int, *, s
     optimizer = torch.optim.Adam([{"params": others, "lr": FACTOR_RATE}, {"params": encoder, "lr": ENCODER_RATE}])
     schedule = cosine_schedule(optimizer, steps)
     counts, expression = cells.counts[:, genes], cells.expression(genes)
-    progress = tqdm(batches(len(cells), FACTOR_BATCH, steps, rng), "Fitting the factors of cells", total=steps)
+    progress = tqdm(batches(cells.weights, FACTOR_BATCH, steps, rng), "Fitting the factors of cells", total=steps)
     for step, rows in enumerate(progress):
         mean, log_variance = model.encode(expression[rows])
         drawn = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
@@ -329,13 +334,14 @@ def fit_prior_mean(states: ScMMGPTCellStates, posterior: Posterior, cells: Texte
     """Ridge regression of the mean state and log library size of a text, and the scale of what is left."""
     features = cells.mean_features()
     place = np.concatenate([posterior.mean.numpy(), np.log(cells.total_counts)[:, None]], axis=1)
-    ridge = Ridge(RIDGE).fit(features, place)
+    weights = cells.weights / cells.weights.mean()
+    ridge = Ridge(RIDGE).fit(features, place, weights)
     residual = place - ridge.predict(features)
     variance = posterior.factor.square().sum(dim=2).mean(dim=0).numpy()
     with torch.no_grad():
         states.text_mean.weight.copy_(torch.from_numpy(ridge.coef_))
         states.text_mean.bias.copy_(torch.from_numpy(ridge.intercept_))
-        spread = np.sqrt(residual.var(axis=0) + np.append(variance, 0))
+        spread = np.sqrt(np.average(residual**2, axis=0, weights=weights) + np.append(variance, 0))
         states.residual_scale.copy_(torch.from_numpy(np.maximum(spread, MIN_SCALE)))
 
 
@@ -346,7 +352,7 @@ def fit_flow(states: ScMMGPTCellStates, posterior: Posterior, cells: TextedCells
     schedule = cosine_schedule(optimizer, steps)
     log_size = torch.from_numpy(np.log(cells.total_counts).astype(np.float32))
     losses = []
-    for rows in tqdm(batches(len(cells), FLOW_BATCH, steps, rng), "Fitting the flow of states", total=steps):
+    for rows in tqdm(batches(cells.weights, FLOW_BATCH, steps, rng), "Fitting the flow of states", total=steps):
         features = cells.draw_features(rows, rng)
         place = torch.cat([posterior.draw(rows, generator), log_size[rows][:, None]], dim=1)
         target = (place - states.text_mean(features).detach()) / states.residual_scale.detach()
@@ -424,7 +430,10 @@ def read_texted_cells(
     types = [next(x for x in found if isinstance(x, str) and x) for found in zip(*columns_of_type, strict=True)]
     groups, measured, alike = find_measured(counts, datasets, np.array(types), ontology.ancestors)
     sizes = complete_libraries(counts, sizes, groups, measured, alike)
-    return TextedCells(counts, sizes, torch.cat(features), rows.reshape(len(draws), len(cells)).T, groups, measured)
+    _, of_type, n_of_type = np.unique(types, return_inverse=True, return_counts=True)
+    weights = n_of_type[of_type] ** (1 / BALANCE - 1)
+    texts_of = rows.reshape(len(draws), len(cells)).T
+    return TextedCells(counts, sizes, torch.cat(features), texts_of, groups, measured, weights)
 
 
 def fit_cell_states(
