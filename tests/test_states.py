@@ -14,8 +14,10 @@ from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.states_scmmgpt import ScMMGPTCellStates
 from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.corpus import open_corpus
+from scmmgpt.train.panels import complete_libraries, find_measured
 from scmmgpt.train.states import (
     TextedCells,
+    batches,
     find_posterior,
     fit_cell_states,
     fit_states,
@@ -91,6 +93,51 @@ def test_drawn_cells_have_the_profile_the_library_and_the_correlations_of_real_c
         assert correlation(drawn) == pytest.approx(correlation(real), rel=0.25)
         noise = np.log1p(np.random.default_rng(0).poisson(real.mean(axis=0), real.shape))
         assert correlation(noise) < 0.6 * correlation(real)
+
+
+@pytest.mark.parametrize("library", ["of all genes", "of the panel"])
+def test_cells_of_a_panel_teach_nothing_of_the_genes_that_it_did_not_measure(library):
+    cells, of_type = planted_cells()
+    in_panel = np.arange(500) % 10 > 1  # 400 of the cells, which measured a quarter of the genes
+    counts = cells.counts.toarray()
+    counts[np.ix_(in_panel, np.arange(8, N_GENES))] = 0
+    sizes = np.where(in_panel & (library == "of the panel"), counts.sum(axis=1), cells.total_counts)
+    counts = sparse.csr_matrix(counts)
+    datasets, types = np.where(in_panel, "panel", "whole"), of_type.astype(str)
+    groups, measured, alike = find_measured(counts, datasets, types)
+    assert measured.sum(axis=1).tolist() == [10, 10, 30, 30]  # no cell has a count of the last two genes
+    whole = complete_libraries(counts, sizes, groups, measured, alike)
+    np.testing.assert_array_equal(whole[~in_panel], cells.total_counts[~in_panel])
+    assert np.median(whole[in_panel] / cells.total_counts[in_panel]) == pytest.approx(1, abs=0.1)
+    states = new_states()
+    fit_states(states, TextedCells(counts, whole, TEXTS, of_type[:, None], groups, measured))
+    for kind in (0, 1):
+        drawn, drawn_sizes = states.sample(TEXTS[[kind] * 250], np.arange(250))
+        assert drawn.sum() / drawn_sizes.sum() == pytest.approx(1, abs=0.1)
+        real = cells.counts.toarray()[of_type == kind].sum(axis=0)
+        np.testing.assert_allclose(drawn.sum(axis=0) / drawn.sum(), real / real.sum(), atol=0.02)
+
+
+def test_a_gene_is_missing_where_kinds_of_the_type_have_it_and_else_it_is_not_expressed():
+    counts = sparse.csr_matrix(np.array([[5, 0, 0, 0], [0, 3, 0, 0], [1, 1, 2, 0]]))
+    datasets, types = np.array(["panel", "panel", "whole"]), np.array(["T cell", "neuron", "CD4 T cell"])
+    above = {"CD4 T cell": ["T cell"]}
+    groups, measured, alike = find_measured(counts, datasets, types, lambda name: above.get(name, []))
+    assert measured[groups].astype(int).tolist() == [
+        [1, 1, 0, 1],  # T cells elsewhere express the third gene, and no T cell the fourth
+        [1, 1, 1, 1],  # nothing else is known of neurons
+        [1, 1, 1, 1],
+    ]
+    sizes = complete_libraries(counts, np.array([10.0, 3.0, 4.0]), groups, measured, alike)
+    assert sizes.tolist() == [10, 3, 4]  # half of the counts of the whole cell are of the panel, as 5 are of 10
+
+
+def test_cells_are_drawn_as_often_as_their_weights_have_it():
+    weights = np.array([1, 1, 2, 4.0])
+    rows = np.concatenate(list(batches(weights, 10, 800, np.random.default_rng(0))))
+    np.testing.assert_allclose(np.bincount(rows) / len(rows), weights / 8, atol=0.005)
+    alike = np.concatenate(list(batches(np.ones(7), 7, 5, np.random.default_rng(0))))
+    assert (np.sort(alike.reshape(5, 7), axis=1) == np.arange(7)).all()  # each once in an epoch
 
 
 @pytest.mark.parametrize("n_cells", [1, 2, 3])
@@ -173,7 +220,7 @@ def test_the_regression_finds_planted_rates_and_dispersions():
     mean = torch.exp(z @ torch.tensor([[0.5, 3.0], [0.0, 4.0]], dtype=torch.float64).t()) * sizes[:, None]
     gamma = rng.gamma(2.0, 1 / 2.0, (4000, 2)) * [1, 0] + [0, 1]  # the second gene is Poisson
     counts = torch.from_numpy(rng.poisson(mean.numpy() * gamma).T.astype(float))
-    found = regress_counts(counts, z, sizes)
+    found = regress_counts(counts, z, sizes.expand(2, -1))
     np.testing.assert_allclose(found[:, :2].numpy(), [[0.5, 3.0], [0.0, 4.0]], atol=0.06)
     assert found[0, 2].exp().item() == pytest.approx(2)
     assert found[1, 2].exp().item() >= 60
