@@ -241,7 +241,14 @@ def test_the_likely_dispersion_is_that_of_scipy():
 
 def test_states_are_fitted_to_a_corpus_and_its_captions(corpus, pipeline, tiny_processor):
     states = pipeline.model.model.cell_states
-    cells = read_texted_cells(open_corpus(corpus), CaptionSampler(), pipeline.model, tiny_processor)
+    arguments = open_corpus(corpus), CaptionSampler(), pipeline.model, tiny_processor
+    names = np.array(open_corpus(corpus).sample("train", 32, ["cell_type"])[1].column(0).to_pylist())
+    weights = read_texted_cells(*arguments, balance="cell_type").weights
+    shares = [weights[names == name].sum() ** 2 / (names == name).sum() for name in np.unique(names)]
+    assert len(shares) > 1
+    assert shares == pytest.approx([shares[0]] * len(shares))  # of a label: the root of its number of cells
+    cells = read_texted_cells(*arguments)
+    assert (cells.weights == 1).all()
     assert cells.counts.shape == (32, pipeline.model.config.cell_config.vocab_size)
     assert cells.texts.shape == (32, 10)  # four captions of the set, four short ones, and the name twice
     assert torch.linalg.vector_norm(cells.features, dim=1).tolist() == pytest.approx([1] * len(cells.features))

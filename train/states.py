@@ -38,7 +38,7 @@ from scmmgpt.train.panels import complete_libraries, find_measured
 logger = logging.getLogger(__name__)
 
 MAX_CELLS = 10_000  # of the training split: some minutes of one core
-BALANCE = 2  # a type is drawn by this root of its number of cells, as in `align` and `tune`
+BALANCE = 2  # a balanced label is drawn by this root of its number of cells, as in `align` and `tune`
 MAX_KEPT = 2000  # states of training cells that generated cells are compared with
 CAPTION_EPOCHS = 4  # captions of a cell from each set of templates
 TEXTS_AT_ONCE = 128
@@ -55,7 +55,7 @@ DIRECTION_PRECISION = 20.0  # of the Gaussian prior of a gene's direction
 MIN_SCALE = 1e-3  # of scores along an axis, and of what a text leaves open
 MIN_RATE = 1e-4  # counts per 10,000 of a gene that no training cell expresses
 NEWTON_STEPS, MAX_CHANGE = 8, 1.5  # of regression and posterior, and the largest change of a log rate in a step
-GENES_AT_ONCE, CELLS_AT_ONCE = 512, 256  # in the regression, and of the posterior
+GENES_AT_ONCE, CELLS_AT_ONCE = 128, 256  # in the regression, where 512 take twice the time each, and of the posterior
 DISPERSIONS = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 7.0, 12.0, 20.0, 35.0, 60.0, 100.0, 300.0, 1000.0)
 
 
@@ -399,15 +399,16 @@ def read_texted_cells(
     model: ScMMGPTForConditionalGeneration,
     processor: ScMMGPTProcessor,
     seed: int = 0,
+    balance: str | None = None,
 ) -> TextedCells:
     """At most `MAX_CELLS` training cells from all of the corpus, and the features of captions about them.
 
     The texts are captions of the training, short ones, which name little but the type, and the bare name with and
     without an article, so that all kinds of prompt are known. No text names genes of its cell, which would give the
-    target away.
+    target away. Rare labels of the column `balance` are drawn more often, as in the other losses of `tune`.
     """
-    columns = [column + suffix for column in CAPTION_COLUMNS for suffix in ("", "_ontology_term_id")] + ["dataset_id"]
-    cells, table = corpus.sample("train", MAX_CELLS, columns, seed=seed)
+    columns = {column + suffix for column in CAPTION_COLUMNS for suffix in ("", "_ontology_term_id")} | {"dataset_id"}
+    cells, table = corpus.sample("train", MAX_CELLS, sorted(columns | ({balance} if balance else set())), seed=seed)
     obs = {name: np.asarray(values, dtype=object) for name, values in table.to_pandas().items()}
     samplers = (captions, CaptionSampler("short", seed=captions.seed))
     draws = [
@@ -430,8 +431,10 @@ def read_texted_cells(
     types = [next(x for x in found if isinstance(x, str) and x) for found in zip(*columns_of_type, strict=True)]
     groups, measured, alike = find_measured(counts, datasets, np.array(types), ontology.ancestors)
     sizes = complete_libraries(counts, sizes, groups, measured, alike)
-    _, of_type, n_of_type = np.unique(types, return_inverse=True, return_counts=True)
-    weights = n_of_type[of_type] ** (1 / BALANCE - 1)
+    weights = np.ones(len(cells))
+    if balance:
+        _, of_label, n_cells = np.unique(obs[balance].astype(str), return_inverse=True, return_counts=True)
+        weights = n_cells[of_label] ** (1 / BALANCE - 1)
     texts_of = rows.reshape(len(draws), len(cells)).T
     return TextedCells(counts, sizes, torch.cat(features), texts_of, groups, measured, weights)
 
@@ -443,10 +446,12 @@ def fit_cell_states(
     processor: ScMMGPTProcessor,
     *,
     seed: int = 0,
+    balance: str | None = None,
 ) -> None:
     """Fit the states of the model to the training cells of the corpus, and to the texts as the model encodes them."""
     was_training = model.training
     model.eval()
-    fit_states(model.model.cell_states, read_texted_cells(corpus, captions, model, processor, seed), seed=seed)
+    cells = read_texted_cells(corpus, captions, model, processor, seed, balance)
+    fit_states(model.model.cell_states, cells, seed=seed)
     model.config.num_training_states = len(model.model.cell_states.training_states)
     model.train(was_training)
