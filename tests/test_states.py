@@ -14,7 +14,6 @@ from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.states_scmmgpt import ScMMGPTCellStates
 from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.corpus import open_corpus
-from scmmgpt.train.panels import complete_libraries, find_measured
 from scmmgpt.train.states import (
     TextedCells,
     batches,
@@ -22,8 +21,10 @@ from scmmgpt.train.states import (
     fit_cell_states,
     fit_states,
     likely_dispersion,
+    not_of_panels,
     read_texted_cells,
     regress_counts,
+    types_of,
 )
 
 
@@ -95,41 +96,27 @@ def test_drawn_cells_have_the_profile_the_library_and_the_correlations_of_real_c
         assert correlation(noise) < 0.6 * correlation(real)
 
 
-@pytest.mark.parametrize("library", ["of all genes", "of the panel"])
-def test_cells_of_a_panel_teach_nothing_of_the_genes_that_it_did_not_measure(library):
-    cells, of_type = planted_cells()
-    in_panel = np.arange(500) % 10 > 1  # 400 of the cells, which measured a quarter of the genes
-    counts = cells.counts.toarray()
-    counts[np.ix_(in_panel, np.arange(8, N_GENES))] = 0
-    sizes = np.where(in_panel & (library == "of the panel"), counts.sum(axis=1), cells.total_counts)
-    counts = sparse.csr_matrix(counts)
-    datasets, types = np.where(in_panel, "panel", "whole"), of_type.astype(str)
-    groups, measured, alike = find_measured(counts, datasets, types)
-    assert measured.sum(axis=1).tolist() == [10, 10, 30, 30]  # no cell has a count of the last two genes
-    whole = complete_libraries(counts, sizes, groups, measured, alike)
-    np.testing.assert_array_equal(whole[~in_panel], cells.total_counts[~in_panel])
-    assert np.median(whole[in_panel] / cells.total_counts[in_panel]) == pytest.approx(1, abs=0.1)
-    states = new_states()
-    fit_states(states, TextedCells(counts, whole, TEXTS, of_type[:, None], groups, measured))
-    for kind in (0, 1):
-        drawn, drawn_sizes = states.sample(TEXTS[[kind] * 250], np.arange(250))
-        assert drawn.sum() / drawn_sizes.sum() == pytest.approx(1, abs=0.1)
-        real = cells.counts.toarray()[of_type == kind].sum(axis=0)
-        np.testing.assert_allclose(drawn.sum(axis=0) / drawn.sum(), real / real.sum(), atol=0.02)
+def test_cells_of_a_panel_are_left_out_where_others_have_the_type():
+    rng = np.random.default_rng(0)
+    of = np.repeat(np.arange(5), [100, 60, 30, 5, 30])  # cells of each group
+    datasets = np.array(["panel", "whole", "panel", "whole", "library"])[of]
+    types = np.array(["B cell", "B cell", "mast cell", "mast cell", "T cell"])[of]
+    counts = rng.poisson(5, (len(of), 40))
+    counts[datasets == "panel", 8:] = 0
+    counts[np.ix_(datasets == "library", np.arange(30, 40))] = 0  # three quarters of the genes
+    kept = not_of_panels(sparse.csr_matrix(counts), datasets, types)
+    assert [set(kept[of == group]) for group in range(5)] == [{False}, {True}, {True}, {True}, {True}]
+    types[types == "T cell"] = "B cell"  # of which a file of three quarters of the genes is no panel
+    assert not_of_panels(sparse.csr_matrix(counts), datasets, types)[of == 4].all()
+    others = datasets != "whole"  # now the file is the widest, and its 30 cells are enough
+    kept = not_of_panels(sparse.csr_matrix(counts[others]), datasets[others], types[others])
+    expected = {"B cell": [False] * 100 + [True] * 30, "mast cell": [True] * 30}
+    assert {name: kept[types[others] == name].tolist() for name in expected} == expected
 
 
-def test_a_gene_is_missing_where_kinds_of_the_type_have_it_and_else_it_is_not_expressed():
-    counts = sparse.csr_matrix(np.array([[5, 0, 0, 0], [0, 3, 0, 0], [1, 1, 2, 0]]))
-    datasets, types = np.array(["panel", "panel", "whole"]), np.array(["T cell", "neuron", "CD4 T cell"])
-    above = {"CD4 T cell": ["T cell"]}
-    groups, measured, alike = find_measured(counts, datasets, types, lambda name: above.get(name, []))
-    assert measured[groups].astype(int).tolist() == [
-        [1, 1, 0, 1],  # T cells elsewhere express the third gene, and no T cell the fourth
-        [1, 1, 1, 1],  # nothing else is known of neurons
-        [1, 1, 1, 1],
-    ]
-    sizes = complete_libraries(counts, np.array([10.0, 3.0, 4.0]), groups, measured, alike)
-    assert sizes.tolist() == [10, 3, 4]  # half of the counts of the whole cell are of the panel, as 5 are of 10
+def test_a_cell_of_no_type_is_of_its_dataset_alone():
+    obs = {"cell_type_ontology_term_id": ["CL:0000236", None, None], "cell_type": ["B cell", "my type", None]}
+    assert types_of({**obs, "dataset_id": ["one"] * 3}).tolist() == ["CL:0000236", "my type", "one"]
 
 
 def test_cells_are_drawn_as_often_as_their_weights_have_it():
@@ -220,7 +207,7 @@ def test_the_regression_finds_planted_rates_and_dispersions():
     mean = torch.exp(z @ torch.tensor([[0.5, 3.0], [0.0, 4.0]], dtype=torch.float64).t()) * sizes[:, None]
     gamma = rng.gamma(2.0, 1 / 2.0, (4000, 2)) * [1, 0] + [0, 1]  # the second gene is Poisson
     counts = torch.from_numpy(rng.poisson(mean.numpy() * gamma).T.astype(float))
-    found = regress_counts(counts, z, sizes.expand(2, -1))
+    found = regress_counts(counts, z, sizes)
     np.testing.assert_allclose(found[:, :2].numpy(), [[0.5, 3.0], [0.0, 4.0]], atol=0.06)
     assert found[0, 2].exp().item() == pytest.approx(2)
     assert found[1, 2].exp().item() >= 60

@@ -14,7 +14,7 @@ The encoder is of the fit alone: no cell is read when cells are generated. `trai
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,16 +29,15 @@ from scmmgpt.cells_scmmgpt import COUNTS_PER_10K, log1p_cp10k
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.states_scmmgpt import ScMMGPTCellStates
-from scmmgpt.train.data import ontology
 from scmmgpt.train.data.captions import CAPTION_COLUMNS, CaptionSampler, with_article
 from scmmgpt.train.data.corpus import Corpus
-from scmmgpt.train.panels import complete_libraries, find_measured
 
 
 logger = logging.getLogger(__name__)
 
 MAX_CELLS = 10_000  # of the training split: some minutes of one core
 BALANCE = 2  # a balanced label is drawn by this root of its number of cells, as in `align` and `tune`
+LEAST_HELD, LEAST_OTHERS = 0.5, 20  # see `not_of_panels`
 MAX_KEPT = 2000  # states of training cells that generated cells are compared with
 CAPTION_EPOCHS = 4  # captions of a cell from each set of templates
 TEXTS_AT_ONCE = 128
@@ -65,12 +64,9 @@ class TextedCells:
 
     Args:
         counts: Raw counts, CSR float32 `(n_cells, vocab_size)`.
-        total_counts: Library sizes, of all genes, `(n_cells,)`.
+        total_counts: Library sizes, `(n_cells,)`.
         features: Features of the distinct texts, float32 `(n_texts, text_width)`.
         texts: Rows of `features`, int64 `(n_cells, n_draws)`: the texts of each cell.
-        groups: The group of each cell, int64 `(n_cells,)`; by default one.
-        measured: The genes that each group measured, bool `(n_groups, vocab_size)`; by default all. Nothing is learned
-            from the zeros of the others.
         weights: How often each cell is drawn, and how much it counts for the mean of a text, `(n_cells,)`; by default
             all are alike.
     """
@@ -79,31 +75,13 @@ class TextedCells:
     total_counts: np.ndarray
     features: Tensor
     texts: np.ndarray
-    groups: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
-    measured: np.ndarray = field(default_factory=lambda: np.ones((1, 1), dtype=bool))
     weights: np.ndarray = field(default_factory=lambda: np.ones(1))
 
     def __post_init__(self) -> None:
-        self.groups, self.weights = (np.broadcast_to(values, len(self)) for values in (self.groups, self.weights))
-        self.measured = np.broadcast_to(self.measured, (len(self.measured), self.counts.shape[1]))
+        self.weights = np.broadcast_to(self.weights / self.weights.mean(), len(self))
 
     def __len__(self) -> int:
         return len(self.total_counts)
-
-    def exposure(self, rows: np.ndarray | slice, genes: np.ndarray) -> np.ndarray:
-        """What a rate is multiplied by: 10,000 counts of the library, or 0 for a gene that was not measured.
-
-        float64 `(n_rows, n_genes)`.
-        """
-        sizes = self.total_counts[rows] / COUNTS_PER_10K
-        return sizes[:, None] * self.measured[:, genes][self.groups[rows]]
-
-    def expression(self, genes: np.ndarray) -> np.ndarray:
-        """log1p(CP10k), float32 `(n_cells, n_genes)`, with the mean of the other cells for what was not measured."""
-        values = log1p_cp10k(self.counts[:, genes], self.total_counts).toarray()
-        measured = self.measured[:, genes][self.groups]
-        mean = values.sum(axis=0) / np.maximum(measured.sum(axis=0), 1)
-        return np.where(measured, values, mean.astype(np.float32))
 
     def mean_features(self) -> np.ndarray:
         """Mean features of each cell's texts, `(n_cells, text_width)`."""
@@ -134,13 +112,13 @@ class FactorModel(nn.Module):
         super().__init__()
         self.genes = genes
         counts = cells.counts[:, genes]
-        expression = cells.expression(genes)
+        expression = log1p_cp10k(counts, cells.total_counts)
         axes, centre, scores = principal_axes(expression, num_components, seed)
-        text = Ridge(RIDGE).fit(cells.mean_features(), scores, cells.weights / cells.weights.mean())
+        text = Ridge(RIDGE).fit(cells.mean_features(), scores, cells.weights)
         scale = np.maximum((scores - text.predict(cells.mean_features())).std(axis=0), MIN_SCALE)
         # A change of log1p(CP10k) is one of the log rate where a gene is high, and a multiple of it where it is low.
-        height = np.clip(expression.mean(axis=0), 0.1, 1.0)
-        rate = np.asarray(counts.sum(axis=0)).ravel() / cells.exposure(slice(None), genes).sum(axis=0)
+        height = np.clip(np.asarray(expression.mean(axis=0)).ravel(), 0.1, 1.0)
+        rate = np.asarray(counts.sum(axis=0)).ravel() / cells.total_counts.sum() * COUNTS_PER_10K
         weights = axes / scale[:, None]
         self.directions = parameter(START_SCALE * axes * scale[:, None] / height)
         self.bias = parameter(np.log(np.maximum(rate, MIN_RATE)))
@@ -150,20 +128,19 @@ class FactorModel(nn.Module):
         self.text_weights = parameter((text.coef_ / scale[:, None]).T)
         self.text_bias = parameter(text.intercept_ / scale)
 
-    def encode(self, expression: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the states, `(N, K)`, of log1p(CP10k) of the model's genes `(N, n_genes)`."""
-        expression = torch.from_numpy(expression)
+    def encode(self, counts: sparse.csr_matrix, total_counts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the states, `(N, K)`, of counts of the model's genes `(N, n_genes)`."""
+        expression = torch.from_numpy(log1p_cp10k(counts, total_counts).toarray())
         mean, log_variance = (expression @ self.encoder + self.encoder_bias).chunk(2, dim=1)
         return mean, log_variance.clamp(-8, 4)
 
-    def log_likelihood(self, states: Tensor, counts: sparse.csr_matrix, exposure: Tensor) -> Tensor:
+    def log_likelihood(self, states: Tensor, counts: sparse.csr_matrix, totals: Tensor) -> Tensor:
         """Mean over cells of the log-likelihood of their counts, without terms of the counts alone.
 
-        `exposure` is of the cells and genes, `(N, n_genes)`, see [`TextedCells.exposure`]. Most counts are 0, whose
-        probability has a short form: only the others take logarithms of gamma functions.
+        Most counts are 0, whose probability has a short form: only the others take logarithms of gamma functions.
         """
         theta = self.log_dispersion.exp()
-        mean = (states @ self.directions + self.bias).clamp(-12, 8).exp() * exposure
+        mean = (states @ self.directions + self.bias).clamp(-12, 8).exp() * (totals[:, None] / COUNTS_PER_10K)
         of_zeros = -(theta * torch.log1p(mean / theta)).sum()
         rows = torch.from_numpy(np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr)))
         columns, y = torch.from_numpy(counts.indices.astype(np.int64)), torch.from_numpy(counts.data)
@@ -173,28 +150,23 @@ class FactorModel(nn.Module):
 
 
 def principal_axes(
-    expression: np.ndarray, num_components: int, seed: int
+    expression: sparse.csr_matrix, num_components: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Axes `(K, n_genes)`, centre `(n_genes,)` and scores `(N, K)`; those beyond the rank are 0."""
     n_cells, n_genes = expression.shape
     axes, scores = np.zeros((num_components, n_genes)), np.zeros((n_cells, num_components))
     rank = min(num_components, n_cells - 1, n_genes - 1)
     if rank < 1:
-        return axes, expression.mean(axis=0), scores
+        return axes, np.asarray(expression.mean(axis=0)).ravel(), scores
     pca = PCA(rank, svd_solver="arpack", random_state=seed)
     scores[:, :rank] = pca.fit_transform(expression)
     axes[:rank] = pca.components_
     return axes, pca.mean_, scores
 
 
-def float_tensor(values: np.ndarray) -> Tensor:
-    """A float32 tensor."""
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-
-
 def parameter(values: np.ndarray) -> nn.Parameter:
     """A float32 parameter."""
-    return nn.Parameter(float_tensor(values))
+    return nn.Parameter(torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)))
 
 
 def batches(weights: np.ndarray, size: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -223,14 +195,14 @@ def fit_factors(cells: TextedCells, genes: np.ndarray, num_components: int, *, s
     others = [parameter for name, parameter in model.named_parameters() if not name.startswith("encoder")]
     optimizer = torch.optim.Adam([{"params": others, "lr": FACTOR_RATE}, {"params": encoder, "lr": ENCODER_RATE}])
     schedule = cosine_schedule(optimizer, steps)
-    counts, expression = cells.counts[:, genes], cells.expression(genes)
+    counts, totals = cells.counts[:, genes], torch.from_numpy(cells.total_counts.astype(np.float32))
     progress = tqdm(batches(cells.weights, FACTOR_BATCH, steps, rng), "Fitting the factors of cells", total=steps)
     for step, rows in enumerate(progress):
-        mean, log_variance = model.encode(expression[rows])
+        mean, log_variance = model.encode(counts[rows], cells.total_counts[rows])
         drawn = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
         expected = cells.draw_features(rows, rng) @ model.text_weights + model.text_bias
         divergence = 0.5 * ((mean - expected) ** 2 + log_variance.exp() - 1 - log_variance).sum(dim=1).mean()
-        likelihood = model.log_likelihood(drawn, counts[rows], float_tensor(cells.exposure(rows, genes)))
+        likelihood = model.log_likelihood(drawn, counts[rows], totals[rows])
         prior = 0.5 * DIRECTION_PRECISION * model.directions.square().sum() / len(cells)
         loss = min(1.0, step / (WARM_UP * steps)) * divergence - likelihood + prior
         optimizer.zero_grad()
@@ -239,8 +211,12 @@ def fit_factors(cells: TextedCells, genes: np.ndarray, num_components: int, *, s
         schedule.step()
     logger.info("Factor model: loss of the last batch %.1f, divergence %.2f", loss.item(), divergence.item())
     with torch.no_grad():
-        means, log_variances = model.encode(expression)
-    return Posterior(means, torch.diag_embed((0.5 * log_variances).exp()))
+        pieces = [
+            model.encode(counts[first : first + 1024], cells.total_counts[first : first + 1024])
+            for first in range(0, len(cells), 1024)
+        ]
+    means, log_variances = zip(*pieces, strict=True)
+    return Posterior(torch.cat(means), torch.diag_embed((0.5 * torch.cat(log_variances)).exp()))
 
 
 @torch.no_grad()
@@ -254,10 +230,10 @@ def find_posterior(states: ScMMGPTCellStates, cells: TextedCells, genes: np.ndar
     for first in range(0, len(cells), CELLS_AT_ONCE):
         rows = slice(first, first + CELLS_AT_ONCE)
         y = torch.from_numpy(counts[rows].toarray())
-        exposure = float_tensor(cells.exposure(rows, genes))
+        sizes = torch.from_numpy(cells.total_counts[rows].astype(np.float32))[:, None] / COUNTS_PER_10K
         z = start[rows]
         for _ in range(NEWTON_STEPS):
-            mean = (z @ directions.t() + bias).clamp(-12, 8).exp() * exposure
+            mean = (z @ directions.t() + bias).clamp(-12, 8).exp() * sizes
             share = theta / (theta + mean)
             gradient = ((y - mean) * share) @ directions - (z - expected[rows])
             precision = ((mean * share) @ squares).unflatten(1, (k, k)) + torch.eye(k)
@@ -271,20 +247,20 @@ def find_posterior(states: ScMMGPTCellStates, cells: TextedCells, genes: np.ndar
 
 def regress_genes(states: ScMMGPTCellStates, drawn: Tensor, cells: TextedCells, genes: np.ndarray) -> None:
     """Fit bias, direction and dispersion of the genes, given states `(N, K)`."""
+    sizes = torch.from_numpy(cells.total_counts / COUNTS_PER_10K)
     z = torch.cat([drawn, torch.ones(len(drawn), 1)], dim=1).double()
     by_gene = cells.counts.tocsc()
     for first in range(0, len(genes), GENES_AT_ONCE):
         some = genes[first : first + GENES_AT_ONCE]
         counts = torch.from_numpy(by_gene[:, some].toarray().T.astype(np.float64))
-        exposure = torch.from_numpy(cells.exposure(slice(None), some).T.copy())
-        table = regress_counts(counts, z, exposure).float()
+        table = regress_counts(counts, z, sizes).float()
         with torch.no_grad():
             states.gene_directions.weight[some] = table[:, :-2]
             states.gene_bias.weight[some] = table[:, -2:-1]
             states.gene_log_dispersion.weight[some] = table[:, -1:]
 
 
-def regress_counts(counts: Tensor, z: Tensor, exposure: Tensor) -> Tensor:
+def regress_counts(counts: Tensor, z: Tensor, sizes: Tensor) -> Tensor:
     """Negative-binomial regression of each gene by Newton's method.
 
     The directions have a Gaussian prior, so a gene of few counts stays near its mean.
@@ -292,7 +268,7 @@ def regress_counts(counts: Tensor, z: Tensor, exposure: Tensor) -> Tensor:
     Args:
         counts: float64 `(G, N)`.
         z: States and a column of ones, float64 `(N, K + 1)`.
-        exposure: Library sizes in 10,000 counts, 0 for what was not measured, float64 `(G, N)`.
+        sizes: Library sizes in 10,000 counts, float64 `(N,)`.
 
     Returns:
         Direction, bias and log inverse dispersion, float64 `(G, K + 2)`.
@@ -301,10 +277,10 @@ def regress_counts(counts: Tensor, z: Tensor, exposure: Tensor) -> Tensor:
     squares = (z[:, :, None] * z[:, None, :]).flatten(1).float()  # (N, (K + 1)**2)
     precision = torch.diag(torch.tensor([DIRECTION_PRECISION] * (width - 1) + [1e-3], dtype=torch.float64))
     prior = torch.zeros(len(counts), width, dtype=torch.float64)
-    prior[:, -1] = (counts.sum(dim=1) / exposure.sum(dim=1)).clamp(min=MIN_RATE).log()
+    prior[:, -1] = (counts.sum(dim=1) / sizes.sum()).clamp(min=MIN_RATE).log()
     beta = prior.clone()
     for _ in range(NEWTON_STEPS):
-        mean = (beta @ z.t()).clamp(-12, 8).exp() * exposure
+        mean = (beta @ z.t()).clamp(-12, 8).exp() * sizes
         excess = ((counts - mean).square() - mean).sum(dim=1).clamp(min=1e-9)
         theta = (mean.square().sum(dim=1) / excess).clamp(0.1, 100.0)
         share = theta[:, None] / (theta[:, None] + mean)
@@ -313,7 +289,7 @@ def regress_counts(counts: Tensor, z: Tensor, exposure: Tensor) -> Tensor:
         step = torch.linalg.solve(hessian, gradient[..., None])[..., 0]
         change = (step @ z.t()).abs().amax(dim=1, keepdim=True)  # Newton's steps can overshoot
         beta += step * (MAX_CHANGE / change.clamp(min=MAX_CHANGE))
-    mean = (beta @ z.t()).clamp(-12, 8).exp() * exposure
+    mean = (beta @ z.t()).clamp(-12, 8).exp() * sizes
     return torch.cat([beta, likely_dispersion(counts.float(), mean.float()).log()[:, None]], dim=1)
 
 
@@ -334,14 +310,13 @@ def fit_prior_mean(states: ScMMGPTCellStates, posterior: Posterior, cells: Texte
     """Ridge regression of the mean state and log library size of a text, and the scale of what is left."""
     features = cells.mean_features()
     place = np.concatenate([posterior.mean.numpy(), np.log(cells.total_counts)[:, None]], axis=1)
-    weights = cells.weights / cells.weights.mean()
-    ridge = Ridge(RIDGE).fit(features, place, weights)
+    ridge = Ridge(RIDGE).fit(features, place, cells.weights)
     residual = place - ridge.predict(features)
     variance = posterior.factor.square().sum(dim=2).mean(dim=0).numpy()
     with torch.no_grad():
         states.text_mean.weight.copy_(torch.from_numpy(ridge.coef_))
         states.text_mean.bias.copy_(torch.from_numpy(ridge.intercept_))
-        spread = np.sqrt(np.average(residual**2, axis=0, weights=weights) + np.append(variance, 0))
+        spread = np.sqrt(np.average(residual**2, axis=0, weights=cells.weights) + np.append(variance, 0))
         states.residual_scale.copy_(torch.from_numpy(np.maximum(spread, MIN_SCALE)))
 
 
@@ -405,11 +380,15 @@ def read_texted_cells(
 
     The texts are captions of the training, short ones, which name little but the type, and the bare name with and
     without an article, so that all kinds of prompt are known. No text names genes of its cell, which would give the
-    target away. Rare labels of the column `balance` are drawn more often, as in the other losses of `tune`.
+    target away. Cells of panels are left out where there are others, see [`not_of_panels`]. Rare labels of the column
+    `balance` are drawn more often, as in the other losses of `tune`.
     """
     columns = {column + suffix for column in CAPTION_COLUMNS for suffix in ("", "_ontology_term_id")} | {"dataset_id"}
     cells, table = corpus.sample("train", MAX_CELLS, sorted(columns | ({balance} if balance else set())), seed=seed)
     obs = {name: np.asarray(values, dtype=object) for name, values in table.to_pandas().items()}
+    vocab_size = model.config.cell_config.vocab_size
+    kept = np.flatnonzero(not_of_panels(cells.to_csr(vocab_size), obs["dataset_id"].astype(str), types_of(obs)))
+    cells, obs = cells[kept], {name: values[kept] for name, values in obs.items()}
     samplers = (captions, CaptionSampler("short", seed=captions.seed))
     draws = [
         sampler.caption(obs, cell_ids=cells.cell_ids, epoch=epoch)
@@ -424,19 +403,48 @@ def read_texted_cells(
     for first in range(0, len(texts), TEXTS_AT_ONCE):
         inputs = processor(qformer_text=texts[first : first + TEXTS_AT_ONCE].tolist()).to(model.device)
         features.append(model.get_text_features(**inputs).float().cpu())
-    counts = cells.to_csr(model.config.cell_config.vocab_size)
+    counts = cells.to_csr(vocab_size)
     sizes = np.maximum(cells.library_sizes().astype(np.float64), 1.0)
-    datasets = obs["dataset_id"].astype(str)
-    columns_of_type = obs["cell_type_ontology_term_id"], names, datasets  # a cell of no type is alike no other
-    types = [next(x for x in found if isinstance(x, str) and x) for found in zip(*columns_of_type, strict=True)]
-    groups, measured, alike = find_measured(counts, datasets, np.array(types), ontology.ancestors)
-    sizes = complete_libraries(counts, sizes, groups, measured, alike)
     weights = np.ones(len(cells))
     if balance:
         _, of_label, n_cells = np.unique(obs[balance].astype(str), return_inverse=True, return_counts=True)
         weights = n_cells[of_label] ** (1 / BALANCE - 1)
-    texts_of = rows.reshape(len(draws), len(cells)).T
-    return TextedCells(counts, sizes, torch.cat(features), texts_of, groups, measured, weights)
+    return TextedCells(counts, sizes, torch.cat(features), rows.reshape(len(draws), len(cells)).T, weights)
+
+
+def types_of(obs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The Cell Ontology id of each cell, else its type, else the dataset: such cells are like no others. str."""
+    columns = (obs[name] for name in ("cell_type_ontology_term_id", "cell_type", "dataset_id"))
+    return np.array([next(x for x in names if isinstance(x, str) and x) for names in zip(*columns, strict=True)])
+
+
+def not_of_panels(counts: sparse.csr_matrix, datasets: np.ndarray, types: np.ndarray) -> np.ndarray:
+    """Whether to keep a cell: a panel of genes says nothing of the others, and their zeros are not of the type.
+
+    The cells of a type in a dataset are left out where datasets of more genes have as many of the type, or
+    `LEAST_OTHERS`, and the genes of the first hold less than `LEAST_HELD` of the counts of these cells. Cells of a
+    type that one panel alone has are kept.
+
+    Args:
+        counts: Raw counts, CSR `(n_cells, n_genes)`; the genes of a dataset are those with a count in it.
+        datasets, types: Of each cell, str `(n_cells,)`.
+
+    Returns:
+        bool `(n_cells,)`.
+
+    >>> counts = sparse.csr_matrix(np.array([[5, 0, 0], [1, 2, 7], [0, 4, 0]]))
+    >>> not_of_panels(counts, np.array(["panel", "whole", "panel"]), np.array(["B", "B", "T"]))
+    array([False,  True,  True])
+    """
+    pairs = np.stack([datasets, types]).astype(str)
+    pairs, groups, n_cells = np.unique(pairs, axis=1, return_inverse=True, return_counts=True)
+    groups, rows = groups.reshape(-1), np.arange(counts.shape[0])
+    sums = (sparse.csr_matrix((np.ones(len(rows)), (groups, rows)), (len(n_cells), len(rows))) @ counts).toarray()
+    genes = np.stack([(sums[pairs[0] == name] > 0).any(axis=0) for name in pairs[0]])
+    held = sums @ genes.T / sums.sum(axis=1, keepdims=True).clip(min=1e-9)  # [i, j]: of the counts of i, by genes of j
+    wider = genes.sum(axis=1)[:, None] > genes.sum(axis=1)
+    others = (pairs[1][:, None] == pairs[1]) & wider & (held < LEAST_HELD)
+    return (n_cells @ others < np.minimum(n_cells, LEAST_OTHERS))[groups]
 
 
 def fit_cell_states(
