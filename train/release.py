@@ -9,8 +9,8 @@ make release
    the genes that at least `MIN_SOURCES` of them measure, or one of them and the reference profiles.
 2. `align` trains a small cell model and Q-Former.
 3. The readout of cell types is fitted over all datasets and reference profiles, with novelty and the gate of labels
-   that were never trained. Its temperature, sets of labels, least score and unit of novelty come from each dataset,
-   scored by a readout of the others.
+   that were never trained. Its temperature, doubt, sets of labels, least score and unit of novelty come from
+   each dataset, scored by a readout of the others and weighed by their tissues.
 4. `tune` trains a small language model from nothing on captions, and fits the states that cells are generated from.
 5. OUTPUT/checkpoint gets everything in bfloat16, `checkpoint.md` (what it was trained on, and its limits) and nothing
    else; it must not take more than `MAX_BYTES`.
