@@ -12,7 +12,7 @@ labelled cells. `config.annotation` stores these values.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -243,7 +243,12 @@ def name_by_profile(
 
 
 def fit_mixture(
-    similarity: np.ndarray, match: np.ndarray | None, target: np.ndarray, temperature: float, doubt: float = 0.0
+    similarity: np.ndarray,
+    match: np.ndarray | None,
+    target: np.ndarray,
+    temperature: float,
+    doubt: float = 0.0,
+    prior_at: Callable[[float], np.ndarray | None] = lambda temperature: None,
 ) -> dict[str, float]:
     """Fit the temperature and the matching weight: the least negative log-likelihood of the true labels, on a grid.
 
@@ -251,15 +256,17 @@ def fit_mixture(
         similarity, match, doubt: As in [`label_probabilities`].
         target: Int `(n_cells,)`: index of each cell's true label.
         temperature: Middle of the grid, which reaches from an eighth of the value to eight times the value.
+        prior_at: The prior of the labels at a temperature, as in [`label_probabilities`].
 
     Returns:
         `temperature` and `matching_weight`, with their `nll` and `accuracy`.
     """
     best: dict[str, float] = {}
     for candidate in temperature * 2.0 ** np.arange(-3, 3.5, 0.5):
-        for weight in np.linspace(0, 1, 11):
+        prior = prior_at(float(candidate))
+        for weight in np.linspace(0, 1, 11) if match is not None else (0.0,):
             options: dict[str, Any] = {"logit_scale": 1 / candidate, "matching_weight": weight, "doubt": doubt}
-            probabilities = label_probabilities(similarity, match, **options)
+            probabilities = label_probabilities(similarity, match, prior=prior, **options)
             nll = -np.log(np.maximum(probabilities[np.arange(len(target)), target], 1e-9)).mean()
             if not best or nll < best["nll"] - 1e-9:
                 accuracy = float((probabilities.argmax(axis=1) == target).mean())

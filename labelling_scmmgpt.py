@@ -235,8 +235,14 @@ class LabellingSteps(CellPasses):
         """
         stored, settings, readout = self.model.config.annotation or {}, labelling.settings, labelling.readout
         names = labelling.candidates.names
-        readout_alone = stored.get("similarity_weight") == 0 == settings["matching_weight"]
+        readout_alone = stored.get("similarity_weight") == 0
         if readout is None or not readout_alone or not stored.get("tissues") or set(names) != set(stored["labels"]):
+            return labelling
+        if settings["matching_weight"]:
+            logger.warning(
+                f"With a matching weight of {settings['matching_weight']:g} labels are not weighed by the tissues "
+                "of the cells; matching_weight=0 weighs them."
+            )
             return labelling
         logits = settings["readout_temperature"] * readout(cells)
         scale, doubt = 1 / settings["temperature"], stored.get("doubt", 0.0)
@@ -427,14 +433,21 @@ class LabellingSteps(CellPasses):
         texts = list(settings["labels"].values())
         names = list(settings["labels"])
         readout = self._text_scores(texts, np.zeros(len(texts), bool), choice)
-        refined = self.read_batch(adata, self.labelling(choice, settings)).readout  # `annotate` refines, too
+        labelling = self.read_batch(adata, self.labelling(choice, settings))  # `annotate` refines, too
+        refined = labelling.readout
         if readout is not None and refined is not None and len(refined.panel.bias) == len(readout.panel.bias):
             readout = replace(readout, panel=refined.panel, scores=refined.panel)
         similarity, match, _ = self._label_scores([cells], len(cells), texts, settings, batch_size, readout=readout)
         target = np.asarray([names.index(label) for label in truth])
         before = dict(self.model.config.annotation or {})
         doubt = before.get("doubt", 0.0)  # fitted on left-out datasets, which one dataset cannot replace
-        best = fit_mixture(similarity, match, target, settings["temperature"], doubt)
+        file = None if labelling.prior is None else _cells_all_over(adata, choice, NEIGHBOUR_CELLS, CELLS_AT_ONCE)
+
+        def prior_at(temperature: float) -> np.ndarray | None:
+            tried = replace(labelling, settings={**settings, "temperature": temperature})
+            return None if file is None else self._with_prior(tried, file).prior
+
+        best = fit_mixture(similarity, match, target, settings["temperature"], doubt, prior_at)
         cl_ids = {name: i for name, i in settings["cl_ids"].items() if name in settings["labels"]}
         fitted: dict[str, Any] = {name: best[name] for name in ("temperature", "matching_weight")}
         before.pop("min_score", None)  # fitted at another temperature

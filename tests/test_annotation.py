@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
-from scmmgpt.annotation_scmmgpt import choose_labels, label_probabilities
+from scmmgpt.annotation_scmmgpt import choose_labels, fit_mixture, label_probabilities
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.eval.abstention import evaluate_abstention
 from scmmgpt.evidence_scmmgpt import likely_label
@@ -175,6 +175,18 @@ def test_labels_of_other_tissues_than_those_of_the_cells_are_unlikely_beside_the
     b_cells = np.tile([0.8, 0.1, 0.1], (50, 1))
     of_b_cells = tissue_prior(b_cells, renamed, [{"labels": ["B cell", "T cell"]}, {"labels": ["macrophage"]}])
     assert of_b_cells[0] == of_b_cells.max() > 1
+
+
+def test_the_temperature_is_fitted_with_what_is_known_of_how_common_labels_are():
+    rng, prior = np.random.default_rng(0), np.array([2.5, 1.2, 0.2, 0.1])
+    scores = rng.normal(scale=0.3, size=(4000, 4))
+    truth = (scores + 0.2 * (np.log(prior) + rng.gumbel(size=scores.shape))).argmax(axis=1)
+    asked = []
+    fitted = fit_mixture(scores, None, truth, 0.2, prior_at=lambda temperature: asked.append(temperature) or prior)
+    plain = fit_mixture(scores, None, truth, 0.2)
+    assert fitted["temperature"] == 0.2
+    assert plain["nll"] > fitted["nll"] + 0.1
+    assert len(asked) == 13  # once for a temperature
 
 
 @pytest.mark.parametrize(

@@ -334,6 +334,29 @@ def test_sets_of_a_calibration_are_of_the_probabilities_that_annotate_gives(buil
     assert set(cells.obs["scmmgpt_label_set"].str.count(r"\|")) == {len(names) - 1}
 
 
+def test_a_calibration_is_of_labels_that_tissues_weigh_as_annotate_has_them(built, caplog):
+    pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
+    stored = pipeline.model.config.annotation
+    names = list(stored["labels"])
+    tissues = [{"id": "", "name": own[0], "names": own[:1], "labels": own} for own in (names[:2], names[2:])]
+    stored.update(tissues=tissues, doubt=0.1)
+    cells = synthetic_adata(200, seed=5, mean_total=10)
+    cells = cells[cells.obs["cell_type"].astype(str).isin(names[:2]).to_numpy()].copy()
+    assert len(cells) >= 60
+    done = pipeline.calibrate(cells, "cell_type")
+    probabilities = pipeline.annotate(cells.copy()).obsm["scmmgpt_probabilities"]
+    truth = np.array([names.index(name) for name in cells.obs["cell_type"]])
+    assert done["nll"] == pytest.approx(-np.log(probabilities[np.arange(len(truth)), truth]).mean(), rel=1e-4)
+    assert done["accuracy"] == (probabilities.argmax(axis=1) == truth).mean()
+    del pipeline.model.config.annotation["tissues"]
+    unweighed = pipeline.annotate(cells.copy()).obsm["scmmgpt_probabilities"]
+    assert abs(unweighed - probabilities).max() > 0.01
+    pipeline.model.config.annotation["tissues"] = tissues
+    assert "matching weight" not in caplog.text
+    pipeline.annotate(cells, matching_weight=0.5)
+    assert "With a matching weight of 0.5 labels are not weighed by the tissues of the cells" in caplog.text
+
+
 def test_calibrating_on_some_labels_keeps_the_others_and_asks_no_network(built, tmp_path, monkeypatch, caplog):
     copy = tmp_path / "checkpoint"
     shutil.copytree(built, copy)

@@ -16,12 +16,15 @@ from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.corpus import open_corpus
 from scmmgpt.train.states import (
     TextedCells,
+    batches,
     find_posterior,
     fit_cell_states,
     fit_states,
     likely_dispersion,
+    not_of_panels,
     read_texted_cells,
     regress_counts,
+    types_of,
 )
 
 
@@ -91,6 +94,37 @@ def test_drawn_cells_have_the_profile_the_library_and_the_correlations_of_real_c
         assert correlation(drawn) == pytest.approx(correlation(real), rel=0.25)
         noise = np.log1p(np.random.default_rng(0).poisson(real.mean(axis=0), real.shape))
         assert correlation(noise) < 0.6 * correlation(real)
+
+
+def test_cells_of_a_panel_are_left_out_where_others_have_the_type():
+    rng = np.random.default_rng(0)
+    of = np.repeat(np.arange(5), [100, 60, 30, 5, 30])  # cells of each group
+    datasets = np.array(["panel", "whole", "panel", "whole", "library"])[of]
+    types = np.array(["B cell", "B cell", "mast cell", "mast cell", "T cell"])[of]
+    counts = rng.poisson(5, (len(of), 40))
+    counts[datasets == "panel", 8:] = 0
+    counts[np.ix_(datasets == "library", np.arange(30, 40))] = 0  # three quarters of the genes
+    kept = not_of_panels(sparse.csr_matrix(counts), datasets, types)
+    assert [set(kept[of == group]) for group in range(5)] == [{False}, {True}, {True}, {True}, {True}]
+    types[types == "T cell"] = "B cell"  # of which a file of three quarters of the genes is no panel
+    assert not_of_panels(sparse.csr_matrix(counts), datasets, types)[of == 4].all()
+    others = datasets != "whole"  # now the file is the widest, and its 30 cells are enough
+    kept = not_of_panels(sparse.csr_matrix(counts[others]), datasets[others], types[others])
+    expected = {"B cell": [False] * 100 + [True] * 30, "mast cell": [True] * 30}
+    assert {name: kept[types[others] == name].tolist() for name in expected} == expected
+
+
+def test_a_cell_of_no_type_is_of_its_dataset_alone():
+    obs = {"cell_type_ontology_term_id": ["CL:0000236", None, None], "cell_type": ["B cell", "my type", None]}
+    assert types_of({**obs, "dataset_id": ["one"] * 3}).tolist() == ["CL:0000236", "my type", "one"]
+
+
+def test_cells_are_drawn_as_often_as_their_weights_have_it():
+    weights = np.array([1, 1, 2, 4.0])
+    rows = np.concatenate(list(batches(weights, 10, 800, np.random.default_rng(0))))
+    np.testing.assert_allclose(np.bincount(rows) / len(rows), weights / 8, atol=0.005)
+    alike = np.concatenate(list(batches(np.ones(7), 7, 5, np.random.default_rng(0))))
+    assert (np.sort(alike.reshape(5, 7), axis=1) == np.arange(7)).all()  # each once in an epoch
 
 
 @pytest.mark.parametrize("n_cells", [1, 2, 3])
@@ -194,7 +228,14 @@ def test_the_likely_dispersion_is_that_of_scipy():
 
 def test_states_are_fitted_to_a_corpus_and_its_captions(corpus, pipeline, tiny_processor):
     states = pipeline.model.model.cell_states
-    cells = read_texted_cells(open_corpus(corpus), CaptionSampler(), pipeline.model, tiny_processor)
+    arguments = open_corpus(corpus), CaptionSampler(), pipeline.model, tiny_processor
+    names = np.array(open_corpus(corpus).sample("train", 32, ["cell_type"])[1].column(0).to_pylist())
+    weights = read_texted_cells(*arguments, balance="cell_type").weights
+    shares = [weights[names == name].sum() ** 2 / (names == name).sum() for name in np.unique(names)]
+    assert len(shares) > 1
+    assert shares == pytest.approx([shares[0]] * len(shares))  # of a label: the root of its number of cells
+    cells = read_texted_cells(*arguments)
+    assert (cells.weights == 1).all()
     assert cells.counts.shape == (32, pipeline.model.config.cell_config.vocab_size)
     assert cells.texts.shape == (32, 10)  # four captions of the set, four short ones, and the name twice
     assert torch.linalg.vector_norm(cells.features, dim=1).tolist() == pytest.approx([1] * len(cells.features))

@@ -14,8 +14,8 @@ The encoder is of the fit alone: no cell is read when cells are generated. `trai
 
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from scmmgpt.train.data.corpus import Corpus
 logger = logging.getLogger(__name__)
 
 MAX_CELLS = 10_000  # of the training split: some minutes of one core
+BALANCE = 2  # a balanced label is drawn by this root of its number of cells, as in `align` and `tune`
+LEAST_HELD, LEAST_OTHERS = 0.5, 20  # see `not_of_panels`
 MAX_KEPT = 2000  # states of training cells that generated cells are compared with
 CAPTION_EPOCHS = 4  # captions of a cell from each set of templates
 TEXTS_AT_ONCE = 128
@@ -52,7 +54,7 @@ DIRECTION_PRECISION = 20.0  # of the Gaussian prior of a gene's direction
 MIN_SCALE = 1e-3  # of scores along an axis, and of what a text leaves open
 MIN_RATE = 1e-4  # counts per 10,000 of a gene that no training cell expresses
 NEWTON_STEPS, MAX_CHANGE = 8, 1.5  # of regression and posterior, and the largest change of a log rate in a step
-GENES_AT_ONCE, CELLS_AT_ONCE = 512, 256  # in the regression, and of the posterior
+GENES_AT_ONCE, CELLS_AT_ONCE = 128, 256  # in the regression, where 512 take twice the time each, and of the posterior
 DISPERSIONS = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 7.0, 12.0, 20.0, 35.0, 60.0, 100.0, 300.0, 1000.0)
 
 
@@ -65,12 +67,18 @@ class TextedCells:
         total_counts: Library sizes, `(n_cells,)`.
         features: Features of the distinct texts, float32 `(n_texts, text_width)`.
         texts: Rows of `features`, int64 `(n_cells, n_draws)`: the texts of each cell.
+        weights: How often each cell is drawn, and how much it counts for the mean of a text, `(n_cells,)`; by default
+            all are alike.
     """
 
     counts: sparse.csr_matrix
     total_counts: np.ndarray
     features: Tensor
     texts: np.ndarray
+    weights: np.ndarray = field(default_factory=lambda: np.ones(1))
+
+    def __post_init__(self) -> None:
+        self.weights = np.broadcast_to(self.weights / self.weights.mean(), len(self))
 
     def __len__(self) -> int:
         return len(self.total_counts)
@@ -106,7 +114,7 @@ class FactorModel(nn.Module):
         counts = cells.counts[:, genes]
         expression = log1p_cp10k(counts, cells.total_counts)
         axes, centre, scores = principal_axes(expression, num_components, seed)
-        text = Ridge(RIDGE).fit(cells.mean_features(), scores)
+        text = Ridge(RIDGE).fit(cells.mean_features(), scores, cells.weights)
         scale = np.maximum((scores - text.predict(cells.mean_features())).std(axis=0), MIN_SCALE)
         # A change of log1p(CP10k) is one of the log rate where a gene is high, and a multiple of it where it is low.
         height = np.clip(np.asarray(expression.mean(axis=0)).ravel(), 0.1, 1.0)
@@ -161,12 +169,13 @@ def parameter(values: np.ndarray) -> nn.Parameter:
     return nn.Parameter(torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)))
 
 
-def batches(n: int, size: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Rows of each step: shuffled epochs, one after the other."""
-    order = np.empty(0, dtype=np.int64)
+def batches(weights: np.ndarray, size: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Rows of each step: shuffled epochs, one after the other, in which a row is as often as its weight has it."""
+    ends, order = np.cumsum(weights / weights.mean()), np.empty(0, dtype=np.int64)
     for _ in range(steps):
         while len(order) < size:
-            order = np.concatenate([order, rng.permutation(n)])
+            times = np.diff(np.floor(ends + rng.random()).astype(np.int64), prepend=0)
+            order = np.concatenate([order, rng.permutation(np.repeat(np.arange(len(weights)), times))])
         yield order[:size]
         order = order[size:]
 
@@ -187,7 +196,7 @@ def fit_factors(cells: TextedCells, genes: np.ndarray, num_components: int, *, s
     optimizer = torch.optim.Adam([{"params": others, "lr": FACTOR_RATE}, {"params": encoder, "lr": ENCODER_RATE}])
     schedule = cosine_schedule(optimizer, steps)
     counts, totals = cells.counts[:, genes], torch.from_numpy(cells.total_counts.astype(np.float32))
-    progress = tqdm(batches(len(cells), FACTOR_BATCH, steps, rng), "Fitting the factors of cells", total=steps)
+    progress = tqdm(batches(cells.weights, FACTOR_BATCH, steps, rng), "Fitting the factors of cells", total=steps)
     for step, rows in enumerate(progress):
         mean, log_variance = model.encode(counts[rows], cells.total_counts[rows])
         drawn = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
@@ -301,13 +310,13 @@ def fit_prior_mean(states: ScMMGPTCellStates, posterior: Posterior, cells: Texte
     """Ridge regression of the mean state and log library size of a text, and the scale of what is left."""
     features = cells.mean_features()
     place = np.concatenate([posterior.mean.numpy(), np.log(cells.total_counts)[:, None]], axis=1)
-    ridge = Ridge(RIDGE).fit(features, place)
+    ridge = Ridge(RIDGE).fit(features, place, cells.weights)
     residual = place - ridge.predict(features)
     variance = posterior.factor.square().sum(dim=2).mean(dim=0).numpy()
     with torch.no_grad():
         states.text_mean.weight.copy_(torch.from_numpy(ridge.coef_))
         states.text_mean.bias.copy_(torch.from_numpy(ridge.intercept_))
-        spread = np.sqrt(residual.var(axis=0) + np.append(variance, 0))
+        spread = np.sqrt(np.average(residual**2, axis=0, weights=cells.weights) + np.append(variance, 0))
         states.residual_scale.copy_(torch.from_numpy(np.maximum(spread, MIN_SCALE)))
 
 
@@ -318,7 +327,7 @@ def fit_flow(states: ScMMGPTCellStates, posterior: Posterior, cells: TextedCells
     schedule = cosine_schedule(optimizer, steps)
     log_size = torch.from_numpy(np.log(cells.total_counts).astype(np.float32))
     losses = []
-    for rows in tqdm(batches(len(cells), FLOW_BATCH, steps, rng), "Fitting the flow of states", total=steps):
+    for rows in tqdm(batches(cells.weights, FLOW_BATCH, steps, rng), "Fitting the flow of states", total=steps):
         features = cells.draw_features(rows, rng)
         place = torch.cat([posterior.draw(rows, generator), log_size[rows][:, None]], dim=1)
         target = (place - states.text_mean(features).detach()) / states.residual_scale.detach()
@@ -365,16 +374,21 @@ def read_texted_cells(
     model: ScMMGPTForConditionalGeneration,
     processor: ScMMGPTProcessor,
     seed: int = 0,
+    balance: str | None = None,
 ) -> TextedCells:
     """At most `MAX_CELLS` training cells from all of the corpus, and the features of captions about them.
 
     The texts are captions of the training, short ones, which name little but the type, and the bare name with and
     without an article, so that all kinds of prompt are known. No text names genes of its cell, which would give the
-    target away.
+    target away. Cells of panels are left out where there are others, see [`not_of_panels`]. Rare labels of the column
+    `balance` are drawn more often, as in the other losses of `tune`.
     """
-    columns = [column + suffix for column in CAPTION_COLUMNS for suffix in ("", "_ontology_term_id")]
-    cells, table = corpus.sample("train", MAX_CELLS, columns, seed=seed)
+    columns = {column + suffix for column in CAPTION_COLUMNS for suffix in ("", "_ontology_term_id")} | {"dataset_id"}
+    cells, table = corpus.sample("train", MAX_CELLS, sorted(columns | ({balance} if balance else set())), seed=seed)
     obs = {name: np.asarray(values, dtype=object) for name, values in table.to_pandas().items()}
+    vocab_size = model.config.cell_config.vocab_size
+    kept = np.flatnonzero(not_of_panels(cells.to_csr(vocab_size), obs["dataset_id"].astype(str), types_of(obs)))
+    cells, obs = cells[kept], {name: values[kept] for name, values in obs.items()}
     samplers = (captions, CaptionSampler("short", seed=captions.seed))
     draws = [
         sampler.caption(obs, cell_ids=cells.cell_ids, epoch=epoch)
@@ -389,9 +403,48 @@ def read_texted_cells(
     for first in range(0, len(texts), TEXTS_AT_ONCE):
         inputs = processor(qformer_text=texts[first : first + TEXTS_AT_ONCE].tolist()).to(model.device)
         features.append(model.get_text_features(**inputs).float().cpu())
-    counts = cells.to_csr(model.config.cell_config.vocab_size)
+    counts = cells.to_csr(vocab_size)
     sizes = np.maximum(cells.library_sizes().astype(np.float64), 1.0)
-    return TextedCells(counts, sizes, torch.cat(features), rows.reshape(len(draws), len(cells)).T)
+    weights = np.ones(len(cells))
+    if balance:
+        _, of_label, n_cells = np.unique(obs[balance].astype(str), return_inverse=True, return_counts=True)
+        weights = n_cells[of_label] ** (1 / BALANCE - 1)
+    return TextedCells(counts, sizes, torch.cat(features), rows.reshape(len(draws), len(cells)).T, weights)
+
+
+def types_of(obs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The Cell Ontology id of each cell, else its type, else the dataset: such cells are like no others. str."""
+    columns = (obs[name] for name in ("cell_type_ontology_term_id", "cell_type", "dataset_id"))
+    return np.array([next(x for x in names if isinstance(x, str) and x) for names in zip(*columns, strict=True)])
+
+
+def not_of_panels(counts: sparse.csr_matrix, datasets: np.ndarray, types: np.ndarray) -> np.ndarray:
+    """Whether to keep a cell: a panel of genes says nothing of the others, and their zeros are not of the type.
+
+    The cells of a type in a dataset are left out where datasets of more genes have as many of the type, or
+    `LEAST_OTHERS`, and the genes of the first hold less than `LEAST_HELD` of the counts of these cells. Cells of a
+    type that one panel alone has are kept.
+
+    Args:
+        counts: Raw counts, CSR `(n_cells, n_genes)`; the genes of a dataset are those with a count in it.
+        datasets, types: Of each cell, str `(n_cells,)`.
+
+    Returns:
+        bool `(n_cells,)`.
+
+    >>> counts = sparse.csr_matrix(np.array([[5, 0, 0], [1, 2, 7], [0, 4, 0]]))
+    >>> not_of_panels(counts, np.array(["panel", "whole", "panel"]), np.array(["B", "B", "T"]))
+    array([False,  True,  True])
+    """
+    pairs = np.stack([datasets, types]).astype(str)
+    pairs, groups, n_cells = np.unique(pairs, axis=1, return_inverse=True, return_counts=True)
+    groups, rows = groups.reshape(-1), np.arange(counts.shape[0])
+    sums = (sparse.csr_matrix((np.ones(len(rows)), (groups, rows)), (len(n_cells), len(rows))) @ counts).toarray()
+    genes = np.stack([(sums[pairs[0] == name] > 0).any(axis=0) for name in pairs[0]])
+    held = sums @ genes.T / sums.sum(axis=1, keepdims=True).clip(min=1e-9)  # [i, j]: of the counts of i, by genes of j
+    wider = genes.sum(axis=1)[:, None] > genes.sum(axis=1)
+    others = (pairs[1][:, None] == pairs[1]) & wider & (held < LEAST_HELD)
+    return (n_cells @ others < np.minimum(n_cells, LEAST_OTHERS))[groups]
 
 
 def fit_cell_states(
@@ -401,10 +454,12 @@ def fit_cell_states(
     processor: ScMMGPTProcessor,
     *,
     seed: int = 0,
+    balance: str | None = None,
 ) -> None:
     """Fit the states of the model to the training cells of the corpus, and to the texts as the model encodes them."""
     was_training = model.training
     model.eval()
-    fit_states(model.model.cell_states, read_texted_cells(corpus, captions, model, processor, seed), seed=seed)
+    cells = read_texted_cells(corpus, captions, model, processor, seed, balance)
+    fit_states(model.model.cell_states, cells, seed=seed)
     model.config.num_training_states = len(model.model.cell_states.training_states)
     model.train(was_training)

@@ -284,7 +284,8 @@ def main(
     if training_args.text_to_cell_ratio > 0:
         initialize.standardize_text_to_cell(model, train_dataset.of_all_ranks())
     if model.config.num_state_components is not None:
-        fit_cell_states(model, corpus, captions, processor, seed=data_seed(training_args))
+        seed = data_seed(training_args)
+        fit_cell_states(model, corpus, captions, processor, seed=seed, balance=data_args.balance)
     if instructions is not None:
         ratio, seed = data_args.instruction_ratio, data_seed(training_args)
         train_dataset = InstructionBatches(train_dataset, instructions, ratio=ratio, seed=seed)
