@@ -471,7 +471,7 @@ class Chat:
             return self.called(target)
         columns = self.asked.columns or [name for name in COLUMNS if name in self.columns]
         parts = [f"{name}: {self.parts(self.columns[name], mask)}" for name in dict.fromkeys(columns)]
-        named = "" if self.asked.columns else TOPICS["column"].search(self.asked.text)
+        named = None if self.asked.columns else TOPICS["column"].search(self.asked.text)
         start = f'No column of obs is called "{named.group()}". ' if named else ""
         return f"{start}Of {who}: {'; '.join(parts)}." if parts else f"{start}It has {join(list(self.columns))}."
 
