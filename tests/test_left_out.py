@@ -235,14 +235,18 @@ def test_temperature_and_doubt_are_of_labels_that_the_tissues_of_a_file_weigh():
     rng, of_dataset = np.random.default_rng(0), np.repeat([0, 1], n_cells)
     own = (np.arange(6) >= 3) == of_dataset[:, None]  # the cells of a dataset are of one tissue
     common = np.where(own, (1 - FOREIGN) / 3, 0) + FOREIGN / 6
-    logits = rng.normal(scale=0.3, size=(2 * n_cells, 6)).astype(np.float32)
-    truth = (logits + 0.2 * (np.log(common) + rng.gumbel(size=logits.shape))).argmax(axis=1)
+    truth = (np.log(common) + rng.gumbel(size=common.shape)).argmax(axis=1)
+    places = 1.5 * np.eye(6)[truth] + rng.normal(size=common.shape)
+    logits = (0.2 * 1.5 * places).astype(np.float32)  # log likelihoods of the labels, at a temperature of 0.2
     none = np.zeros((2 * n_cells, 0), dtype=np.float32)
     cells = LeftOut(logits, truth, of_dataset, np.arange(2 * n_cells), np.zeros(2 * n_cells), none, logits)
     by_tissue = left_out.Tissues(names, {0: tissues, 1: tissues})
     fitted, plain = left_out.calibrate(cells, False, by_tissue), left_out.calibrate(cells)
     assert fitted["temperature"] == pytest.approx(0.2, rel=0.1)
-    assert plain["temperature"] > 1.15 * fitted["temperature"]
+    of_truth = left_out.likelihoods_of(cells, by_tissue)
+    assert np.log(of_truth).mean(axis=0).max() > np.log(left_out.likelihoods_of(cells)).mean(axis=0).max() + 0.1
+    assert left_out.fit_probabilities(of_truth) == (fitted["temperature"], fitted["doubt"])
+    assert fitted["min_score"] > plain["min_score"]
     settings = fitted["temperature"], fitted["doubt"]
     weighed = left_out.probabilities_of(cells, *settings, by_tissue)
     right = weighed.argmax(axis=1) == truth
