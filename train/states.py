@@ -174,7 +174,7 @@ def batches(weights: np.ndarray, size: int, steps: int, rng: np.random.Generator
     ends, order = np.cumsum(weights / weights.mean()), np.empty(0, dtype=np.int64)
     for _ in range(steps):
         while len(order) < size:
-            times = np.diff(np.floor(ends + rng.random()).astype(np.int64), prepend=0)
+            times: np.ndarray = np.diff(np.floor(ends + rng.random()).astype(np.int64), prepend=0)
             order = np.concatenate([order, rng.permutation(np.repeat(np.arange(len(weights)), times))])
         yield order[:size]
         order = order[size:]
@@ -405,7 +405,7 @@ def read_texted_cells(
         features.append(model.get_text_features(**inputs).float().cpu())
     counts = cells.to_csr(vocab_size)
     sizes = np.maximum(cells.library_sizes().astype(np.float64), 1.0)
-    weights = np.ones(len(cells))
+    weights: np.ndarray = np.ones(len(cells))
     if balance:
         _, of_label, n_cells = np.unique(obs[balance].astype(str), return_inverse=True, return_counts=True)
         weights = n_cells[of_label] ** (1 / BALANCE - 1)
