@@ -73,7 +73,7 @@ def test_the_strength_is_that_of_the_lowest_validation_loss_and_both_fits_are_at
         np.testing.assert_allclose(model.scores(profiles), alone.scores(profiles), atol=0.05)
     for strength, loss in found.losses.items():
         model = readout.fit_regression(profiles[train], targets[train], n_labels, strength)
-        expected = readout.calibrated_loss(model.scores(profiles[validation]), targets[validation])
+        expected = readout.modest_loss(model.scores(profiles[validation]), targets[validation])
         assert loss == pytest.approx(expected, abs=2e-3)
 
 

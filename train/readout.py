@@ -152,13 +152,13 @@ def fit_regressions(data: LabelledProfiles, shots: int | None = None) -> Regress
 def choose_regression(data: LabelledProfiles) -> Regressions:
     """Choose the regression with the lowest validation loss over `STRENGTHS` and, with unlabelled cells, `SPREAD`.
 
-    Each loss is at the best temperature, since the temperature is fitted afterwards.
+    Each loss is at the temperature that [`fit_temperature_of_scores`] fits later: a strong penalty is not sharpened.
     """
     seen = np.unique(data.targets[data.train])
 
     def score(regression: LogisticRegression, profiles: csr_matrix, targets: np.ndarray) -> float:
         model = linear_model(regression.coef_, regression.intercept_, seen, data.n_labels)
-        return -calibrated_loss(model.scores(profiles / PROFILE_SCALE), targets)
+        return -modest_loss(model.scores(profiles / PROFILE_SCALE), targets)
 
     search = LogisticRegressionCV(
         Cs=STRENGTHS,
@@ -181,7 +181,7 @@ def choose_regression(data: LabelledProfiles) -> Regressions:
     chosen = Regressions(STRENGTHS[best], train, everything, losses)
     if data.unlabelled.shape[0]:
         train = FileComponents.of(data, data.train, SPREAD_COMPONENTS).fit_spread()
-        loss = calibrated_loss(train.scores(data.profiles[data.validation]), data.targets[data.validation])
+        loss = modest_loss(train.scores(data.profiles[data.validation]), data.targets[data.validation])
         losses[SPREAD] = round(loss, 4)
         if loss < validation_losses[best]:
             rows = np.arange(len(data.targets))
@@ -400,6 +400,11 @@ def fit_temperature_of_scores(scores: np.ndarray, targets: np.ndarray) -> float:
     """
     scale = max(np.abs(scores).max(), 1e-9)
     return max(1.0, float(scale * fit_temperature(scores / scale, targets)))
+
+
+def modest_loss(scores: np.ndarray, targets: np.ndarray) -> float:
+    """Negative log-likelihood of scores of a regression at the temperature of [`fit_temperature_of_scores`]."""
+    return negative_log_likelihood(scores / fit_temperature_of_scores(scores, targets), targets)
 
 
 def fit_similarity_weight(logits: np.ndarray, similarity: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
