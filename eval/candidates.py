@@ -39,9 +39,9 @@ from scmmgpt.refinement_scmmgpt import refine_by_cells
 
 logger = logging.getLogger(__name__)
 
-DOUBT = 0.05  # as fitted for the checkpoint of the root (`train.left_out.fit_probabilities`)
-MAX_CELLS = 100  # of a label of a dataset
-LEAST_CELLS = 5  # of a case
+DOUBT = 0.05  # value that `train.left_out.fit_probabilities` fitted for the released checkpoint
+MAX_CELLS = 100  # most cells of a label of a dataset
+LEAST_CELLS = 5  # fewest cells of a case
 N_GENES, INVERSE_PENALTY = 4000, 0.03  # of logistic regression; C is the middle one of `crossdata.INVERSE_PENALTIES`
 READOUT = "readout"
 WITHOUT = "readout, without the regression of the candidates"
@@ -117,7 +117,10 @@ def named_by_baselines(
 
 
 def leave_candidates_out(folder: str | Path) -> dict[str, Any]:
-    """See the top of this file; `folder` is as for `eval.crossdata`.
+    """Leave out candidate types; see the module's docstring.
+
+    Args:
+        folder: Folder of the files, as for `eval.crossdata`.
 
     Returns:
         JSON-able dict: `n_cases`, `n_cells` (without a candidate), `cells_of_no_candidate` and `cells_of_candidates`

@@ -4,27 +4,28 @@
 python -m scmmgpt.eval crossdata --data ../shared/data --output DIR
 ```
 
-The folder `--data` holds `.h5ad` files and `tables/label_classes.json`: file -> column of labels, and label -> coarse
-class and Cell Ontology id (`fine`). Labels without a class are left out. All systems learn from the same cells, at
-most `--max-cells` of a label of a dataset, and choose among all classes of the training datasets, or with
-`--candidates present` among those that the left-out dataset has. A second table has the same systems with the scores
-of a cell restricted to the classes of its tissue: by the rule of `annotate --tissue`, those that cells of this tissue
-or of blood have in any dataset, the left-out one too. No text is used. Classes that no other dataset has are not
+The folder `--data` has `.h5ad` files and `tables/label_classes.json`: file -> column of labels, and label -> coarse
+class and Cell Ontology id (`fine`). Labels without a class are left out. All systems are trained on the same cells, at
+most `--max-cells` of a label of a dataset. Candidates are all classes of the training datasets or, with
+`--candidates present`, the classes of the left-out dataset. No text is used. Classes that no other dataset has are not
 scored.
 
-* `pooled readout`: `train.pooled` on the training datasets, solved for the left-out one's genes and refined by its
-  cells, without their labels, as `annotate` does;
-* `pooled readout, by types`: fitted to the Cell Ontology terms within the classes, whose probabilities are summed;
-* `pooled readout, by types, each cell alone`: the same, and no cell tells of another;
-* `pooled readout, by types, with reference profiles`: as the released checkpoint, with mean profiles of the types and
-  of other cells beside the cells (`train.references`), which no other system has;
-* `logistic regression`: log1p(CP10k) of the genes that the left-out dataset measures, the 4,000 (2,000) most variable
-  ones, balanced, C by leaving out thirds of the training datasets;
+A second table restricts the candidates of a cell to the classes of its tissue, by the rule of `annotate --tissue`:
+classes of cells of this tissue or of blood in any dataset, the left-out dataset included.
+
+* `pooled readout`: `train.pooled` on the training datasets, solved for the genes of the left-out dataset and refined
+  by its cells without their labels, as in `annotate`;
+* `pooled readout, by types`: fitted to the Cell Ontology terms within the classes; probabilities of terms are summed;
+* `pooled readout, by types, each cell alone`: the same without the refinement by other cells;
+* `pooled readout, by types, with reference profiles`: as in the released checkpoint, with mean profiles of the types
+  and of other cells as additional training data (`train.references`); no other system has these data;
+* `logistic regression`: balanced, on log1p(CP10k) of the 4,000 (2,000) most variable genes that the left-out dataset
+  measures; C is chosen by leaving out thirds of the training datasets;
 * `CellTypist`: `celltypist.train` with its defaults on log1p(CP10k) of the same genes.
 
-DIR gets `results.json` and `table.md`: macro-F1 of each dataset and the mean with its 95 % interval over resampled
-cells, and of `--level fine` also F1 over the terms and all above them. `eval_results.yaml` has the means of ours in
-the form of `.eval_results` on the Hub.
+The outputs in DIR are `results.json` and `table.md`: macro-F1 of each dataset, and the mean with its 95 % interval
+over resampled cells; for `--level fine` also hierarchical F1. `eval_results.yaml` has the means of our systems in the
+format of `.eval_results` on the Hub.
 """
 
 import argparse
@@ -202,7 +203,7 @@ def resampled_f1(truth: np.ndarray, predicted: np.ndarray, draws: np.ndarray) ->
 
 
 def pooled(case: LeftOutSet) -> np.ndarray:
-    """Our readout."""
+    """Scores of the pooled readout, refined by the cells of the left-out dataset, `(n_cells, n_classes)`."""
     readout = fit_pooled_readout(case.datasets(), len(case.classes))
     panel = readout.for_genes(case.test.measured)
     return refine_by_cells(readout, panel, case.test.cells)(case.test.cells)
@@ -419,9 +420,8 @@ def make_parser() -> argparse.ArgumentParser:
         default=1.0,
         help="share of the training cells of each label of a dataset, for a learning curve (%(default)s)",
     )
-    parser.add_argument("--sets", nargs="*", help="datasets to leave out; by default each")
-    parser.add_argument("--systems", nargs="*", choices=SYSTEMS, help="by default all that the data allow")
-
+    parser.add_argument("--sets", nargs="*", help="datasets to leave out (default: each in turn)")
+    parser.add_argument("--systems", nargs="*", choices=SYSTEMS, help="systems (default: all that the data allow)")
     return parser
 
 

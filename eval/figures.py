@@ -22,8 +22,8 @@ from scmmgpt.train.curves import figure_style
 REAL, GENERATED = "#9aa5b1", "#c2410c"
 MAX_VECTOR_POINTS = 3000  # more points are drawn as pixels inside the SVG, which would otherwise take megabytes
 LEGEND_ROW = 0.2  # inches
-MAX_GENES = 8  # of a label in a figure of evidence
-# Of numbers, the highest darkest: the yellow of viridis, its highest, is hardly seen on white.
+MAX_GENES = 8  # most genes of a label in a figure of evidence
+# Colours of numbers, dark for high values; the yellow end of viridis is hardly visible on white.
 SEEN_ON_WHITE = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.2, 1, 256)))
 
 
@@ -148,11 +148,11 @@ def scatter_figure(points: np.ndarray, columns: Mapping[str, np.ndarray]) -> Fig
 
 
 def evidence_figure(table: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
-    """The evidence for labels: a panel of genes for each label.
+    """Draw the evidence for labels, one panel of genes for each label.
 
     Args:
-        table: Columns of `Evidence.group_rows`, of labels: `name`, `rival`, `gene`, `term`, `expressing`.
-        names: The labels to draw.
+        table: Columns of `Evidence.group_rows` for labels: `name`, `rival`, `gene`, `term`, `expressing`.
+        names: Labels to draw.
     """
     columns = min(len(names), 3)
     rows = -(-len(names) // max(columns, 1))

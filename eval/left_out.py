@@ -112,9 +112,9 @@ def read_sources(folder: str | Path) -> Sources:
 
 
 def calibrated(sources: Sources, cells: LeftOut, kept: np.ndarray, likelihoods: np.ndarray) -> dict[str, Any]:
-    """As `train.left_out.calibrate` for the `kept` cells, of which there must be enough.
+    """Apply `train.left_out.calibrate` to the `kept` cells, and raise a `ValueError` if they are too few.
 
-    `likelihoods` are those of `train.left_out.likelihoods_of` for all cells: they take most of the time.
+    `likelihoods` are the values of `train.left_out.likelihoods_of` for all cells, computed once since they are slow.
     """
     cells, tissues = cells.take(kept), sources.tissues_of_others
     if not (settings := left_out.calibrate(cells, sources.reference is not None, tissues, likelihoods[kept])):

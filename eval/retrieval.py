@@ -37,7 +37,7 @@ def evaluate_retrieval(
         similarities: System -> similarity of cells and texts, `(n_cells, n_texts)`; ours under `results.MODEL_NAME`.
         cell_types: Type of each cell.
         text_types: Type that each text is about.
-        seed: Of the bootstrap over queries.
+        seed: Seed of the bootstrap over queries, and of the system "random order".
 
     Returns:
         JSON-able dict: `measures`, `rows`, `comparisons` (see `results.tabulate`), `n_cells` and `n_texts`.

@@ -19,8 +19,9 @@ predicts one of *all* labels for every test cell. The measures are means over la
 
 Systems:
 
-* `finetune` and `align` as users run them (`align` also with the published contrast); `finetune` also with
-  `annotate(read_batch=True)`, where the test cells together correct the place of the left-out label;
+* `finetune` as users run it, also with `annotate(read_batch=True)`, where the test cells together correct the
+  predicted profile of the left-out label;
+* `align` as users run it, also with the published contrastive loss;
 * `text centroids`: nearest centroid; ridge regression from text embeddings to the centroids of seen labels predicts
   the centroid of the left-out label;
 * `nearest text`: the seen label whose text is most similar to the left-out text: the best `steps` without cells.
