@@ -40,6 +40,7 @@ from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expec
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.novelty_scmmgpt import first_term
+from scmmgpt.tissues_scmmgpt import tissue_prior
 from scmmgpt.train import left_out, release
 from scmmgpt.train.data import ontology, prepare
 from scmmgpt.train.data.gene_tables import build_gene_aliases
@@ -66,14 +67,6 @@ class Sources:
     profiles: TypeProfiles | None = None
     tissues: Sequence[LabelledSource] = ()  # cells with tissues, one source for each dataset
     profiled: frozenset[tuple[str, str]] = frozenset()  # see `profiled_tissues`
-
-    @cached_property
-    def tissues_of_others(self) -> left_out.Tissues:
-        """The tissues that each dataset is weighed by."""
-        names = np.array([str(ontology.term_name(term)) for term in self.types])
-        table = prepare.read_label_table("human")
-        of_datasets = release.tissues_of_others(self.tissues, table, self.profiled) if self.tissues else {}
-        return left_out.Tissues(names, of_datasets)
 
     def tissues_without(self, group: Collection[int]) -> list[dict[str, Any]]:
         """Tissues that a checkpoint trained without the datasets of a group would store."""
@@ -111,13 +104,9 @@ def read_sources(folder: str | Path) -> Sources:
     return Sources(names, datasets, types, meanings, reference, profiles, used, profiled)
 
 
-def calibrated(sources: Sources, cells: LeftOut, kept: np.ndarray, likelihoods: np.ndarray) -> dict[str, Any]:
-    """Apply `train.left_out.calibrate` to the `kept` cells, and raise a `ValueError` if they are too few.
-
-    `likelihoods` are the values of `train.left_out.likelihoods_of` for all cells, computed once since they are slow.
-    """
-    cells, tissues = cells.take(kept), sources.tissues_of_others
-    if not (settings := left_out.calibrate(cells, sources.reference is not None, tissues, likelihoods[kept])):
+def calibrated(sources: Sources, cells: LeftOut) -> dict[str, Any]:
+    """Apply `train.left_out.calibrate`, and raise a `ValueError` if the known cells are too few."""
+    if not (settings := left_out.calibrate(cells, sources.reference is not None)):
         raise ValueError(f"{int(cells.known.sum())} cells of known types are too few to calibrate on.")
     return settings
 
@@ -140,10 +129,10 @@ def annotate(
     cells = replace(cells, scores=cells.alone) if alone else left_out.with_neighbours(cells)
     labels = np.flatnonzero((cells.scores > ABSENT).any(axis=0))
     ids = {str(ontology.term_name(sources.types[label])): sources.types[label] for label in labels}
-    known = left_out.Tissues(sources.tissues_of_others.names, dict.fromkeys(cells.datasets.tolist(), tissues))
-    fitted = settings["temperature"], settings["doubt"]
-    of_sets = left_out.probabilities_of(cells, *fitted)
-    probabilities = of_sets if alone else left_out.probabilities_of(cells, *fitted, known)
+    probabilities = of_sets = left_out.probabilities_of(cells, settings["temperature"], settings["doubt"])
+    if tissues and not alone:
+        prior = tissue_prior(probabilities[:, labels], list(ids), tissues)
+        probabilities = left_out.probabilities_of(cells, settings["temperature"], settings["doubt"], prior)
     novelty = (cells.novelty / np.float32(unit)).clip(min=0)
     least = least_scores(settings["min_score"], novelty)
     broader = first_term(cells.of_terms, unit)
@@ -243,9 +232,8 @@ def leave_datasets_out(
     """
     known_rows, new_rows, kept, parts = {}, [], [], []
     sets: dict[float, list[np.ndarray]] = {rate: [] for rate in ERROR_RATES}
-    likelihoods = left_out.likelihoods_of(cells, sources.tissues_of_others)
     for group in groups:
-        settings = calibrated(sources, cells, ~np.isin(cells.datasets, group), likelihoods)
+        settings = calibrated(sources, cells.take(~np.isin(cells.datasets, group)))
         own, tissues = judged or cells, sources.tissues_without(group)
         for number in group:
             mine = own.take(own.datasets == number)
@@ -303,11 +291,10 @@ def leave_labels_out(sources: Sources, cells: LeftOut, alone: bool = False) -> d
     found: dict[str, list[dict[str, Any]]] = {part: [] for part in parts}
     known: dict[str, dict[str, float]] = {}
     types, whole = np.array(sources.types), fit_for_file(sources, None, {})
-    likelihoods = left_out.likelihoods_of(cells, sources.tissues_of_others)
     for number, name in enumerate(sources.names):
         data, mine = sources.datasets[number], cells.datasets == number
         rows, truth = cells.rows[mine], types[cells.targets[mine]]
-        settings = calibrated(sources, cells, ~mine, likelihoods)
+        settings = calibrated(sources, cells.take(~mine))
         new = fit_for_file(sources, number, settings)
         is_known = np.isin(truth, new.types)
         others = sources.profiles and sources.profiles.without(truth[~is_known])

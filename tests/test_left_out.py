@@ -9,7 +9,7 @@ from scipy.sparse import csr_matrix
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
-from scmmgpt.annotation_scmmgpt import choose_labels, fit_label_sets, least_scores
+from scmmgpt.annotation_scmmgpt import choose_labels, least_scores
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.novelty_scmmgpt import (
@@ -23,7 +23,6 @@ from scmmgpt.novelty_scmmgpt import (
 )
 from scmmgpt.regression_scmmgpt import scale_groups, solve_groups
 from scmmgpt.synthetic import fitted_pipeline, synthetic_adata
-from scmmgpt.tissues_scmmgpt import FOREIGN
 
 
 pytest.importorskip("cellxgene_ontology_guide")
@@ -202,9 +201,9 @@ def test_numbers_come_from_datasets_that_are_not_judged_by_them(datasets, cells,
     sources = evaluation.Sources(["one", "two", "three"], datasets, TYPES, MEANINGS)
     seen, real = [], left_out.calibrate
 
-    def calibrate(cells, *options):
+    def calibrate(cells, with_others=False):
         seen.append(set(cells.datasets))
-        return real(cells, *options)
+        return real(cells, with_others)
 
     monkeypatch.setattr(left_out, "calibrate", calibrate)
     evaluation.leave_datasets_out(sources, cells, [[0], [1], [2]])
@@ -227,33 +226,6 @@ def test_temperature_and_least_score_are_those_of_the_cells():
     assert lost.sum() / right.sum() == pytest.approx(left_out.LOST, abs=0.002)
     sure = probabilities[np.arange(4000), truth] >= fitted["label_sets"]["thresholds"][9]
     assert sure.mean() == pytest.approx(0.9, abs=0.01)
-
-
-def test_temperature_and_doubt_are_of_labels_that_the_tissues_of_a_file_weigh():
-    names, n_cells = np.array(list("abcdef")), 3000
-    tissues = [{"labels": list("abc")}, {"labels": list("def")}]
-    rng, of_dataset = np.random.default_rng(0), np.repeat([0, 1], n_cells)
-    own = (np.arange(6) >= 3) == of_dataset[:, None]  # the cells of a dataset are of one tissue
-    common = np.where(own, (1 - FOREIGN) / 3, 0) + FOREIGN / 6
-    truth = (np.log(common) + rng.gumbel(size=common.shape)).argmax(axis=1)
-    places = 1.5 * np.eye(6)[truth] + rng.normal(size=common.shape)
-    logits = (0.2 * 1.5 * places).astype(np.float32)  # log likelihoods of the labels, at a temperature of 0.2
-    none = np.zeros((2 * n_cells, 0), dtype=np.float32)
-    cells = LeftOut(logits, truth, of_dataset, np.arange(2 * n_cells), np.zeros(2 * n_cells), none, logits)
-    by_tissue = left_out.Tissues(names, {0: tissues, 1: tissues})
-    fitted, plain = left_out.calibrate(cells, False, by_tissue), left_out.calibrate(cells)
-    assert fitted["temperature"] == pytest.approx(0.2, rel=0.1)
-    of_truth = left_out.likelihoods_of(cells, by_tissue)
-    assert np.log(of_truth).mean(axis=0).max() > np.log(left_out.likelihoods_of(cells)).mean(axis=0).max() + 0.1
-    assert left_out.fit_probabilities(of_truth) == (fitted["temperature"], fitted["doubt"])
-    assert fitted["min_score"] > plain["min_score"]
-    settings = fitted["temperature"], fitted["doubt"]
-    weighed = left_out.probabilities_of(cells, *settings, by_tissue)
-    right = weighed.argmax(axis=1) == truth
-    assert weighed.max(axis=1).mean() == pytest.approx(right.mean(), abs=0.02)  # the scores are calibrated
-    assert (weighed.max(axis=1) < fitted["min_score"])[right].mean() == pytest.approx(left_out.LOST, abs=0.002)
-    of_sets = fit_label_sets(left_out.probabilities_of(cells, *settings), truth)  # sets are without the tissues
-    assert fitted["label_sets"] == of_sets
 
 
 def test_a_term_of_half_of_the_labels_is_no_answer_for_a_cell_that_is_like_none():

@@ -18,7 +18,6 @@ from scmmgpt.labels_scmmgpt import MOST_LABELS
 from scmmgpt.novelty_scmmgpt import Neighbours, Novelty
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
 from scmmgpt.refinement_scmmgpt import refine_by_cells
-from scmmgpt.tissues_scmmgpt import tissue_prior
 from scmmgpt.train.pooled import Dataset, fit_pooled_novelty, fit_pooled_readout
 from scmmgpt.train.references import Reference
 
@@ -168,68 +167,38 @@ def leave_each_out(
     return LeftOut(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(LeftOut)))
 
 
-@dataclass(frozen=True)
-class Tissues:
-    """The tissues by which the labels of each dataset are weighed: those of the other datasets."""
-
-    names: np.ndarray  # of all labels, str
-    of_datasets: Mapping[int, Sequence[Mapping[str, Any]]]  # by the position of the dataset
-
-    def prior(self, probabilities: np.ndarray, labels: np.ndarray, dataset: int) -> np.ndarray | None:
-        """How common each of some labels is in a dataset, see `tissue_prior`; None without tissues."""
-        tissues = self.of_datasets.get(dataset)
-        return tissue_prior(probabilities, self.names[labels].tolist(), tissues) if tissues else None
-
-
 def probabilities_of(
-    cells: LeftOut, temperature: float, doubt: float = 0.0, tissues: Tissues | None = None
+    cells: LeftOut, temperature: float, doubt: float = 0.0, prior: np.ndarray | None = None
 ) -> np.ndarray:
-    """Probabilities of the labels, float32 `(n_cells, n_labels)`; 0 for a label that no cell of the dataset can have.
+    """Probabilities of the labels, float32 `(n_cells, n_labels)`; 0 for a label without scores.
 
-    With `tissues` the labels are weighed as `annotate` does, by all cells of the dataset that `cells` has.
+    `prior` covers the labels with scores; see `label_probabilities`.
     """
+    scored = (cells.scores > ABSENT).any(axis=0)
     found = np.zeros(cells.scores.shape, dtype=np.float32)
-    options: dict[str, Any] = {"logit_scale": 1 / temperature, "doubt": doubt}
-    for number in np.unique(cells.datasets):
-        rows = np.flatnonzero(cells.datasets == number)
-        labels = np.flatnonzero((cells.scores[rows] > ABSENT).any(axis=0))
-        scores = cells.scores[np.ix_(rows, labels)]
-        probabilities = label_probabilities(scores, **options)
-        if tissues is not None:
-            probabilities = label_probabilities(
-                scores, prior=tissues.prior(probabilities, labels, int(number)), **options
-            )
-        found[np.ix_(rows, labels)] = probabilities
+    options: dict[str, Any] = {"logit_scale": 1 / temperature, "doubt": doubt, "prior": prior}
+    found[:, scored] = label_probabilities(cells.scores[:, scored], **options)
     return found
 
 
-def likelihoods_of(cells: LeftOut, tissues: Tissues | None = None) -> np.ndarray:
-    """Probability of the true label of each cell, float32 `(n_cells, len(TEMPERATURES), len(DOUBTS))`."""
-    rows = np.arange(len(cells.targets))
-    found = [
-        [probabilities_of(cells, temperature, doubt, tissues)[rows, cells.targets] for doubt in DOUBTS]
-        for temperature in TEMPERATURES
-    ]
-    return np.moveaxis(np.array(found, dtype=np.float32), 2, 0)
+def fit_probabilities(cells: LeftOut) -> tuple[float, float]:
+    """Fit temperature and doubt: the least negative log-likelihood of the true labels.
+
+    The tissue prior of `annotate` is left out: with the prior, the fit is worse for other laboratories (`train/LOG.md`).
+    """
+    rows, n_labels = np.arange(len(cells.targets)), (cells.scores > ABSENT).sum(axis=1)
+    losses = {}
+    for temperature in TEMPERATURES:
+        own = probabilities_of(cells, temperature)[rows, cells.targets].astype(np.float64)
+        for doubt in DOUBTS:
+            likelihood = (1 - doubt) * own + doubt / n_labels
+            losses[temperature, doubt] = -np.log(likelihood.clip(min=1e-30)).mean()
+    temperature, doubt = min(losses, key=losses.__getitem__)
+    return round(float(temperature), 4), round(float(doubt), 4)
 
 
-def fit_probabilities(likelihoods: np.ndarray) -> tuple[float, float]:
-    """The temperature and the doubt with the least negative log-likelihood, from those of [`likelihoods_of`]."""
-    losses = -np.log(likelihoods.astype(np.float64).clip(min=1e-30)).mean(axis=0)
-    temperature, doubt = np.unravel_index(losses.argmin(), losses.shape)
-    return round(float(TEMPERATURES[temperature]), 4), round(float(DOUBTS[doubt]), 4)
-
-
-def calibrate(
-    cells: LeftOut | None,
-    with_others: bool = False,
-    tissues: Tissues | None = None,
-    likelihoods: np.ndarray | None = None,
-) -> dict[str, Any]:
+def calibrate(cells: LeftOut | None, with_others: bool = False) -> dict[str, Any]:
     """`temperature`, `doubt`, `min_score`, `label_sets` and units of novelty from the cells whose labels were known.
-
-    With `tissues` temperature, doubt and `min_score` are of probabilities that the tissues weigh, and `label_sets` of
-    those without, as `annotate` has them. `likelihoods` are by default those of [`likelihoods_of`].
 
     With `min_score` and novelty (`annotation_scmmgpt.least_scores`), `LOST` of the cells that are named rightly lose
     their name, each dataset counting alike. Nearly all of these are novel where there are other cells, since novelty
@@ -239,10 +208,9 @@ def calibrate(
     if cells is None or cells.known.sum() < MIN_CELLS:
         return {}
     of_batch = with_neighbours(cells).novelty[cells.known] if with_others else cells.novelty[cells.known]
-    known, likelihoods = cells.known, likelihoods_of(cells, tissues) if likelihoods is None else likelihoods
-    temperature, doubt = fit_probabilities(likelihoods[known])
-    probabilities, of_sets = (probabilities_of(cells, temperature, doubt, by)[known] for by in (tissues, None))
-    cells = cells.take(known)
+    cells = cells.take(cells.known)
+    temperature, doubt = fit_probabilities(cells)
+    probabilities = probabilities_of(cells, temperature, doubt)
     right = probabilities.argmax(axis=1) == cells.targets
     right_alone = cells.alone.argmax(axis=1) == cells.targets
 
@@ -263,5 +231,5 @@ def calibrate(
         "min_score": round(least, 4),
         "lead_unit": unit,
         "batch_unit": batch_unit,
-        "label_sets": fit_label_sets(of_sets, cells.targets),
+        "label_sets": fit_label_sets(probabilities, cells.targets),
     }

@@ -10,7 +10,7 @@ make release
 2. `align` trains a small cell model and Q-Former.
 3. The readout of cell types is fitted over all datasets and reference profiles, with novelty and the gate for
    untrained labels. Temperature, doubt, label sets, least score and unit of novelty are fitted to held-out datasets,
-   each scored by a readout of the other datasets, and weighed by their tissues.
+   each scored by a readout of the other datasets.
 4. `tune` trains a small language model from scratch on captions, and fits the cell states for generation.
 5. OUTPUT/checkpoint gets the model in bfloat16 and `checkpoint.md` (training data and limits), at most `MAX_BYTES`.
 
@@ -59,7 +59,7 @@ from scmmgpt.unseen_scmmgpt import Gate, named_genes
 
 logger = logging.getLogger(__name__)
 
-NAME, VERSION = "scmmgpt-human", "0.9.0"
+NAME, VERSION = "scmmgpt-human", "0.8.0"
 MIN_SOURCES = 3  # that measure a gene of the vocabulary
 MAX_CELLS = 100  # of a label of a dataset, for the readout
 MAX_BYTES = 64_000_000
@@ -243,18 +243,6 @@ def tissues_of(
     )
 
 
-def tissues_of_others(
-    sources: Sequence[LabelledSource], table: Mapping[str, Any], profiled: Collection[tuple[str, str]] = ()
-) -> dict[int, list[dict[str, Any]]]:
-    """[`tissues_of`] all sources but one, by the position of the dataset that [`pool`] makes of this one."""
-    placed = place_terms(sorted({t for s in sources for t in s.terms if t}), table["types"], table.get("broad", ()))
-    used = [source for source in sources if any(term in placed for term in source.terms)]
-    return {
-        number: tissues_of([other for other in sources if other is not source], table, profiled)
-        for number, source in enumerate(used)
-    }
-
-
 def add_readout(
     aligned: Path, output: Path, specs: Sequence[SourceSpec], table: Mapping[str, Any], data: Path
 ) -> None:
@@ -267,10 +255,7 @@ def add_readout(
     names, sampler = [str(ontology.term_name(term)) for term in types], CaptionSampler()
     texts = [sampler.label_text(name, term) for name, term in zip(names, types, strict=True)]
     reference = read_profiles(data, types, table, processor.gene_index, n_genes)
-    profiled = profiled_tissues(data)
-    tissues = left_out.Tissues(np.array(names), tissues_of_others(sources, table, profiled))
-    cells = left_out.leave_each_out(datasets, meanings, reference)
-    fitted = left_out.calibrate(cells, reference is not None, tissues)
+    fitted = left_out.calibrate(left_out.leave_each_out(datasets, meanings, reference), reference is not None)
     temperature = fitted.pop("temperature", TEMPERATURE)
     units = {name: fitted.pop(name, 1.0) for name in ("lead_unit", "batch_unit")}
     others = {} if reference is None else units
@@ -294,7 +279,7 @@ def add_readout(
         "unseen_gate": None if gate is None else vars(gate),
         "terms": ontology.label_terms(ids),
         "kinds": ontology.terms_below(ids, () if profiles is None else profiles.terms),
-        "tissues": tissues_of(sources, table, profiled),
+        "tissues": tissues_of(sources, table, profiled_tissues(data)),
         "novelty": (fit_pooled_novelty(datasets, n_genes) or {}) | others,
         "refines": True,  # by the cells of a file, as the cells were that the settings are fitted to
         **fitted,
