@@ -184,7 +184,7 @@ def probabilities_of(
 def fit_probabilities(cells: LeftOut) -> tuple[float, float]:
     """Fit temperature and doubt: the least negative log-likelihood of the true labels.
 
-    The tissue prior of `annotate` is left out: with the prior, the fit is worse for other laboratories (`train/LOG.md`).
+    The tissue prior of `annotate` is left out: with it, the fit is worse for other laboratories (`train/LOG.md`).
     """
     rows, n_labels = np.arange(len(cells.targets)), (cells.scores > ABSENT).sum(axis=1)
     losses = {}
