@@ -186,8 +186,9 @@ class LabellingSteps(CellPasses):
         """Terms of the candidates that are scored as the trained label above them, with a warning for each."""
         kinds = (self.model.config.annotation or {}).get("kinds", [])
         stand_ins = terms_of_kinds(settings["labels"], settings["cl_ids"], list(known), terms, kinds)
-        said = "{!r}: scored as the broader label {!r}, so that all cells of the broader label get this name."
-        for message in in_few_lines(said.format(term["name"], *term["labels"]) for term in stand_ins):
+        text = "{!r}: scored as the broader label {!r}, so that all cells of the broader label get this name."
+        messages = [text.format(term["name"], *term["labels"]) for term in stand_ins]
+        for message in in_few_lines(messages) if messages else ():
             logger.warning(message)
         return stand_ins
 

@@ -385,7 +385,7 @@ def test_questions_are_about_the_selected_cells_until_others_are_selected():
     cells = opened(synthetic.synthetic_adata(80), "cells.h5ad")
     tasks["select"](cells, SimpleNamespace(rows=[0, 4, 8]))
     _, turns, _, _ = tasks["ask"](cells, "What are they?")
-    assert turns[-1]["content"] == "Labels of the 3 selected cells: B cell (100 %)."
+    assert turns[-1]["content"] == "Labels of the 3 selected cells: B cell (100\N{NO-BREAK SPACE}%)."
     assert [turn["role"] for turn in tasks["ask"](cells, "Do they express CD19?")[1]] == ["user", "assistant"] * 2
     tasks["select"](cells, SimpleNamespace(rows=[1, 5]))
     _, turns, _, _ = tasks["ask"](cells, "What are they?")
