@@ -18,6 +18,7 @@ Complete steps are not repeated. The sizes are in `train/configs/*_release.yaml`
 """
 
 import argparse
+import json
 import logging
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -347,6 +348,10 @@ def write_checkpoint(tuned: Path, output: Path, corpus: Corpus, table: Mapping[s
         shutil.rmtree(output)
     with filled_folder(str(output)) as folder:
         pipeline.save_pretrained(folder)
+        for path in Path(folder).rglob("tokenizer_config.json"):  # `local_files_only` is of the machine, not the model
+            values = json.loads(path.read_text(encoding="utf-8"))
+            values.pop("local_files_only", None)
+            path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for pattern in TRAINED_CODE:
             for path in Path(folder).glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

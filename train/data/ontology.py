@@ -319,8 +319,8 @@ def terms_below(labels: Mapping[str, str], without: Collection[str] = ()) -> lis
         nearest = [ancestor for ancestor in labelled if ancestor not in above]
         if len(nearest) == 1 and term_id not in label_of and term_id not in without:
             below[label_of[nearest[0]]].append(term_id)
-    few = ((label, ids) for label, ids in below.items() if len(ids) <= MOST_KINDS)
-    return [_described("cell_type", term_id, [label]) for label, ids in few for term_id in ids]
+    few = ((label, ids) for label, ids in sorted(below.items()) if len(ids) <= MOST_KINDS)
+    return [_described("cell_type", term_id, [label]) for label, ids in few for term_id in sorted(ids)]
 
 
 def tissue_terms(pairs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
