@@ -44,7 +44,7 @@ FREQUENT, N_LOWEST = 0.005, 3  # least share of the values, and number, of integ
 TOTALS_COLUMN = "obs column of totals"
 # Genes were scaled if this share of those found in enough cells has a standard deviation of about 1. Of 20 files, each
 # as logarithms of base 2 and e, at most 0.52 of the genes have; of 100 cells of the same files, scaled, 0.66 to 0.99.
-SCALED_SHARE, ABOUT_ONE, MIN_SCALED_GENES, MIN_SCALED_CELLS = 0.75, (0.8, 1.25), 100, 20
+SCALED_SHARE, ABOUT_ONE, MIN_SCALED_GENES, MIN_SCALED_CELLS = 0.9, (0.8, 1.25), 100, 20
 
 
 class Precision(NamedTuple):
