@@ -30,6 +30,7 @@ from .regression_scmmgpt import sum_weights
 
 
 N_GENES = N_MARKERS = 10  # genes that are named for a cell; markers of a label
+LEAST_MARKER = 0.01  # of the best marker's difference in weight times difference in mean; below it, a gene is noise
 EXACT = 2.0**20  # values are rounded to multiples of 1 / EXACT: sums over 10**9 cells are exact in any order
 LEVELS, LOWEST, HIGHEST = 128, 0.05, 2000.0  # expression levels: logarithmic steps of CP10k
 NONE = -1  # no set of labels, or no gene
@@ -137,7 +138,7 @@ def find_markers(weights: np.ndarray, centroids: np.ndarray, n: int = N_MARKERS)
     strength = np.where((difference > 0) & (centroids > others), difference * (centroids - others), 0.0)
     for label, row in enumerate(strength):
         best = np.argsort(-row, kind="stable")[:n]
-        best = best[row[best] > 0]
+        best = best[row[best] > LEAST_MARKER * row.max()]
         markers[label, : len(best)] = best
     return markers
 

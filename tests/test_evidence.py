@@ -53,6 +53,12 @@ def test_markers_are_genes_that_are_high_in_their_label_and_count_for_it():
     assert find_markers(weights, centroids, 2).tolist() == [[0, NONE], [1, NONE]]
 
 
+def test_a_gene_that_separates_a_hundred_times_less_than_the_best_one_is_no_marker():
+    weights = np.array([[1.0, 0], [0.5, 0], [0.1, 0]])
+    assert find_markers(weights, np.array([[9.0, 1, 5.06], [1, 0, 5]])).tolist()[0][:3] == [0, 1, NONE]
+    assert find_markers(weights, np.array([[9.0, 1, 6], [1, 0, 5]])).tolist()[0][:4] == [0, 1, 2, NONE]
+
+
 @settings(max_examples=20, deadline=None)  # other jobs may hold the machine
 @given(st.integers(0, 3), st.randoms(use_true_random=False))
 def test_terms_of_all_genes_sum_to_the_odds_of_label_and_rival(pipeline, own, random):
