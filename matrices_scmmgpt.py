@@ -42,8 +42,9 @@ SCALES = (
 LIKELY_TOTALS = (1e4, 1e6, 1e5, 1e3)
 FREQUENT, N_LOWEST = 0.005, 3  # least share of the values, and number, of integers that values may cluster at
 TOTALS_COLUMN = "obs column of totals"
-# Genes were scaled if this share of those found in enough cells has a standard deviation of about 1. Of 20 files, each
-# as logarithms of base 2 and e, at most 0.52 of the genes have; of 100 cells of the same files, scaled, 0.66 to 0.99.
+# A matrix is scaled if this share of the genes has a standard deviation of about 1. The largest share of unscaled
+# values is 0.84 (panels of 110 to 500 genes, logarithms by size factors); scaled files have 1.00, and 100 cells of a
+# scaled file 0.66 to 0.99 (`train/LOG.md`).
 SCALED_SHARE, ABOUT_ONE, MIN_SCALED_GENES, MIN_SCALED_CELLS = 0.9, (0.8, 1.25), 100, 20
 
 

@@ -389,6 +389,8 @@ def test_questions_are_about_the_selected_cells_until_others_are_selected():
     assert [turn["role"] for turn in tasks["ask"](cells, "Do they express CD19?")[1]] == ["user", "assistant"] * 2
     tasks["select"](cells, SimpleNamespace(rows=[1, 5]))
     _, turns, _, _ = tasks["ask"](cells, "What are they?")
-    assert [turn["content"] for turn in turns[1:]] == ["Labels of the 2 selected cells: T cell (100\N{NO-BREAK SPACE}%)."]
+    assert [turn["content"] for turn in turns[1:]] == [
+        "Labels of the 2 selected cells: T cell (100\N{NO-BREAK SPACE}%)."
+    ]
     with pytest.raises(Exception, match="The question is empty"):
         tasks["ask"](cells, " ")

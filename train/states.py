@@ -31,12 +31,12 @@ from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.states_scmmgpt import ScMMGPTCellStates
 from scmmgpt.train.data.captions import CAPTION_COLUMNS, CaptionSampler, with_article
 from scmmgpt.train.data.corpus import Corpus
+from scmmgpt.train.data.order import BALANCE_TEMPERATURE
 
 
 logger = logging.getLogger(__name__)
 
 MAX_CELLS = 10_000  # of the training split: some minutes of one core
-BALANCE = 2  # a balanced label is drawn by this root of its number of cells, as in `align` and `tune`
 LEAST_HELD, LEAST_OTHERS = 0.5, 20  # see `not_of_panels`
 MAX_KEPT = 2000  # states of training cells that generated cells are compared with
 CAPTION_EPOCHS = 4  # captions of a cell from each set of templates
@@ -67,8 +67,8 @@ class TextedCells:
         total_counts: Library sizes, `(n_cells,)`.
         features: Features of the distinct texts, float32 `(n_texts, text_width)`.
         texts: Rows of `features`, int64 `(n_cells, n_draws)`: the texts of each cell.
-        weights: How often each cell is drawn, and how much it counts for the mean of a text, `(n_cells,)`; by default
-            all are alike.
+        weights: Relative frequency of each cell in the batches, and weight in the regressions, `(n_cells,)`; default:
+            equal.
     """
 
     counts: sparse.csr_matrix
@@ -170,7 +170,7 @@ def parameter(values: np.ndarray) -> nn.Parameter:
 
 
 def batches(weights: np.ndarray, size: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Rows of each step: shuffled epochs, one after the other, in which a row is as often as its weight has it."""
+    """Rows of each step, from shuffled epochs in which a row occurs in proportion to its weight."""
     ends, order = np.cumsum(weights / weights.mean()), np.empty(0, dtype=np.int64)
     for _ in range(steps):
         while len(order) < size:
@@ -380,8 +380,8 @@ def read_texted_cells(
 
     The texts are captions of the training, short ones, which name little but the type, and the bare name with and
     without an article, so that all kinds of prompt are known. No text names genes of its cell, which would give the
-    target away. Cells of panels are left out where there are others, see [`not_of_panels`]. Rare labels of the column
-    `balance` are drawn more often, as in the other losses of `tune`.
+    target away. Cells of gene panels are left out if wider datasets have the type ([`not_of_panels`]). Rare labels of
+    the column `balance` are drawn more often, as for the other losses of `tune`.
     """
     columns = {column + suffix for column in CAPTION_COLUMNS for suffix in ("", "_ontology_term_id")} | {"dataset_id"}
     cells, table = corpus.sample("train", MAX_CELLS, sorted(columns | ({balance} if balance else set())), seed=seed)
@@ -408,22 +408,22 @@ def read_texted_cells(
     weights: np.ndarray = np.ones(len(cells))
     if balance:
         _, of_label, n_cells = np.unique(obs[balance].astype(str), return_inverse=True, return_counts=True)
-        weights = n_cells[of_label] ** (1 / BALANCE - 1)
+        weights = n_cells[of_label] ** (1 / BALANCE_TEMPERATURE - 1)
     return TextedCells(counts, sizes, torch.cat(features), rows.reshape(len(draws), len(cells)).T, weights)
 
 
 def types_of(obs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The Cell Ontology id of each cell, else its type, else the dataset: such cells are like no others. str."""
+    """The Cell Ontology id of each cell, else its type, else its dataset, str `(n_cells,)`."""
     columns = (obs[name] for name in ("cell_type_ontology_term_id", "cell_type", "dataset_id"))
     return np.array([next(x for x in names if isinstance(x, str) and x) for names in zip(*columns, strict=True)])
 
 
 def not_of_panels(counts: sparse.csr_matrix, datasets: np.ndarray, types: np.ndarray) -> np.ndarray:
-    """Whether to keep a cell: a panel of genes says nothing of the others, and their zeros are not of the type.
+    """Mark the cells to keep. A gene panel does not measure the other genes, so their zeros are not zeros of the type.
 
-    The cells of a type in a dataset are left out where datasets of more genes have as many of the type, or
-    `LEAST_OTHERS`, and the genes of the first hold less than `LEAST_HELD` of the counts of these cells. Cells of a
-    type that one panel alone has are kept.
+    The cells of a type in a dataset are left out if datasets with more genes have as many cells of the type, or
+    `LEAST_OTHERS` cells, in which the genes of this dataset have less than `LEAST_HELD` of the counts. Cells of a type
+    that only one panel has are kept.
 
     Args:
         counts: Raw counts, CSR `(n_cells, n_genes)`; the genes of a dataset are those with a count in it.

@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from scmmgpt.commands.files import obey_umask, read_json
 from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.corpus import Corpus
+from scmmgpt.train.data.order import BALANCE_TEMPERATURE
 from scmmgpt.train.data.streamed import open_cells
 
 
@@ -67,8 +68,8 @@ def make_datasets(
     splits: Mapping[str, Any] = dict.fromkeys(corpus.split_names, corpus) if cells is None else cells
     if "train" not in splits:
         raise ValueError(f"There is no split 'train' to train on; the splits are {list(splits)}. Add it.")
-    # With `balance`, a label of n cells is drawn in proportion to n ** (1 / temperature).
-    stream = open_cells(splits["train"], seed=data_seed(training_args), temperature=2.0, **order, **shared)
+    order |= {"seed": data_seed(training_args), "temperature": BALANCE_TEMPERATURE}
+    stream = open_cells(splits["train"], **order, **shared)
     train = BatchDataset(stream, collate)
     if splits.get("validation") is None or training_args.eval_strategy == "no":
         return train, None

@@ -26,6 +26,7 @@ import numpy as np
 from scmmgpt.cells_scmmgpt import hashes, permutation
 
 
+BALANCE_TEMPERATURE = 2.0  # of `balance` in training: a label of n cells is drawn in proportion to n ** (1 / 2)
 MAX_REPEATS = 10  # most times that balancing draws one cell in an epoch
 
 
