@@ -1,4 +1,4 @@
-"""Counts of the cells of a file by gene: rates, percentiles, and which genes can say something of a cell."""
+"""Counts of the cells of a file by gene: rates, percentiles, and the genes that descriptions may use."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -9,15 +9,15 @@ from .cells_scmmgpt import COUNTS_PER_10K, Cells
 from .programmes_scmmgpt import PROGRAMMES
 
 
-COUNTED = 0.95  # of the values are whole numbers, in counts
-RECURRENT = 0.01  # cells of the file with two counts of a gene that varies, else a high count is an accident
-# What these genes tell is how the cell was handled and how large it is, more than what it is.
+COUNTED = 0.95  # a matrix with this share of whole numbers holds counts
+RECURRENT = 0.01  # a gene needs two counts in this share of the cells; otherwise a high count is an accident
+# Genes that depend on the handling and the size of a cell more than on its type.
 HANDLING = ("MT-", "RPL", "RPS", "MTRNR", "EEF1", "EEF2", "EIF1", "EIF4A", "PABPC", "HNRNP")
 HANDLED = frozenset(
     "B2M MALAT1 NEAT1 RPSA RACK1 TPT1 ACTB ACTG1 GAPDH TMSB4X TMSB10 FAU UBA52 UBB UBC NACA BTF3 NPM1 PTMA PFN1 CFL1 "
     "TUBA1B HSP90AB1 HSPA8 FTL FTH1 H3-3A H3-3B".split()
 )
-# Of the sex of the donor, and of red cells that broke (which are markers of their type): no news about a cell.
+# Genes of the donor's sex and of lysed red cells say nothing unusual about a cell (haemoglobins remain markers).
 DONOR = frozenset(
     "XIST TSIX RPS4Y1 DDX3Y UTY EIF1AY KDM5D USP9Y ZFY TMSB4Y NLGN4Y HBA1 HBA2 HBB HBD HBG1 HBG2 HBM".split()
 )
@@ -34,12 +34,12 @@ def join(parts: Sequence[str]) -> str:
 
 
 class Expression:
-    """Counts of cells, their rates and percentiles.
+    """Counts of the cells of a file, with rates (CP10k) and percentiles.
 
     Args:
-        cells: All cells of a file.
-        gene_ids: int64 `(n_genes,)`: ids of the genes of the columns.
-        symbols: Their symbols.
+        cells: All cells of the file.
+        gene_ids: int64 `(n_genes,)`: vocabulary ids of the columns.
+        symbols: Gene symbols of the columns.
     """
 
     def __init__(self, cells: Cells, gene_ids: np.ndarray, symbols: Sequence[str]) -> None:
@@ -56,7 +56,7 @@ class Expression:
         states = {gene for programme in PROGRAMMES if not programme.within for gene in programme.genes}
         self.tells_types = self.usable & ~np.isin(self.symbols, list(states))  # a state is not a type
         self.are_counts = bool((self.counts.data == np.rint(self.counts.data)).mean() >= COUNTED)
-        # Values that are no counts are judged as if each cell had 10,000.
+        # Values that are no counts are scaled to 10,000 per cell.
         self.scales = np.ones(len(cells)) if self.are_counts else COUNTS_PER_10K / self.sizes
         judged = self.counts.data * np.repeat(self.scales, np.diff(self.counts.indptr))
         two = np.bincount(self.counts.indices[judged >= 2], minlength=len(symbols))
@@ -65,16 +65,16 @@ class Expression:
         self.sorted: dict[tuple[int, int], np.ndarray] = {}
 
     def totals(self, groups: np.ndarray, n_groups: int, values: np.ndarray | None = None) -> np.ndarray:
-        """Sums of `values` of the entries of groups of cells, by default their number, `(n_groups, n_genes)`.
+        """Sums of `values` by group and gene, `(n_groups, n_genes)`; by default numbers of entries.
 
-        Group -1 is none.
+        `groups` is `(n_cells,)`, -1 for a cell without a group; `values` is aligned with the entries of `counts`.
         """
         of_entry = np.repeat(groups, np.diff(self.counts.indptr))
-        kept = of_entry >= 0
-        keys = of_entry[kept] * len(self.symbols) + self.counts.indices[kept]
-        weights = None if values is None else values[kept]
+        grouped = of_entry >= 0
+        keys = of_entry[grouped] * len(self.symbols) + self.counts.indices[grouped]
+        weights = None if values is None else values[grouped]
         sums = np.bincount(keys, weights, minlength=n_groups * len(self.symbols)).reshape(n_groups, len(self.symbols))
-        return sums if weights is None else sums.astype(np.float64)  # of no entries: integers
+        return sums if weights is None else sums.astype(np.float64)  # NumPy returns integers for no entries
 
     def count(self, cell: int, gene: int) -> float:
         """The count of a gene in a cell."""
@@ -91,12 +91,17 @@ class Expression:
         return [self.count(cell, gene) for gene in genes]
 
     def rates_of(self, cells: np.ndarray, genes: np.ndarray) -> np.ndarray:
-        """The counts per 10,000 of genes `(n_cells, n)` in cells `(n_cells,)`, float32; of gene -1 any number."""
+        """CP10k of `genes` in `cells`, float32 `(n_cells, n)`; the value of gene -1 has no meaning.
+
+        Args:
+            cells: int `(n_cells,)`: positions of cells.
+            genes: int `(n_cells, n)`: columns.
+        """
         rows = np.broadcast_to(cells[:, None], genes.shape)
         return np.asarray(self.rates[rows.ravel(), genes.ravel()], dtype=np.float32).reshape(genes.shape)
 
     def row(self, cell: int) -> tuple[np.ndarray, np.ndarray]:
-        """Expressed genes of a cell, ascending, and their counts."""
+        """Columns of the expressed genes of a cell, ascending, and their counts."""
         entries = slice(self.counts.indptr[cell], self.counts.indptr[cell + 1])
         return self.counts.indices[entries], self.counts.data[entries]
 
@@ -109,7 +114,7 @@ class Expression:
         return join(words)
 
     def percentile(self, cell: int, gene: int, group: int, members: np.ndarray) -> float:
-        """Share of the other cells of a group that express a gene less than a cell of it does, 0 to 100."""
+        """Percentage of the other cells of a group in which a gene has a lower rate than in the given cell."""
         if (group, gene) not in self.sorted:
             entries = slice(self.columns.indptr[gene], self.columns.indptr[gene + 1])
             mine = np.zeros(self.counts.shape[0], dtype=np.float32)

@@ -49,12 +49,12 @@ MIN_PROGRAMME_GENES, PROGRAMME_FOLD, PROGRAMME_PERCENTILE = 3, 3.0, 50
 UNUSUAL_COUNT, UNUSUAL_FOLD, UNUSUAL_PERCENTILE = 3, 4.0, 95
 # Shares of another type's mean that ambient RNA, or a neighbour on a slide, may leave; fold of a gene of one type.
 TRACE, TRACE_ON_SLIDE, OF_ANY_TYPE = 0.2, 1.0, 2.0
-GROUP_SHARE, GROUP_FOLD = 0.1, 2.0  # of cells: what is said of a group
-SURPRISE = 15.0  # Poisson deviance of a count: one in 10,000
-FLOOR = 0.4  # counts that are expected at least
-OF_KIND = 0.25  # of the mean of its kind, for a gene to show the type of a cell
-CELLS_AT_ONCE = 2048  # whose genes are compared together
-B_LINEAGE = "CL:0000945"  # of immunoglobulins alone
+GROUP_SHARE, GROUP_FOLD = 0.1, 2.0  # least share of a group's cells, and fold over other cells, for a sentence
+SURPRISE = 15.0  # Poisson deviance of a count with a probability of about 1 in 10,000
+FLOOR = 0.4  # least expected count
+OF_KIND = 0.25  # a gene shows the type of a cell from this share of the kind's mean
+CELLS_AT_ONCE = 2048  # cells in a batch of the comparison of genes
+B_LINEAGE = "CL:0000945"  # only B cells and plasma cells express immunoglobulins; in other cells they are ambient
 
 
 @dataclass(frozen=True)
@@ -87,25 +87,24 @@ def article(noun: str, a: str = "A") -> str:
 class Proof:
     """Descriptions of the cells of a file, clause by clause.
 
-    What the other cells of the file decide is computed once, for all cells; the clauses of a cell are made when they
-    are asked for.
+    Statistics over all cells are computed once. The clauses of a cell are made on demand.
 
     Args:
         expression: The counts.
-        kinds: str `(n_cells,)`: the type of each cell; "" for none.
-        proposals: What the model says of the cells.
-        within: Type -> Cell Ontology ids of it and of the terms above it.
-        excluded: Type -> lineages that no cell of it is of.
-        tissues: str `(n_cells,)`: as the file says; "" for unknown.
-        called: str `(n_cells,)`: the type that a cell is called where its counts show none; by default its kind.
-        elsewhere: Type -> `(n_genes,)`: the highest mean rate of each gene in other types, of reference cells.
-        trace: Share of the mean of another type up to which a gene is no news.
+        kinds: str `(n_cells,)`: the proposed type of each cell; "" for none.
+        proposals: The proposals of the model.
+        within: Type -> Cell Ontology ids of the type and of all terms above the type.
+        excluded: Type -> lineages that the type is no part of.
+        tissues: str `(n_cells,)`: tissues of the file; "" for unknown.
+        called: str `(n_cells,)`: the type that is named for a cell without a type clause; by default `kinds`.
+        elsewhere: Type -> `(n_genes,)`: the highest mean rate of each gene in other types, in reference cells.
+        trace: Share of the mean of another type up to which a gene may be ambient.
 
     Attributes:
-        asked: The types of the cells that were given.
-        kinds: The type of each cell that its counts show; "" for none.
-        shown: int64 `(n_cells, N_TYPE_GENES)`: genes that show it, `NONE` for none.
-        programmes: bool `(n_programmes, n_cells)`: which cells have more of `PROGRAMMES` than is usual for their type.
+        asked: The proposed types.
+        kinds: str `(n_cells,)`: the type that the counts of each cell show; "" for none.
+        shown: int64 `(n_cells, N_TYPE_GENES)`: columns of genes that show the type, `NONE` for none.
+        programmes: bool `(n_programmes, n_cells)`: whether a cell expresses a programme unusually for its type.
     """
 
     def __init__(
@@ -123,14 +122,14 @@ class Proof:
         self.elsewhere, self.excluded, self.trace = elsewhere or {}, excluded, trace
         self.expression, self.proposals, self.within, self.tissues = expression, proposals, within, tissues
         self.asked, self.called = kinds, kinds if called is None else called
-        while True:  # cells that lose their type clause are of no kind, which changes what the others stand out from
+        while True:  # cells without a type clause leave their kind, which changes the means of the kinds
             self.group_by(kinds)
             self.shown = self.genes_of_types()
             kinds, before = np.where(self.shown[:, 0] == NONE, "", kinds), kinds
             if (kinds == before).all():
                 break
         self.programmes = np.zeros((len(PROGRAMMES), len(kinds)), dtype=bool)
-        self.below = np.zeros(self.programmes.shape, dtype=np.int8)  # per cent of the other cells of its kind
+        self.below = np.zeros(self.programmes.shape, dtype=np.int8)  # percentage of the other cells of the kind
         for number, programme in enumerate(PROGRAMMES):
             self.find_programme(number, programme)
         self.said: dict[int, list[Clause]] = {}
@@ -146,12 +145,12 @@ class Proof:
         return [self.said[cell] for cell in rows]
 
     def clauses_of(self, cell: int, others: Sequence[Other], place: int) -> list[Clause]:
-        """The clauses of one cell, whose other types are at a place of `others`."""
+        """The clauses of one cell; its alternative types are at position `place` of `others`."""
         if self.group[cell] == NONE:
             return [Clause("type", NO_TYPE.format(self.called[cell] or "none"))]
         clauses = [self.type_clause(cell), *self.against_clauses(cell), *self.programme_clauses(cell)]
-        said = {gene for part in clauses for gene in part.genes}
-        if genes := [gene for gene in self.unusual_genes(cell) if gene not in said][:N_GENES]:
+        mentioned = {gene for part in clauses for gene in part.genes}
+        if genes := [gene for gene in self.unusual_genes(cell) if gene not in mentioned][:N_GENES]:
             words = f"Unusually high for its kind: {self.expression.named(genes, cell)}."
             clauses.append(Clause("unusual", words, tuple(genes)))
         return clauses + self.alternative_clauses(cell, others, place)
@@ -195,8 +194,8 @@ class Proof:
         return shown
 
     def genes_of_type(self, group: int, cells: np.ndarray) -> np.ndarray:
-        """The same for cells of one group."""
-        is_rare = self.n[group] < MIN_KIND  # what so few cells share may be an accident: known markers alone count
+        """The same for cells of one group, int64 `(n_cells, N_TYPE_GENES)`."""
+        is_rare = self.n[group] < MIN_KIND  # genes that few cells share may be an accident: only markers count
         genes = self.proposals.candidates[cells][:, : N_MARKERS if is_rare else None]
         again = (genes[:, :, None] == genes[:, None, :]).argmax(axis=2) < np.arange(genes.shape[1])
         usable = (genes != NONE) & ~again & self.expression.tells_types[genes]
@@ -213,13 +212,13 @@ class Proof:
         return np.where(fails[:, None], NONE, shown)
 
     def sets_apart(self, group: int, genes: np.ndarray, shows: np.ndarray) -> np.ndarray:
-        """The first of the genes of cells that together are higher in their group than in any other; none if none are.
+        """The first `N_TYPE_GENES` genes, or else the best ones, if higher together in a group than in each rival.
 
-        They must be so by the mean of the cells and by their pooled counts, in which large cells weigh more.
+        Mean rates and pooled counts, in which large cells weigh more, must both be higher.
 
         Args:
-            group: Of the cells.
-            genes: int64 `(n_cells, n)`.
+            group: Group of the cells.
+            genes: int64 `(n_cells, n)`: columns.
             shows: bool `(n_cells, n)`: the genes to choose from.
 
         Returns:
@@ -235,7 +234,7 @@ class Proof:
         least = np.where(shows, ratios.min(axis=0)[at], -np.inf)
         best = np.argsort(-least, axis=1, kind="stable")[:, :N_TYPE_GENES]
         found = np.full((len(genes), N_TYPE_GENES), NONE)
-        for chosen in (best, first):  # the first, where they set the group apart
+        for chosen in (best, first):  # the first genes have priority
             kept = np.take_along_axis(shows, chosen, axis=1)
             sums = np.where(kept, ratios[:, np.take_along_axis(at, chosen, axis=1)], 0.0).sum(axis=2).min(axis=0)
             apart = kept.any(axis=1) & (sums >= np.log(APART))

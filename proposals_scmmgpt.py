@@ -1,4 +1,4 @@
-"""What the model proposes to say of cells, for the counts to judge: genes that speak for a type, and other types."""
+"""The proposals of the model, which [`Proof`] checks against the counts: genes for a type, and alternative types."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from .cells_scmmgpt import Cells
 from .evidence_scmmgpt import NONE, Explainer
 
 
-MIN_ALTERNATIVE = 0.1  # probability
+MIN_ALTERNATIVE = 0.1  # least probability of a runner-up
 
 
 @dataclass
 class Other:
-    """Another type that each cell may be.
+    """An alternative type for each cell.
 
     Args:
-        names: str `(n_cells,)`; "" for none.
-        against: str `(n_cells,)`: the type that its genes speak against.
-        genes: As `candidates` of [`Proposals`].
+        names: str `(n_cells,)`: the alternative; "" for none.
+        against: str `(n_cells,)`: the type that the alternative is compared with.
+        genes: As `candidates` of [`Proposals`], for the alternative.
     """
 
     names: np.ndarray
@@ -29,22 +29,22 @@ class Other:
 
 
 class Proposals:
-    """Genes for the type of each cell, and on demand the other types of some cells, with their genes.
+    """Genes for the type of each cell; on demand, alternative types with their genes.
 
     Args:
         cells: All cells.
-        explainer: One set of trained labels for each of `kinds`; a kind that means none or nearly all has no evidence.
-        gene_ids: int64 `(n_genes,)`, ascending: ids of the columns of the counts.
+        explainer: One set of trained labels for each of `kinds`; a set of no or nearly all labels has no evidence.
+        gene_ids: int64 `(n_genes,)`, ascending: vocabulary ids of the columns of the counts.
         kinds: Types of the cells.
-        labels: Those of the readout, in its order.
-        kind_of_cell: int64 `(n_cells,)`.
+        labels: Labels of the readout, in order.
+        kind_of_cell: int64 `(n_cells,)`: positions in `kinds`.
         probabilities: `(n_cells, n_labels)`.
-        batch_size: Cells at a time.
+        batch_size: Cells per batch.
 
     Attributes:
-        candidates: Genes that speak for the type of each cell, int64 `(n_cells, n)`, `NONE` for none: the markers that
-            it expresses, then the evidence.
-        is_broad: bool `(n_cells,)`: the type has several trained labels.
+        candidates: int64 `(n_cells, n)`: columns of genes that speak for the type, `NONE` for none. Expressed markers
+            come first, then the evidence.
+        is_broad: bool `(n_cells,)`: whether the type stands for several trained labels.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Proposals:
         self.candidates = self._genes(np.arange(len(cells)), kind_of_cell)
 
     def _genes(self, rows: np.ndarray, names: np.ndarray, rivals: np.ndarray | None = None) -> np.ndarray:
-        """Genes of the cells `rows` that speak for types against others, by default against the runner-up."""
+        """Columns of genes that speak for `names`, the types of cells `rows`, against `rivals` or the runner-up."""
         found = [np.empty((0, 0), dtype=np.int64)] * (not len(rows))
         what = "Looking for genes"
         for start in logging.tqdm(range(0, len(rows), self.batch_size), desc=what, unit="batch", delay=3):
@@ -83,7 +83,7 @@ class Proposals:
         return self.columns[np.concatenate(found)]
 
     def others(self, rows: np.ndarray) -> tuple[Other, Other]:
-        """The runner-up of the cells `rows`, int64, and a second one where their type is broad."""
+        """The runner-up of the cells `rows` (int64), and a second alternative for cells of a broad type."""
         first, second, is_broad = self.first[rows], self.second[rows], self.is_broad[rows]
         nothing = np.full(len(rows), NONE)
         against = np.where(is_broad, first, nothing)

@@ -1,4 +1,4 @@
-"""What the page reads and says in words: the fields, the labels in them, and messages of the library."""
+"""Words of the page: its fields, the labels typed into a field, and messages of the library in terms of the page."""
 
 import logging
 import re
@@ -11,11 +11,11 @@ from scmmgpt.labels_scmmgpt import trained_labels_of
 
 
 SPLIT_PERCENT = re.compile(r"(?<=\d) (?=%)")  # "10 %", which a line may break
-FIELDS = {"labels": "Cell types", "tissue": "Tissue", "min_score": "Minimum score"}  # of the page, by argument
+FIELDS = {"labels": "Cell types", "tissue": "Tissue", "min_score": "Minimum score"}  # argument -> field of the page
 
 
 class Warnings(logging.Handler):
-    """Collects the warnings of the thread that made it, to show them in the browser of that user."""
+    """Collect the warnings of the thread that creates this handler, to show them in the browser of the same user."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -36,7 +36,7 @@ class Warnings(logging.Handler):
 
 
 def unbroken(text: str) -> str:
-    r"""A text in which no line ends between a number and its percent sign.
+    r"""Join each number with its percent sign by a no-break space.
 
     >>> unbroken("11 % of 20 cells")
     '11\xa0% of 20 cells'
@@ -45,7 +45,7 @@ def unbroken(text: str) -> str:
 
 
 def on_page(text: str) -> str:
-    """A message of the library in the words of the page, which has fields for a few arguments and none for the others.
+    """Replace the arguments in a message of the library by the fields of the page, or by options of the command.
 
     >>> on_page("If the cells are of one, name it by `tissue=`: blood.")
     'If the cells are of one, name it by "Tissue": blood.'
@@ -55,11 +55,11 @@ def on_page(text: str) -> str:
         return f'"{FIELDS[found[1]]}"' + (f" {found[2]}" if found[2] else "")
 
     text = text.replace(DEBUG, "").replace("look at uns['scmmgpt']['input']: ", "")
-    said = re.sub(rf"`({'|'.join(FIELDS)})=([^`]*)`", field_of, text)
-    as_command = as_options(said)
-    if as_command != said:
+    fields = re.sub(rf"`({'|'.join(FIELDS)})=([^`]*)`", field_of, text)
+    as_command = as_options(fields)
+    if as_command != fields:
         as_command += " Options that begin with -- are those of the command `scmmgpt annotate`; the page has none."
-    if "`adata" in said:
+    if "`adata" in fields:
         as_command += " Here `adata` is the file in Python: change it there, write it, and open it again."
     if "folder" in text:
         as_command += " The page opens files alone; the command `scmmgpt annotate` opens folders, too."
@@ -67,9 +67,9 @@ def on_page(text: str) -> str:
 
 
 def named_labels(text: str, stored: Mapping[str, Any]) -> list[str]:
-    """The labels of a field, one a line; commas set labels apart where the checkpoint knows each of them.
+    """The labels in a field, one per line. Commas separate labels if the checkpoint knows each part.
 
-    A name of the Cell Ontology may have a comma.
+    A name of the Cell Ontology may contain a comma.
 
     >>> named_labels("B cell, T cells", {"labels": {"B cell": "", "T cell": ""}})
     ['B cell', 'T cells']
