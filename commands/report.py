@@ -137,7 +137,7 @@ def novelty_warnings(obs: pd.DataFrame) -> list[str]:
     novel = obs[f"{KEY}_cell_type"].astype(str)[obs[f"{KEY}_novelty"] > 1]
     unknown, found = int((novel == UNKNOWN).sum()), []
     if unknown:
-        found.append(f"Like nothing that the checkpoint knows: {unknown:,} of {len(obs):,} cells, called {UNKNOWN}.")
+        found.append(f"Resembling no type of the checkpoint: {unknown:,} of {len(obs):,} cells, called {UNKNOWN}.")
     if named := len(novel) - unknown:
         how = "named by a broader type or a reference profile"
         found.append(f"Unlike the cells of every label: {named:,} of {len(obs):,} cells, {how}.")
