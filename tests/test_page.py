@@ -156,7 +156,7 @@ def test_warnings_come_from_the_results(pipeline, cells):
     text = " ".join(warnings_of(cells))
     for part in (
         "Nearly all cells have one label",
-        "that the checkpoint knows: 6 of 60 cells, called Unknown",
+        "no type of the checkpoint: 6 of 60 cells, called Unknown",
         "every label: 2 of 60 cells, named by a broader type or a reference profile",
         "'B cell'",
         "With a score below 0.5: 60 of 60 cells",
