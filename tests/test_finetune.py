@@ -18,7 +18,7 @@ from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.tests.corpora import SIZES
-from scmmgpt.train import finetune, labels, readout, router
+from scmmgpt.train import finetune, labels, prior, readout, router
 from scmmgpt.train.arguments import FinetuneDataArguments
 from scmmgpt.train.convert import save_cell_model
 
@@ -192,6 +192,19 @@ def test_a_network_that_no_held_out_cell_has_judged_has_no_say_in_the_labels(cel
     assert pipeline.model.config.annotation["similarity_weight"] == 0
 
 
+def test_a_checkpoint_that_knows_the_labels_needs_one_cell_of_each(cells, tuned, bert, tmp_path, monkeypatch):
+    accuracy = {}
+    for name, weight in (("beside", prior.PRIOR_WEIGHT), ("alone", 0.0)):
+        monkeypatch.setattr(prior, "PRIOR_WEIGHT", weight)
+        (tmp_path / name).mkdir()
+        record = run(cells[72:75].copy(), bert, tmp_path / name, checkpoint=tuned[1], shots=1, num_train_epochs=0)
+        pipeline = ScMMGPTPipeline.from_pretrained(str(tmp_path / name / "out"), device="cpu")
+        annotated = pipeline.annotate(cells[:72].copy())
+        accuracy[name] = np.mean(annotated.obs["scmmgpt_cell_type"] == annotated.obs["label"])
+    assert record["known"] == []
+    assert accuracy["beside"] > max(0.9, accuracy["alone"] + 0.05)
+
+
 def test_unlabelled_cells_are_left_out_and_a_single_label_is_refused(cells):
     obs = cells.obs.copy()
     obs["label"] = obs["label"].replace({"monocyte": "unknown"})
@@ -317,7 +330,7 @@ def test_similarities_that_say_nothing_about_the_labels_get_no_weight():
 def test_a_checkpoint_with_a_language_model_can_be_fine_tuned(tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path / "tuned")
     table = SimpleNamespace(read=lambda index: index.vocabulary)
-    model, _, pretrained, vocabulary = finetune.load_checkpoint(str(tmp_path / "tuned"), table)
+    model, _, pretrained, vocabulary, *_ = finetune.load_checkpoint(str(tmp_path / "tuned"), table)
     before = tiny_pipeline.model.model.cell_model.state_dict()
     after = model.cell_model.state_dict()
     assert after.keys() == before.keys()

@@ -32,16 +32,17 @@ The cell projection of a new model starts at zero. Queries then contribute nothi
 cells; no gradient step is taken by default. With a converted scGPT as `cell_model` of `--new_model`, the file is read
 in the vocabulary of that model, and gradient steps train the queries beside the readout. With `--checkpoint`, the
 readout is added to the projected queries in the proportion that fits the held-out cells best. With `--shots`, no cells
-are held out, and the readout alone gives the logits of the labels. If the file also has cells without a label,
-four-fold cross-validation over the labelled cells chooses one of three models: the regression on all genes, a
-regression on principal components of all cells, or label spreading over nearest neighbours
-(`readout.cross_validate`; `finetune.json` has the losses).
+are held out, and the readout alone gives the logits of the labels. The regression then starts from what the checkpoint
+knows of labels of these names (`prior`). If the file also has cells without a label, four-fold cross-validation over
+the labelled cells chooses one of up to five models: regressions on all genes and on principal components of all cells,
+with what the checkpoint knows and without it, and label spreading over nearest neighbours (`readout.cross_validate`;
+`finetune.json` has the losses).
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +58,7 @@ from scmmgpt.modeling_scmmgpt import CELL_INPUTS, MAX_LOGIT_SCALE, ScMMGPTForCel
 from scmmgpt.novelty_scmmgpt import fit_novelty
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.processing_scmmgpt import ScGPTProcessor, ScMMGPTProcessor
+from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
 from scmmgpt.scoring_scmmgpt import text_states
 from scmmgpt.train import readout
 from scmmgpt.train.align import UNTRAINED_PARTS, build_model, build_processor
@@ -68,6 +70,7 @@ from scmmgpt.train.data.gene_tables import build_gene_aliases, reference_gene_in
 from scmmgpt.train.data.labelled import CellTable, LabelledBatches, open_table
 from scmmgpt.train.labels import column_of, hold_out, hold_out_rest, read_labels
 from scmmgpt.train.options import OptionParser
+from scmmgpt.train.prior import known_regression
 from scmmgpt.train.router import comparison, timed, verdict
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, save_run
 from scmmgpt.train.unseen import add_gene_texts, embed_once, fit_gate
@@ -83,7 +86,6 @@ DEFAULT_EPOCHS = 3  # if the model or its cell model is pretrained; otherwise 0
 PATIENCE = 2  # epochs without a lower validation loss before training stops
 STARTS = ("ScMMGPTForCellTextAlignment", "ScMMGPTForConditionalGeneration")
 LEFT_OUT = (
-    "label_readout.",
     "language_",
     "label_projection.",
     "lm_head.",
@@ -93,8 +95,16 @@ LEFT_OUT = (
 )
 FROZEN_PARTS = (*UNTRAINED_PARTS, "matching_head.", "logit_scale")
 
-# Model, processor, names of pretrained parameters, cells in the vocabulary of the model.
-Start: TypeAlias = tuple[ScMMGPTForCellTextAlignment, ScMMGPTProcessor, set[str], Cells]
+
+class Start(NamedTuple):
+    """The model that fine-tuning starts from."""
+
+    model: ScMMGPTForCellTextAlignment
+    processor: ScMMGPTProcessor
+    pretrained: set[str]  # names of the pretrained parameters
+    cells: Cells  # all cells of the file, in the vocabulary of the model
+    readout: ScMMGPTLabelReadout | None = None  # of the checkpoint's own labels
+    texts: Sequence[str] = ()  # of these labels
 
 
 @dataclass
@@ -117,9 +127,6 @@ def load_checkpoint(path: str, table: CellTable) -> Start:
         path: Checkpoint of `align` or `tune`.
         table: The labelled cells.
 
-    Returns:
-        Model, processor, names of the pretrained parameters, and the cells of `table` in the checkpoint's vocabulary.
-
     Raises:
         ValueError: If the checkpoint is of another class, or its parameters do not match the model.
     """
@@ -127,7 +134,7 @@ def load_checkpoint(path: str, table: CellTable) -> Start:
     config = ScMMGPTForCellTextAlignment.config_class.from_pretrained(path)
     if (config.architectures or [""])[0] not in STARTS:
         raise ValueError(f"{path} holds a {config.architectures}; fine-tuning starts from `align` or `tune`.")
-    config.profile_readout, config.label_readout = True, None  # `add_label_readout` fits one for the new labels
+    config.profile_readout, texts = True, (config.label_readout or {}).get("texts", ())
     config.cell_embedding = "cell-text"  # a readout of one dataset has no groups
     config.release = None  # the fine-tuned model is not the released one
     reporter = logging.getLogger("transformers.modeling_utils")
@@ -144,8 +151,12 @@ def load_checkpoint(path: str, table: CellTable) -> Start:
     unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(LEFT_OUT))
     if missing or unexpected:
         raise ValueError(f"{path} does not fit: missing {missing}, unexpected {unexpected}.")
+    known = model.label_readout if texts else None
+    if known is not None:
+        del model.label_readout  # `add_label_readout` fits one for the new labels
+        config.label_readout = None
     pretrained = {name for name, _ in model.named_parameters() if not name.startswith("profile_readout.")}
-    return model, processor, pretrained, table.read(processor.gene_index)
+    return Start(model, processor, pretrained, table.read(processor.gene_index), known, texts)
 
 
 def new_model(table: CellTable, rows: np.ndarray, texts: list[str], model_args: AlignModelArguments) -> Start:
@@ -158,9 +169,6 @@ def new_model(table: CellTable, rows: np.ndarray, texts: list[str], model_args: 
         rows: Rows of `table` from which gene embeddings are initialised, without the held-out cells, int `(n,)`.
         texts: Texts of the labels.
         model_args: Sizes and parts of the model.
-
-    Returns:
-        The same as `load_checkpoint`.
     """
     if model_args.cell_model is None:
         reference = reference_gene_index()
@@ -176,7 +184,7 @@ def new_model(table: CellTable, rows: np.ndarray, texts: list[str], model_args: 
     model, qformer_tokenizer, pretrained = build_model(start, model_args, profile_readout=True)
     processor = build_processor(start, qformer_tokenizer, model_args)
     start_from_texts(model.eval(), processor, texts)
-    return model, processor, pretrained, cells
+    return Start(model, processor, pretrained, cells)
 
 
 @torch.no_grad()
@@ -389,7 +397,7 @@ class FineTuning:
         else:
             rows = np.union1d(labels.rows[train], unlabelled)
             start = new_model(table, rows, labels.texts, model_args.align_arguments())
-        self.model, self.processor, self.pretrained, cells = start
+        self.model, self.processor, self.pretrained, cells = start[:4]
         self.measured = table.measured(self.processor.gene_index)
         self.processor.feature_extractor.return_profile = True
         if training_args.num_train_epochs is None:
@@ -400,11 +408,19 @@ class FineTuning:
         self.profiles = readout.LabelledProfiles(
             profiles[labels.rows], labels.targets, len(labels.names), train, validation, profiles[unlabelled]
         )
+        if start.readout is not None and not len(validation):
+            names, annotation = [labels.cl_ids.get(name, name) for name in labels.names], self.model.config.annotation
+            checkpoint = start.readout, start.texts, annotation or {}
+            self.profiles.prior = known_regression(*checkpoint, names, self.measured, cells, profiles)
         self.cells = cells[labels.rows]
         self.eval_batches = None
         if len(validation):
             self.eval_batches = self.batches(validation, training_args.per_device_eval_batch_size)
         self.record: dict[str, Any] = {"labels": dict(zip(labels.names, labels.texts, strict=True))}
+        if (prior := self.profiles.prior) is not None:
+            known = [labels.names[row] for row in np.flatnonzero(prior.weights.any(axis=1))]
+            logger.info("The checkpoint knows %d of %d labels: %s", len(known), len(labels.names), ", ".join(known))
+            self.record["known"] = known
         self.record["cells"] = {"train": len(train), "validation": len(validation), "unlabelled": len(unlabelled)}
 
     def batches(self, part: np.ndarray, batch_size: int, **order: Any) -> LabelledBatches:

@@ -13,14 +13,16 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
 from scipy.sparse import csr_matrix, vstack
 from scipy.sparse.linalg import LinearOperator, svds
+from scipy.special import log_softmax
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
@@ -36,7 +38,7 @@ from scmmgpt.readout_scmmgpt import PROFILE_SCALE, ScMMGPTLabelReadout
 
 logger = logging.getLogger(__name__)
 
-Strength: TypeAlias = float | str  # an inverse L2 penalty, `COMPONENTS` or `SPREAD`
+Strength: TypeAlias = float | str  # an inverse L2 penalty, `COMPONENTS`, `SPREAD`, `KNOWN` or `KNOWN_COMPONENTS`
 Profiles: TypeAlias = csr_matrix | np.ndarray  # (n_cells, n_genes), or coordinates along other axes
 
 # The regression is fitted to profiles of norm `PROFILE_SCALE`; elsewhere in this file, profiles have norm 1.
@@ -45,6 +47,7 @@ MAX_ITERATIONS, TOLERANCE = 200, 1e-3
 DEFAULT_STRENGTH = 0.01  # without held-out cells
 ONE_SHOT_STRENGTH = 0.0001  # with one cell of each label, since single cells differ mostly by noise
 COMPONENTS, SPREAD = "components", "spread"  # in place of a strength: regressions of `FileComponents`
+KNOWN, KNOWN_COMPONENTS = "known", "known, components"  # beside what a checkpoint knows
 N_COMPONENTS, SPREAD_COMPONENTS, SPREAD_NEIGHBOURS, SPREAD_SHARE = 50, 20, 15, 0.5
 FOLDS = 4  # folds of cross-validation if no cells are held out
 # The factor model for missing genes. More than 64 factors do not improve the labels. The noise of each gene gets one
@@ -64,6 +67,7 @@ class LabelledProfiles:
     train: np.ndarray  # int64, rows of `profiles`
     validation: np.ndarray  # int64, rows of `profiles`; may be empty
     unlabelled: csr_matrix  # float32 (n_unlabelled, n_genes)
+    prior: "LinearModel | None" = None  # what a checkpoint knows of the labels (`train/prior.py`)
 
 
 @dataclass
@@ -79,6 +83,9 @@ class LinearModel:
     def scores(self, profiles: Profiles) -> np.ndarray:
         """Logits of the labels, float64 `(n_cells, n_labels)`."""
         return profiles @ self.weights.T + self.bias
+
+    def __add__(self, other: "LinearModel") -> "LinearModel":
+        return LinearModel(self.weights + other.weights, self.bias + other.bias)
 
 
 @dataclass
@@ -125,13 +132,49 @@ def fit_regression(profiles: Profiles, targets: np.ndarray, n_labels: int, stren
     return linear_model(regression.coef_, regression.intercept_, regression.classes_, n_labels)
 
 
+def fit_beside(
+    profiles: Profiles, targets: np.ndarray, n_labels: int, strength: float, offsets: np.ndarray
+) -> LinearModel:
+    """Solve the regression that is added to given logits; scikit-learn has none.
+
+    The coefficients are sums over cells, found along the principal axes of the cells, so that the unknowns are few.
+    With offsets of 0 the result is that of [`fit_regression`], for three labels or more.
+
+    Args:
+        profiles, targets, n_labels, strength: As for [`fit_regression`].
+        offsets: The given logits, `(n_cells, n_labels)`.
+    """
+    points, (seen, own, counts) = profiles * PROFILE_SCALE, np.unique(targets, return_inverse=True, return_counts=True)
+    products = points @ points.T
+    products = products if isinstance(products, np.ndarray) else products.toarray()
+    squares, axes = np.linalg.eigh(products.astype(np.float64))
+    kept = squares > squares[-1] * np.finfo(np.float32).eps
+    places, axes = axes[:, kept] * squares[kept] ** 0.5, axes[:, kept] / squares[kept] ** 0.5
+    given, truth = offsets[:, seen], np.eye(len(seen))[own]
+    weights = strength * len(own) / (len(seen) * counts[own])[:, None]  # every label has the same weight
+
+    shape = (places.shape[1] + 1, len(seen))
+
+    def loss(unknowns: np.ndarray) -> tuple[float, np.ndarray]:
+        slopes, bias = np.split(unknowns.reshape(shape), [-1])
+        log_probabilities = log_softmax(places @ slopes + bias + given, axis=1)
+        excess = weights * (np.exp(log_probabilities) - truth)
+        value = 0.5 * (slopes**2).sum() - (weights * truth * log_probabilities).sum()
+        gradient = np.concatenate([places.T @ excess + slopes, excess.sum(axis=0, keepdims=True)])
+        return value, gradient.ravel()
+
+    options = {"maxiter": MAX_ITERATIONS, "gtol": TOLERANCE * strength, "ftol": 0.0}
+    found = minimize(loss, np.zeros(np.prod(shape)), jac=True, method="L-BFGS-B", options=options).x.reshape(shape)
+    return linear_model((axes @ found[:-1]).T @ points, found[-1], seen, n_labels)
+
+
 def fit_regressions(data: LabelledProfiles, shots: int | None = None) -> Regressions:
     """Choose the kind and strength of the regression, and fit it.
 
     * With held-out cells: see [`choose_regression`].
     * Without held-out cells, but with unlabelled cells and at least `FOLDS` cells of a label: see [`cross_validate`].
-    * With more unlabelled than labelled cells: label spreading.
-    * Otherwise, a default strength.
+    * With more unlabelled than labelled cells, and no checkpoint that knows the labels: label spreading.
+    * Otherwise, a default strength, beside what a checkpoint knows of the labels.
 
     Args:
         data: Profiles and labels.
@@ -141,11 +184,16 @@ def fit_regressions(data: LabelledProfiles, shots: int | None = None) -> Regress
         return choose_regression(data)
     if data.unlabelled.shape[0] and np.bincount(data.targets[data.train]).max() >= FOLDS:
         return cross_validate(data)
-    if data.unlabelled.shape[0] > len(data.train):
+    if data.prior is None and data.unlabelled.shape[0] > len(data.train):
         model = FileComponents.of(data, data.train, SPREAD_COMPONENTS).fit_spread()
         return Regressions(SPREAD, model, model)
     strength = ONE_SHOT_STRENGTH if shots == 1 else DEFAULT_STRENGTH
-    model = fit_regression(data.profiles[data.train], data.targets[data.train], data.n_labels, strength)
+    profiles, targets = data.profiles[data.train], data.targets[data.train]
+    if data.prior is None:
+        model = fit_regression(profiles, targets, data.n_labels, strength)
+    else:
+        offsets = data.prior.scores(profiles)
+        model = data.prior + fit_beside(profiles, targets, data.n_labels, strength, offsets)
     return Regressions(strength, model, model)
 
 
@@ -194,15 +242,23 @@ def choose_regression(data: LabelledProfiles) -> Regressions:
 def cross_validate(data: LabelledProfiles) -> Regressions:
     """Choose the lowest cross-validated loss of regressions on all genes, on components, and on spread labels.
 
-    The only cell of a label is never held out. Cells of the held-out fold count as unlabelled.
+    The first two are also tried beside what a checkpoint knows of the labels. The only cell of a label is never held
+    out. Cells of the held-out fold count as unlabelled.
     """
     profiles, targets = data.profiles[data.train], data.targets[data.train]
     components = FileComponents.of(data, data.train, N_COMPONENTS)
-    fits: Mapping[Strength, Callable[[np.ndarray], LinearModel]] = {
+    fits: dict[Strength, Callable[[np.ndarray], LinearModel]] = {
         DEFAULT_STRENGTH: lambda rows: fit_regression(profiles[rows], targets[rows], data.n_labels, DEFAULT_STRENGTH),
         COMPONENTS: components.fit,
         SPREAD: components.fit_spread,
     }
+    if (prior := data.prior) is not None:
+        offsets = prior.scores(profiles)
+
+        def beside(rows: np.ndarray) -> LinearModel:
+            return prior + fit_beside(profiles[rows], targets[rows], data.n_labels, DEFAULT_STRENGTH, offsets[rows])
+
+        fits |= {KNOWN: beside, KNOWN_COMPONENTS: lambda rows: prior + components.fit(rows, offsets[rows])}
     everything, counts = np.arange(len(targets)), np.bincount(targets)
     common = everything[counts[targets] > 1]
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
@@ -238,9 +294,9 @@ class FileComponents:
         pca = PCA(min(n_axes, min(profiles.shape) - 1), svd_solver="arpack", random_state=0)
         return cls(pca, pca.fit_transform(profiles), data.targets[rows], data.n_labels)
 
-    def fit(self, rows: np.ndarray) -> LinearModel:
-        """Fit a regression to the labelled cells `rows`."""
-        return self._regression(self.points[rows], self.targets[rows])
+    def fit(self, rows: np.ndarray, offsets: np.ndarray | None = None) -> LinearModel:
+        """Fit a regression to the labelled cells `rows`; with `offsets` as [`fit_beside`] does."""
+        return self._regression(self.points[rows], self.targets[rows], offsets)
 
     def fit_spread(self, rows: np.ndarray | None = None) -> LinearModel:
         """Fit a regression to the labels that [`spread_labels`] gives to cells, from the labelled cells `rows`.
@@ -255,9 +311,12 @@ class FileComponents:
         reached = spread >= 0
         return self._regression(points[reached], spread[reached])
 
-    def _regression(self, points: np.ndarray, targets: np.ndarray) -> LinearModel:
+    def _regression(self, points: np.ndarray, targets: np.ndarray, offsets: np.ndarray | None = None) -> LinearModel:
         """Fit a regression to the first components, and express it as a model of profiles."""
-        model = fit_regression(points, targets, self.n_labels, DEFAULT_STRENGTH)
+        if offsets is None:
+            model = fit_regression(points, targets, self.n_labels, DEFAULT_STRENGTH)
+        else:
+            model = fit_beside(points, targets, self.n_labels, DEFAULT_STRENGTH, offsets)
         axes = self.pca.components_[: points.shape[1]]
         weights = model.weights @ axes
         return LinearModel(weights, model.bias - weights @ self.pca.mean_)
@@ -302,7 +361,7 @@ def fit_label_readout(
     targets = data.targets[rows]
     counts = np.bincount(targets, minlength=data.n_labels)
     labels = csr_matrix((1 / counts[targets], (targets, np.arange(len(rows)))), shape=(data.n_labels, len(rows)))
-    gene_ids = np.unique(data.profiles[rows].indices)
+    gene_ids = np.union1d(data.profiles[rows].indices, np.flatnonzero(model.weights.any(axis=0)))
     profiles = (data.profiles[rows][:, gene_ids] * PROFILE_SCALE).astype(np.float64)
     centroids = (labels @ profiles).toarray()
     mean = centroids[counts > 0].mean(axis=0)
