@@ -408,7 +408,7 @@ class FineTuning:
         self.profiles = readout.LabelledProfiles(
             profiles[labels.rows], labels.targets, len(labels.names), train, validation, profiles[unlabelled]
         )
-        if start.readout is not None and not len(validation):
+        if start.readout is not None:
             names, annotation = [labels.cl_ids.get(name, name) for name in labels.names], self.model.config.annotation
             checkpoint = start.readout, start.texts, annotation or {}
             self.profiles.prior = known_regression(*checkpoint, names, self.measured, cells, profiles)

@@ -47,6 +47,7 @@ MAX_ITERATIONS, TOLERANCE = 200, 1e-3
 DEFAULT_STRENGTH = 0.01  # without held-out cells
 ONE_SHOT_STRENGTH = 0.0001  # with one cell of each label, since single cells differ mostly by noise
 COMPONENTS, SPREAD = "components", "spread"  # in place of a strength: regressions of `FileComponents`
+MOST_BESIDE = 1000  # labelled cells for which held-out cells are asked about `KNOWN`, since more learn it themselves
 KNOWN, KNOWN_COMPONENTS = "known", "known, components"  # beside what a checkpoint knows
 N_COMPONENTS, SPREAD_COMPONENTS, SPREAD_NEIGHBOURS, SPREAD_SHARE = 50, 20, 15, 0.5
 FOLDS = 4  # folds of cross-validation if no cells are held out
@@ -200,6 +201,8 @@ def fit_regressions(data: LabelledProfiles, shots: int | None = None) -> Regress
 def choose_regression(data: LabelledProfiles) -> Regressions:
     """Choose the regression with the lowest validation loss over `STRENGTHS` and, with unlabelled cells, `SPREAD`.
 
+    Of at most `MOST_BESIDE` cells also the best strength beside what a checkpoint knows of the labels.
+
     Each loss is at the temperature that [`fit_temperature_of_scores`] fits later: a strong penalty is not sharpened.
     """
     seen = np.unique(data.targets[data.train])
@@ -235,6 +238,17 @@ def choose_regression(data: LabelledProfiles) -> Regressions:
             rows = np.arange(len(data.targets))
             everything = FileComponents.of(data, rows, SPREAD_COMPONENTS).fit_spread()
             chosen = Regressions(SPREAD, train, everything, losses)
+    if (prior := data.prior) is not None and len(data.targets) <= MOST_BESIDE:
+        offsets, strength = prior.scores(data.profiles), STRENGTHS[best]
+
+        def beside(rows: np.ndarray) -> LinearModel:
+            return prior + fit_beside(data.profiles[rows], data.targets[rows], data.n_labels, strength, offsets[rows])
+
+        train = beside(data.train)
+        loss = modest_loss(train.scores(data.profiles[data.validation]), data.targets[data.validation])
+        losses[KNOWN] = round(loss, 4)
+        if loss < losses[chosen.strength]:
+            chosen = Regressions(KNOWN, train, beside(np.arange(len(data.targets))), losses)
     logger.info("Validation loss by strength of the readout: %s", losses)
     return chosen
 
