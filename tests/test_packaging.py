@@ -123,6 +123,23 @@ def test_constraints_satisfy_the_ranges_of_pyproject():
         assert requirement.specifier.contains(pins[name]), f"{requirement} excludes the pinned {pins[name]}"
 
 
+def test_pinned_versions_run_on_the_oldest_python_of_pyproject():
+    from importlib import metadata
+
+    from packaging.specifiers import SpecifierSet
+
+    oldest = PYPROJECT["project"]["requires-python"].removeprefix(">=") + ".0"
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    installed = [found for found in metadata.distributions() if pins.get(found.metadata["Name"]) == found.version]
+    assert len(installed) > 50
+    refused = {
+        found.metadata["Name"]: found.metadata["Requires-Python"]
+        for found in installed
+        if oldest not in SpecifierSet(found.metadata["Requires-Python"] or "")
+    }
+    assert refused == {}  # Debian 12 has Python 3.11.2
+
+
 def test_constraints_begin_with_torch():
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert pins[0].startswith("torch==")
