@@ -29,7 +29,16 @@ from .genes_scmmgpt import (
 )
 from .matrices_scmmgpt import ROUNDED, MatrixVerdict, inspect_rows
 from .records_scmmgpt import finish_report, in_few_lines
-from .rows_scmmgpt import LARGEST_VALUE, CountRows, matrix_of, modality_of, row_major, sample_rows, totals_of
+from .rows_scmmgpt import (
+    LARGEST_VALUE,
+    CountRows,
+    layers_of,
+    matrix_of,
+    modality_of,
+    row_major,
+    sample_rows,
+    totals_of,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -201,7 +210,7 @@ class Candidate:
 
 def inspect_matrices(adata: Any, *, layer: str | None = None, gene_column: str | None = None) -> list[Candidate]:
     """The verdict on every matrix of an AnnData (or on `layer` alone), in order of preference among equals."""
-    layers = list(adata.layers.keys())
+    layers = list(layers_of(adata))
     names = [known for name in COUNT_LAYERS for known in layers if known.lower() == name]
     names += ["raw"] if getattr(adata, "raw", None) is not None else []
     names += ["X"] if getattr(adata, "X", None) is not None else []
