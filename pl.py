@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scmmgpt.rows_scmmgpt import layers_of
+
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +39,7 @@ def coordinates(adata: Any, seed: int = 0) -> tuple[np.ndarray, np.ndarray, str]
     if "X_scmmgpt" in adata.obsm:
         points, what = np.asarray(adata.obsm["X_scmmgpt"])[rows], "UMAP of the embedding"
     else:
-        matrices = [adata.X, *adata.layers.values(), *([] if adata.raw is None else [adata.raw.X])]
+        matrices = [adata.X, *layers_of(adata).values(), *([] if adata.raw is None else [adata.raw.X])]
         present = [matrix for matrix in matrices if matrix is not None]
         if not present:
             raise ValueError("The data have no matrix: X, layers and raw are empty. Write the file with its counts.")

@@ -348,8 +348,8 @@ class ScMMGPTProcessor(ScGPTProcessor):
         mentioned = sum(t.count(self.cell_token) for t in text)
         if mentioned != num_cells:
             raise ValueError(
-                f"The texts mention {mentioned} cells ({self.cell_token}), but {num_cells} cells were given; "
-                f"write {self.cell_token} once for each cell."
+                f"The texts mention {mentioned} cells ({self.cell_token}), but {num_cells} cells were given. Write "
+                f"{self.cell_token} once for each cell; a trainer needs `data_collator=processor.data_collator()`."
             )
         rows: dict[str, list[list]] = {"input_ids": [], "attention_mask": []}
         for t in text:

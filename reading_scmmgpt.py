@@ -29,7 +29,16 @@ from .genes_scmmgpt import (
 )
 from .matrices_scmmgpt import ROUNDED, MatrixVerdict, inspect_rows
 from .records_scmmgpt import finish_report, in_few_lines
-from .rows_scmmgpt import LARGEST_VALUE, CountRows, matrix_of, modality_of, row_major, sample_rows, totals_of
+from .rows_scmmgpt import (
+    LARGEST_VALUE,
+    CountRows,
+    layers_of,
+    matrix_of,
+    modality_of,
+    row_major,
+    sample_rows,
+    totals_of,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -72,6 +81,7 @@ def choose_input(
     gene_column: str | None = None,
     organism: str | None = None,
     force: bool = False,
+    **unknown: Any,
 ) -> InputChoice:
     """Decide how to read an AnnData: which matrix, what its values are, which variables are genes.
 
@@ -83,11 +93,17 @@ def choose_input(
         gene_column: Column of `var` with gene names or ids, instead of the best ones found.
         organism: Species (`human`, `mouse`, `Mus musculus`, `NCBITaxon:10090`, ...), instead of what the data say.
         force: Read data of which under 20 % of the genes match.
+        unknown: Words that neither a method of the pipeline nor this function knows; an error names them.
 
     Raises:
-        TypeError: if `adata` is not an AnnData, such as a path.
+        TypeError: if `adata` is not an AnnData, such as a path, or an option is unknown.
         ValueError: if there are no cells, no usable matrix or (almost) no matching genes.
     """
+    if unknown:
+        raise TypeError(
+            f"There is no option {', '.join(map(repr, unknown))}: `help` of the method lists its options, and the "
+            "options of the input are layer, assume, gene_column, organism and force."
+        )
     adata = modality_of(adata)
     if not hasattr(adata, "n_obs"):
         raise TypeError(f"{adata!r:.80} is not an AnnData; read a file first, such as with `anndata.read_h5ad`.")
@@ -194,7 +210,7 @@ class Candidate:
 
 def inspect_matrices(adata: Any, *, layer: str | None = None, gene_column: str | None = None) -> list[Candidate]:
     """The verdict on every matrix of an AnnData (or on `layer` alone), in order of preference among equals."""
-    layers = list(adata.layers.keys())
+    layers = list(layers_of(adata))
     names = [known for name in COUNT_LAYERS for known in layers if known.lower() == name]
     names += ["raw"] if getattr(adata, "raw", None) is not None else []
     names += ["X"] if getattr(adata, "X", None) is not None else []

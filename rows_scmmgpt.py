@@ -34,6 +34,11 @@ def modality_of(adata: Any) -> Any:
     )
 
 
+def layers_of(adata: Any) -> dict[str, Any]:
+    """Layers by name. anndata lists `X` among them from version 0.13 on, under the name None."""
+    return {name: matrix for name, matrix in adata.layers.items() if name is not None}
+
+
 def matrix_of(adata: Any, source: str) -> Any:
     """The matrix called `source`: `X`, `raw` or a layer."""
     if source == "X":

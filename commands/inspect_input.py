@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from scmmgpt.commands.checkpoints import root_checkpoint
 from scmmgpt.commands.errors import as_options
 from scmmgpt.genes_scmmgpt import GeneIndex, detect_species
 from scmmgpt.readers.cell_files import CellFile, read_file
@@ -41,7 +42,8 @@ def inspect_file(
 
     Args:
         path: File or folder of any format that `readers.read_file` opens.
-        gene_index: Gene names of a model; default: all human genes of GENCODE v44, if their table is installed.
+        gene_index: Gene names of a model; default: all human genes of GENCODE v44, and
+            without the extra `train`, which has their table, the genes of the checkpoint of this package.
         max_cells: Most cells to convert; of a larger file, eight ranges of rows are converted. The verdict on the
             values always comes from a sample.
         **options: `layer`, `assume`, `gene_column`, `organism`, `force`; see `choose_input`.
@@ -77,7 +79,12 @@ def inspect_file(
 def _reference() -> tuple[GeneIndex, str]:
     from scmmgpt.train.data.gene_tables import reference_gene_index
 
-    return reference_gene_index(), "GENCODE v44, all human genes"
+    try:
+        return reference_gene_index(), "GENCODE v44, all human genes"
+    except ImportError:  # without the extra `train`
+        from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+
+        return ScMMGPTProcessor.from_pretrained(root_checkpoint()).gene_index, "the checkpoint of this package"
 
 
 def _describe_file(path: Path, file: CellFile, matrix: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from scmmgpt.records_scmmgpt import in_few_lines
+from scmmgpt.rows_scmmgpt import layers_of
 
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def make_writable(adata: anndata.AnnData) -> list[str]:
             adata.raw = anndata.AnnData(adata.raw.X, obs=adata.obs[[]], var=var, varm=dict(adata.raw.varm))
     for part in ("layers", "obsm", "varm", "obsp", "varp"):
         elements = getattr(adata, part)
-        for name in list(elements):
+        for name in [name for name in elements if name is not None]:  # None is X, see `layers_of`
             value = elements[name]
             if isinstance(value, pd.DataFrame):
                 elements[name] = writable_frame(value, f"{part}[{name!r}]", changes)
@@ -59,7 +60,7 @@ def make_writable(adata: anndata.AnnData) -> list[str]:
 
 def size_in_memory(adata: anndata.AnnData) -> int:
     """Bytes of the matrices and tables of an AnnData, about the size of an uncompressed `.h5ad` file."""
-    matrices = [adata.X, *(adata.layers[name] for name in adata.layers), *(adata.obsm[name] for name in adata.obsm)]
+    matrices = [adata.X, *layers_of(adata).values(), *(adata.obsm[name] for name in adata.obsm)]
     if adata.raw is not None:
         matrices.append(adata.raw.X)
     total = OVERHEAD + sum(int(table.memory_usage(deep=True).sum()) for table in (adata.obs, adata.var))
@@ -119,8 +120,8 @@ def writable_column(column: pd.Series) -> tuple[pd.Series, bool]:
     if isinstance(column.dtype, pd.SparseDtype):
         return pd.Series(np.asarray(column), index=column.index), True
     if column.dtype == object:
-        typed = column.convert_dtypes(convert_string=False)  # numbers or booleans, some of them missing
-        if typed.dtype != object and fits(typed.to_frame("value")):
+        typed = column.convert_dtypes()  # numbers or booleans, some of them missing
+        if typed.dtype != object and not isinstance(typed.dtype, pd.StringDtype) and fits(typed.to_frame("value")):
             return typed, True
     missing = np.asarray(column.isna(), dtype=bool)
     known = [value for value, absent in zip(column, missing, strict=True) if not absent]

@@ -25,10 +25,13 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: object) -> str:
-    """Make links between the repository's pages links of the site."""
+    """Make links between the repository's pages links of the site, and find the pages for users first."""
     source = Path(page.file.abs_src_path).relative_to(Path(config["config_file_path"]).resolve().parent)
     up = "../" * (len(source.parts) - 1)
     down = "../" * page.file.src_path.count("/")
     for path, target in BESIDE.items():
         markdown = markdown.replace(f"]({up}{path}", f"]({down}{target}")
-    return markdown if source.parts[0] == "docs" else markdown.replace(f"]({up}docs/", "](")
+    if source.parts[0] == "docs":
+        return markdown
+    page.meta["search"] = {"boost": 0.1}  # of the theme's search: the log and the rules for contributors come last
+    return markdown.replace(f"]({up}docs/", "](")

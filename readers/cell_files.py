@@ -39,6 +39,7 @@ from scmmgpt.readers.disk_parts import DiskColumns, DiskDense, DiskRows, DiskTab
 from scmmgpt.readers.mtx_folders import find_inside, find_matrices, is_zarr, list_paths, read_mtx
 from scmmgpt.readers.soma import is_soma, open_soma
 from scmmgpt.readers.text_tables import Contents, FileError, read_table
+from scmmgpt.rows_scmmgpt import layers_of
 
 
 logger = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ def read_file(
             file.close()  # opened only to check the file
             adata = _read_h5ad(path) if kind == "h5ad" else anndata.read_zarr(path)
         raw = {} if adata.raw is None else {"raw": adata.raw.X}
-        for name, matrix in {"X": adata.X, **adata.layers, **raw}.items():
+        for name, matrix in {"X": adata.X, **layers_of(adata), **raw}.items():
             if sp.issparse(matrix):
                 check_indices(matrix.indices, matrix.shape[1 if matrix.format == "csr" else 0], name)
         return adata
@@ -364,7 +365,7 @@ def _open_h5ad(path: Path, obs_on_disk: bool = False) -> CellFile:
     file.close()
     adata = _read_h5ad(path)
     raw = None if adata.raw is None else RawPart(adata.raw.X, adata.raw.var)
-    return CellFile(adata.X, adata.obs, adata.var, layers=dict(adata.layers), raw=raw, uns=dict(adata.uns))
+    return CellFile(adata.X, adata.obs, adata.var, layers=layers_of(adata), raw=raw, uns=dict(adata.uns))
 
 
 def _open_h5mu(path: Path) -> CellFile:

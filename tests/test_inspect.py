@@ -18,6 +18,9 @@ from scmmgpt.genes_scmmgpt import GeneIndex
 SYMBOLS = [f"GENE{i}" for i in range(60)]
 
 
+REFERENCE = inspect_input._reference
+
+
 @pytest.fixture
 def gene_index():
     return GeneIndex({symbol: i for i, symbol in enumerate(SYMBOLS)})
@@ -37,6 +40,16 @@ def write(matrix, path, names=SYMBOLS, **obs):
     obs = pd.DataFrame(obs, index=[f"cell{i}" for i in range(len(matrix))])
     ad.AnnData(sp.csr_matrix(matrix), obs, pd.DataFrame(index=list(names))).write_h5ad(path)
     return path
+
+
+def test_without_the_table_of_genes_the_checkpoint_of_the_package_judges_names(monkeypatch):
+    def missing():
+        raise ImportError("The gene table comes with the package celltypist, which is not installed.")
+
+    monkeypatch.setattr("scmmgpt.train.data.gene_tables.reference_gene_index", missing)
+    index, name = REFERENCE()
+    assert name == "the checkpoint of this package"
+    assert index.lookup("CD3E")[1] == "symbol"
 
 
 def test_a_good_file_is_described_and_can_be_used(counts, tmp_path):

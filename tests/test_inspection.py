@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -16,9 +17,9 @@ from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.genes_scmmgpt import GeneIndex, classify_features, detect_species, find_species
 from scmmgpt.matrices_scmmgpt import convert_rows, inspect_matrix
-from scmmgpt.reading_scmmgpt import choose_input, read_cells
+from scmmgpt.reading_scmmgpt import choose_input, inspect_matrices, read_cells
 from scmmgpt.records_scmmgpt import need_columns, storable
-from scmmgpt.rows_scmmgpt import read_rows
+from scmmgpt.rows_scmmgpt import layers_of, read_rows
 from scmmgpt.train.data.label_checks import check_labels
 
 
@@ -1061,3 +1062,16 @@ def test_the_counts_of_scanpys_bundled_data_are_recovered(human_genes):
     values = to_counts(adata.raw.X).data
     again = np.log1p(values / np.repeat(adata.obs["n_counts"].to_numpy(), np.diff(adata.raw.X.indptr)) * 1e4)
     np.testing.assert_allclose(again, adata.raw.X.data, atol=6e-4)
+
+
+def test_layers_are_those_with_a_name():
+    x, counts = np.ones((2, 3)), np.zeros((2, 3))
+    as_of_anndata_0_13 = SimpleNamespace(layers={None: x, "counts": counts})  # lists X among the layers
+    assert layers_of(as_of_anndata_0_13) == {"counts": counts}
+    assert list(layers_of(ad.AnnData(x, layers={"counts": counts}))) == ["counts"]
+
+
+def test_an_adata_whose_layers_list_x_is_read_once():
+    adata = ad.AnnData(np.random.default_rng(0).poisson(2.0, (30, 50)).astype("float32"))
+    cells = SimpleNamespace(X=adata.X, raw=None, obs=adata.obs, var=adata.var, layers={None: adata.X})
+    assert [candidate.name for candidate in inspect_matrices(cells)] == ["X"]

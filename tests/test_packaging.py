@@ -123,6 +123,20 @@ def test_constraints_satisfy_the_ranges_of_pyproject():
         assert requirement.specifier.contains(pins[name]), f"{requirement} excludes the pinned {pins[name]}"
 
 
+def test_pinned_versions_run_on_the_oldest_python_of_pyproject():
+    from importlib import metadata
+
+    from packaging.specifiers import SpecifierSet
+
+    oldest = PYPROJECT["project"]["requires-python"].removeprefix(">=") + ".0"
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    installed = [found for found in metadata.distributions() if pins.get(found.metadata["Name"]) == found.version]
+    assert len(installed) > 50
+    wanted = {found.metadata["Name"]: found.metadata.get("Requires-Python", "") for found in installed}
+    refused = {name: versions for name, versions in wanted.items() if oldest not in SpecifierSet(versions)}
+    assert refused == {}  # Debian 12 has Python 3.11.2
+
+
 def test_constraints_begin_with_torch():
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert pins[0].startswith("torch==")

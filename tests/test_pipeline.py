@@ -152,6 +152,13 @@ def test_a_path_in_place_of_cells_is_refused_with_the_way_out(tiny_pipeline):
             verb("cells.h5ad")
 
 
+@pytest.mark.parametrize("verb", ["annotate", "embed", "search"])
+def test_an_unknown_option_is_refused_by_its_name(tiny_pipeline, adata, verb):
+    texts = ["a B cell"] if verb == "search" else []
+    with pytest.raises(TypeError, match="There is no option 'candidate_labels': `help` of the method"):
+        getattr(tiny_pipeline, verb)(adata, *texts, candidate_labels=["B cell"])
+
+
 def test_clusters_get_their_commonest_label(tiny_pipeline, adata):
     adata.obs["cluster"] = np.resize(["0", "1"], adata.n_obs)
     tiny_pipeline.annotate(adata, LABELS, cluster_key="cluster")
