@@ -69,7 +69,10 @@ UNREAD = "no gene, label, column or subject of these answers"
         ("How many are T cells?", "0 of the 30 selected cells (0 %) are called T cell or a kind of it."),
         ("How many are not T cells?", "30 of the 30 selected cells (100 %) are not called T cell or a kind of it."),
         ("How many are not from donor-1?", "15 of the 30 selected cells (50 %) are not of donor_id donor-1."),
-        ("Are they lymphocytes?", "30 of the 30 selected cells (100 %) are called lymphocyte or a kind of it."),
+        (
+            "Are they lymphocytes?",
+            "30 of the 30 selected cells (100 %) are called lymphocyte or a kind of it: B cell (100 %).",
+        ),
         ("Why not monocytes?", "0 of the 30 selected cells (0 %) are called monocyte or a kind of it. Genes"),
         ("What is this cluster?", "Labels of the 30 selected cells: B cell (100 %)."),
         ("How good is the quality?", "The median of the 30 selected cells is "),
