@@ -262,7 +262,8 @@ def _spellings(label: str) -> set[str]:
 
 def broader_labels(label: str, trained: Collection[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
     """Trained labels of the narrowest term that the label ends with: those of "monocyte" for "classical monocyte"."""
-    spellings = tuple(f" {words}" for words in _spellings(label))
+    words = normalize_label(label)
+    spellings = f" {words}", f" {words.removesuffix('s')}"
     named = [({normalize_label(name)}, [name]) for name in trained] + [(t["names"], t["labels"]) for t in terms]
     ends = [v for names, v in named if any(s.endswith(f" {n}") for n in names if len(n) > 3 for s in spellings)]
     ends = [labels for labels in ends if len(labels) < len(trained) and "non" not in spellings[0].split()]

@@ -136,18 +136,18 @@ class Chat:
             known = f" ({words}: no gene, label, column or subject of these answers)" if words else ""
             others = [f" {said}" for word, said in POINTERS.items() if re.search(word, text, re.IGNORECASE)]
             return Answer(f"The counts do not answer that{known}.{''.join(others)} You can ask: {EXAMPLES}")
-        if never := [name for kind, name in asked.groups if kind == "type" and name in self.never_called]:
-            return Answer(
-                f"No cell of the file is called {never[0]}. The checkpoint has a reference profile of this type and "
-                "no cells, and names a cell by it where it leads over all other types.",
-                asked.topic,
-            )
-        self.asked = asked
         start = f'Read as "{asked.text}": ' if asked.is_misspelt else ""
         start += "".join(
             f"The checkpoint does not tell {kind} from {label}: the answer is about {label}. "
             for kind, label in stand_ins.items()
         )
+        if never := [name for kind, name in asked.groups if kind == "type" and name in self.never_called]:
+            return Answer(
+                f"{start}No cell of the file is called {never[0]}. The checkpoint knows this type by a reference "
+                "profile alone, and names a cell by the profile where this type leads over all others.",
+                asked.topic,
+            )
+        self.asked = asked
         if not self.subject[0].any():
             return Answer(f"{start}The file has {self.subject[1].replace('the 0 ', 'no ', 1)}.", asked.topic)
         return Answer(start + getattr(self, f"_{asked.topic}")(), asked.topic)
@@ -269,6 +269,7 @@ class Chat:
         (mask, who), target = self.subject, self.asked.roles.get("target")
         if target is not None:
             several = [group for group in self.asked.groups if (group[0] == "type") == (target[0] == "type")]
+            several = [group for group in several if group != self.asked.roles.get("subject")]
             if len(several) > 1 and set(several) <= set(self.asked.denied):
                 return self._none_of(several)
             return " ".join(self.called(group) for group in ([target] if len(several) < 2 else several))

@@ -34,7 +34,7 @@ TOPICS = {
     topic: _with_gaps(words)
     for topic, words in {
         "state": r"""\bcycl divid prolif mito[st]i replicating \b[SM].phase \bG[012] activat \bresting quiescen
-            interferon \bifn vir(us|al) exhaust dysfunc inhibitory cytotox (?<!natural.)kill effector stress
+            interferon \bifn vir(us|al) exhaust dysfunc inhibitory cytotox (?<!natural.)kill(?!er.cell) effector stress
             heat.?shock programme inflam cytokine \bstates?\b \bdoing\b""",
         "genes": r"""genes?\b.*\b(high|up|low|down|expressed|define|specific|enriched) apart distin discrimin
             typical \bmarks?\b.*\bout\b
@@ -112,7 +112,7 @@ ALSO = {
     for topic, words in {
         "types": r"""made.of come abundan\w+ common\w* rare\w* frequent\w* big\w* large\w*
             small\w* least major\w* minor\w*
-            ratio top versus vs
+            ratio top versus vs express\w*
             few\w* dominat\w+ left left.over remain\w* subtypes? belong named main share annotat\w+
             pick\w* lasso blob circle\w* represented more.than.one.type""",
         "gene": r"""restricted rich\w* distribut\w+ express\w* co-?express\w* level\w* average\w*
@@ -343,6 +343,11 @@ class QuestionReader:
                 "target": next(g for g in groups if (g[0] == "type") != (subject[0] == "type")),
             }
             asked.topic = "types"
+            return
+        within = [group for group, before in groups.items() if SUBJECT.search(before) and group[0] == "type"]
+        if asked.topic == "types" and len(groups) == 2 and len(within) == 1 and not asked.denied:
+            # "what share of the T cells are regulatory T cells?"
+            asked.roles = {"subject": within[0], "target": next(group for group in groups if group != within[0])}
             return
         for group, before in groups.items():
             is_target = asked.topic in TARGETS and (group[0] == "type") == (asked.topic != "column")
