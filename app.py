@@ -79,7 +79,8 @@ POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 # title of the map, and repeats the message beside it. Its sliders and dropdowns do not show the focus of the keyboard.
 STYLE = """
 .wrap > .error, .wrap > .clear-status { display: none }
-input[type=range]:focus-visible, .wrap-inner:has(input:focus-visible) { outline: 2px solid #2563eb; outline-offset: 2px }
+input[type=range]:focus-visible, .wrap-inner:has(input:focus-visible) { outline: 2px solid #2563eb;
+                                                                        outline-offset: 2px }
 .tab-container.visually-hidden button { width: 0; padding: 0; overflow: hidden }
 .tab-container[role=tablist] { flex-wrap: wrap; height: auto; overflow: visible }
 .tab-container[role=tablist] button { padding: 4px 5px; margin: 0 }

@@ -594,6 +594,6 @@ class Groups:
             about["rival"] = evidence.names[rival]
             for gene in dict.fromkeys([*best[(terms * speaks)[best] > 0].tolist(), *markers[markers >= 0].tolist()]):
                 numbers = terms[gene], self.expressing[number, gene] / n, elsewhere[gene]
-                term, here, there = (round(float(value), 4) for value in numbers)
+                term, here, there = (round(float(value), 6) for value in numbers)  # the page rounds again
                 values = {"term": term, "expressing": here, "elsewhere": there, "marker": gene in markers}
                 yield {**about, "gene": evidence.genes[gene], **values}

@@ -20,7 +20,7 @@ from scmmgpt.commands.conditions import rows_where
 from scmmgpt.commands.questions import EXAMPLES, TOPICS, Group, Question, QuestionReader
 from scmmgpt.commands.type_names import broader_types, names_of_types
 from scmmgpt.evidence_scmmgpt import NONE
-from scmmgpt.expression_scmmgpt import join
+from scmmgpt.expression_scmmgpt import join, share
 from scmmgpt.programmes_scmmgpt import PROGRAMMES
 from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, TYPE_FOLD, TYPE_SHARE, Proof
 from scmmgpt.records_scmmgpt import recorded, words_of
@@ -539,17 +539,6 @@ class Chat:
 
     def _describe(self) -> str:
         return " ".join([self._types(), self._why(), self._state()])
-
-
-def share(value: float) -> str:
-    """A share in words; what is not none or not all is not called so.
-
-    >>> share(0.0004), share(0.254), share(0.999), share(1.0)
-    ('0.1 %', '25 %', '99.9 %', '100 %')
-    """
-    percent = 100 * float(value)
-    is_edge = 0 < percent < 1 or 99 < percent < 100
-    return f"{min(max(percent, 0.1), 99.9):.1f} %" if is_edge else f"{percent:.0f} %"
 
 
 def _rate(rates: np.ndarray) -> str:

@@ -11,8 +11,9 @@ import pytest
 import scmmgpt as sm
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
-from scmmgpt.commands.chat import LIKENESS, Chat, share
+from scmmgpt.commands.chat import LIKENESS, Chat
 from scmmgpt.commands.questions import EXAMPLES, Question
+from scmmgpt.expression_scmmgpt import share
 from scmmgpt.synthetic import MARKERS, synthetic_adata
 
 
