@@ -75,8 +75,12 @@ SHOWN_GENES = 10  # that speak for a label
 SHOWN_QUERY = 80  # characters of a search
 POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 # Gradio measures the tabs in a hidden row; those that a column has no room for are behind a menu. Without a width
-# in the hidden row none is behind the menu, and the row that is shown wraps.
+# in the hidden row none is behind the menu, and the row that is shown wraps. Gradio's badge of an error lies on the
+# title of the map, and repeats the message beside it. Its sliders and dropdowns do not show the focus of the keyboard.
 STYLE = """
+.wrap > .error, .wrap > .clear-status { display: none }
+input[type=range]:focus-visible, .wrap-inner:has(input:focus-visible) { outline: 2px solid #2563eb;
+                                                                        outline-offset: 2px }
 .tab-container.visually-hidden button { width: 0; padding: 0; overflow: hidden }
 .tab-container[role=tablist] { flex-wrap: wrap; height: auto; overflow: visible }
 .tab-container[role=tablist] button { padding: 4px 5px; margin: 0 }

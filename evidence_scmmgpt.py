@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from .cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
-from .labels_scmmgpt import ABBREVIATIONS, broader_labels, normalize_label, term_of, trained_labels_of
+from .labels_scmmgpt import ABBREVIATIONS, TISSUE_WORDS, broader_labels, normalize_label, term_of, trained_labels_of
 from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout
 from .regression_scmmgpt import sum_weights
 
@@ -405,7 +405,7 @@ def labels_in_short(label: str, terms: Sequence[Mapping[str, Any]]) -> list[str]
     name = f"{words} cell"
     is_whole = re.compile(re.escape(name)).fullmatch
     is_part = re.compile(rf"{re.escape(name)} of .*|.* {re.escape(name)}").fullmatch
-    for fits in (is_whole, is_part) if len(words) > 1 else ():
+    for fits in (is_whole, is_part) if len(words) > 1 and words not in TISSUE_WORDS else ():
         fitting = [set(term["labels"]) for term in terms if any(map(fits, term["names"]))]
         narrowest = min(fitting, key=len, default=set())
         if fitting:
@@ -594,6 +594,6 @@ class Groups:
             about["rival"] = evidence.names[rival]
             for gene in dict.fromkeys([*best[(terms * speaks)[best] > 0].tolist(), *markers[markers >= 0].tolist()]):
                 numbers = terms[gene], self.expressing[number, gene] / n, elsewhere[gene]
-                term, here, there = (round(float(value), 4) for value in numbers)
+                term, here, there = (round(float(value), 6) for value in numbers)  # the page rounds again
                 values = {"term": term, "expressing": here, "elsewhere": there, "marker": gene in markers}
                 yield {**about, "gene": evidence.genes[gene], **values}

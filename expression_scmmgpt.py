@@ -33,6 +33,17 @@ def join(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
+def share(value: float) -> str:
+    """A share in words; what is not none or not all is not called so.
+
+    >>> share(0.0004), share(0.254), share(0.999), share(1.0)
+    ('0.1 %', '25 %', '99.9 %', '100 %')
+    """
+    percent = 100 * float(value)
+    is_edge = 0 < percent < 1 or 99 < percent < 100
+    return f"{min(max(percent, 0.1), 99.9):.1f} %" if is_edge else f"{percent:.0f} %"
+
+
 class Expression:
     """Counts of the cells of a file, with rates (CP10k) and percentiles.
 

@@ -31,6 +31,36 @@ ABBREVIATIONS = {
     "tcell": "t cell",
     "bcell": "b cell",
 }
+# Everyday names of groups, in the singular, that are no ontology synonyms -> names of the Cell Ontology, chosen by the
+# definitions of the ontology. Its "blood cell" (CL:0000081) has no lymphocytes below it. Platelets hold the RNA of the
+# megakaryocytes that shed them (Rowley et al. 2011, Blood 118:e101). Ambiguous names are left out: "stem cell".
+EVERYDAY = {
+    "immune": "leukocyte",
+    "immune cell": "leukocyte",
+    "white cell": "leukocyte",
+    "blood cell": "hematopoietic cell",
+    "red cell": "erythroid lineage cell",
+    "pbmc": "mononuclear leukocyte",
+    "lymphoid": "lymphocyte",
+    "lymphoid cell": "lymphocyte",
+    "ilc": "innate lymphoid cell",
+    "apc": "professional antigen presenting cell",
+    "antigen presenting cell": "professional antigen presenting cell",
+    "killer cell": "natural killer cell",
+    "platelet": "megakaryocyte",
+    "thrombocyte": "megakaryocyte",
+    "ductal": "duct epithelial cell",
+    "ductal cell": "duct epithelial cell",
+    "biliary cell": "cholangiocyte",
+    "biliary epithelial cell": "cholangiocyte",
+    "islet cell": "pancreatic endocrine cell",
+    "glia": "glial cell",
+    "helper t cell": "cd4 positive helper t cell",
+    "t helper cell": "cd4 positive helper t cell",
+    "cytotoxic t cell": "cd8 positive alpha beta cytotoxic t cell",
+}
+# Tissues, of which "X" does not mean "X cell".
+TISSUE_WORDS = ("adipose", "blood", "cartilage", "fat", "muscle", "nerve", "tendon")
 
 
 def normalize_label(label: str) -> str:
@@ -217,14 +247,23 @@ def names_known_type(text: str, trained: Sequence[str], terms: Sequence[Mapping[
 
 
 def _spellings(label: str) -> set[str]:
-    """The normalised label, and its singular."""
+    """The normalised label, its singular, and the name with "cell"; of an everyday name the name in the ontology.
+
+    >>> sorted(_spellings("Immune cells")), sorted(_spellings("Epithelial"))
+    (['leukocyte'], ['epithelial', 'epithelial cell'])
+    """
     words = normalize_label(label)
-    return {words, words.removesuffix("s")}
+    one = words.removesuffix("s")
+    if one in EVERYDAY:
+        return {EVERYDAY[one]}
+    is_short = len(one) < 3 or one in TISSUE_WORDS or one.endswith("cell")
+    return {words, one} if is_short else {words, one, f"{one} cell"}
 
 
 def broader_labels(label: str, trained: Collection[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
     """Trained labels of the narrowest term that the label ends with: those of "monocyte" for "classical monocyte"."""
-    spellings = tuple(f" {words}" for words in _spellings(label))
+    words = normalize_label(label)
+    spellings = f" {words}", f" {words.removesuffix('s')}"
     named = [({normalize_label(name)}, [name]) for name in trained] + [(t["names"], t["labels"]) for t in terms]
     ends = [v for names, v in named if any(s.endswith(f" {n}") for n in names if len(n) > 3 for s in spellings)]
     ends = [labels for labels in ends if len(labels) < len(trained) and "non" not in spellings[0].split()]

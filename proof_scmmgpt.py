@@ -20,7 +20,6 @@ The **kind** of a cell consists of the cells of the file with the same type clau
 with a lower expression, in CP10k.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,7 @@ from transformers.utils import logging
 
 from .cells_scmmgpt import COUNTS_PER_10K
 from .evidence_scmmgpt import N_MARKERS, NONE
-from .expression_scmmgpt import Expression, join
+from .expression_scmmgpt import Expression, join, share
 from .programmes_scmmgpt import LINEAGES, PROGRAMMES, Lineage, Programme
 from .proposals_scmmgpt import Other, Proposals
 
@@ -388,7 +387,7 @@ class Proof:
             elsewhere = (expressing.sum(axis=0) - expressing[i]) / max(others, 1)
             kinds, counts = np.unique(self.kinds[mine].astype(str), return_counts=True)
             parts = [
-                f"{counts[k] / n:.0%} {kinds[k]}"
+                f"{share(counts[k] / n)} {kinds[k]}"
                 for k in np.argsort(-counts, kind="stable")[:2]
                 if kinds[k] and counts[k] >= GROUP_SHARE * n
             ]
@@ -399,26 +398,26 @@ class Proof:
             best = genes[np.argsort(-times, kind="stable")]
             best = best[shares[i, best] >= elsewhere[best] + GROUP_SHARE]
             of_genes = [
-                f"{self.expression.symbols[g]} ({shares[i, g]:.0%} of its cells"
-                + (f", {elsewhere[g]:.0%} of the others)" if others else ")")
+                f"{self.expression.symbols[g]} ({share(shares[i, g])} of its cells"
+                + (f", {share(elsewhere[g])} of the others)" if others else ")")
                 for g in best[:N_TYPE_GENES]
             ]
-            text = f"{n} {'cell' if n == 1 else 'cells'}, "
+            text = f"{n:,} {'cell' if n == 1 else 'cells'}, "
             text += join(parts) if parts else "without a type that their counts show"
             text += f", shown by {join(of_genes)}." if parts and of_genes else "."
             for phrase, has in shown.items():
                 here, there = has[mine].mean(), has[~mine].mean() if others else 0.0
                 if here >= GROUP_SHARE and here >= GROUP_FOLD * there:
-                    text += f" {phrase} in {here:.0%} of its cells"
-                    text += f", and in {there:.0%} of the others." if others else "."
+                    text += f" {phrase} in {share(here)} of its cells"
+                    text += f", and in {share(there)} of the others." if others else "."
             for lineage in LINEAGES:
                 against = sum(
                     any(c.kind == "against" and c.words.endswith(f" {lineage.name}.") for c in of_cells[cell])
                     for cell in np.flatnonzero(mine)
                 )
                 if against >= GROUP_SHARE * n:
-                    text += f" In {against / n:.0%} of its cells, genes of {lineage.name} speak against the type."
-            yield {"level": level, "name": str(name), "cells": n, "text": re.sub(r"(?<=\d)%", " %", text)}
+                    text += f" In {share(against / n)} of its cells, genes of {lineage.name} speak against the type."
+            yield {"level": level, "name": str(name), "cells": n, "text": text}
 
     def rows(self, names: Sequence[str], rows: Iterable[int] | None = None) -> Iterator[dict[str, Any]]:
         """A row for each gene of each clause of cells, by default of all; `names` are those of all cells.

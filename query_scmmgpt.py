@@ -21,7 +21,7 @@ import numpy as np
 
 from .cells_scmmgpt import Cells
 from .genes_scmmgpt import GeneIndex
-from .labels_scmmgpt import ABBREVIATIONS
+from .labels_scmmgpt import ABBREVIATIONS, EVERYDAY
 from .programmes_scmmgpt import PROGRAMMES
 from .unseen_scmmgpt import named_genes
 
@@ -63,7 +63,7 @@ COMMON = frozenset(
     which who whose why with within without you""".split()
 )
 # Words of states, and of training captions, that are in no name of a type.
-STATES = frozenset("cancer tumour tumor malignant neoplastic dividing ilc".split())
+STATES = frozenset("cancer tumour tumor malignant neoplastic dividing".split())
 LETTERS = ("b", "d", "t")  # names of types that users also write in lower case
 
 
@@ -267,7 +267,7 @@ def vocabulary_of(stored: Mapping[str, Any]) -> frozenset[str]:
     named = [term for key in ("terms", "kinds", "profiles", "tissues") for term in stored.get(key) or []]
     texts = [text for pair in (stored.get("labels") or {}).items() for text in pair]
     texts += [text for term in named for text in (*term["names"], term.get("text", ""))]
-    texts += [text for pair in ABBREVIATIONS.items() for text in pair]
+    texts += [text for pair in (*ABBREVIATIONS.items(), *EVERYDAY.items()) for text in pair]
     texts += [text for programme in PROGRAMMES for text in (programme.phrase, *programme.words)]
     words = {word for text in texts for word in WORD.findall(text.casefold())}
     return frozenset(map(_stem, (words | STATES) - COMMON))

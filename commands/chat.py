@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 
 from scmmgpt.commands.conditions import rows_where
-from scmmgpt.commands.questions import EXAMPLES, TOPICS, Group, Question, QuestionReader, simple
+from scmmgpt.commands.questions import EXAMPLES, TOPICS, Group, Question, QuestionReader
+from scmmgpt.commands.type_names import broader_types, names_of_types
 from scmmgpt.evidence_scmmgpt import NONE
-from scmmgpt.expression_scmmgpt import join
+from scmmgpt.expression_scmmgpt import join, share
 from scmmgpt.programmes_scmmgpt import PROGRAMMES
 from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, TYPE_FOLD, TYPE_SHARE, Proof
 from scmmgpt.records_scmmgpt import recorded, words_of
@@ -116,41 +117,52 @@ class Chat:
             choice, self.labels, sets, called=np.unique(self.labels), candidates=self.candidates
         )
         self.explainer, self.set_names, self.panel_genes = evidence.explainer, evidence.names, evidence.genes
-        types = {simple(word): term["name"] for term in terms for word in term["names"] if len(word) > 1}
-        types |= {simple(name): name for name in sets.tolist()}
         self.programmes = {p.phrase: has for p, has in zip(PROGRAMMES, proof.programmes, strict=True)}
         own = [name for name in self.obs if not name.startswith("scmmgpt_") and not name.endswith("ontology_term_id")]
         self.columns = {c: words_of(self.obs, c) for c in own if self.obs[c].nunique() <= MAX_KINDS}
-        known = {str(term["name"]): term for term in settings.get("profiles", [])}
-        self.never_called = [name for name in known if name not in sets]
-        types |= {simple(word): name for name in self.never_called for word in [name, *known[name]["names"]]}
-        values, gene_index = (
-            {name: set(values) for name, values in self.columns.items()},
-            pipeline.processor.gene_index,
-        )
+        self.never_called = [p["name"] for p in settings.get("profiles", []) if p["name"] not in sets]
+        gene_index, values = pipeline.processor.gene_index, {name: set(words) for name, words in self.columns.items()}
+        types, self.stands_for = names_of_types(sets.tolist(), terms, settings, gene_index)
+        self.above = broader_types(terms, settings)
         self.read = QuestionReader(types, values, gene_index)
         self.asked = Question("")
 
     def ask(self, text: str) -> Answer:
         """Answer a question."""
-        asked = self.read(text, self.asked)
+        asked, stand_ins = self.known(self.read(text, self.asked))
         if asked.unread or not asked.topic:
             self.asked = self.asked if not asked.unread else Question("")  # "and NK cells?" follows no such question
             words = ", ".join(f'"{word}"' for word in dict.fromkeys(asked.unread))
             known = f" ({words}: no gene, label, column or subject of these answers)" if words else ""
             others = [f" {said}" for word, said in POINTERS.items() if re.search(word, text, re.IGNORECASE)]
             return Answer(f"The counts do not answer that{known}.{''.join(others)} You can ask: {EXAMPLES}")
+        start = f'Read as "{asked.text}": ' if asked.is_misspelt else ""
+        start += "".join(
+            f"The checkpoint does not tell {kind} from {label}: the answer is about {label}. "
+            for kind, label in stand_ins.items()
+        )
         if never := [name for kind, name in asked.groups if kind == "type" and name in self.never_called]:
             return Answer(
-                f"No cell of the file is called {never[0]}. The checkpoint has a reference profile of this type and "
-                "no cells, and names a cell by it where it leads over all other types.",
+                f"{start}No cell of the file is called {never[0]}. The checkpoint knows this type by a reference "
+                "profile alone, and names a cell by the profile where this type leads over all others.",
                 asked.topic,
             )
         self.asked = asked
-        start = f'Read as "{asked.text}": ' if asked.is_misspelt else ""
         if not self.subject[0].any():
             return Answer(f"{start}The file has {self.subject[1].replace('the 0 ', 'no ', 1)}.", asked.topic)
         return Answer(start + getattr(self, f"_{asked.topic}")(), asked.topic)
+
+    def known(self, asked: Question) -> tuple[Question, dict[str, str]]:
+        """A question with labels in place of kinds that the checkpoint does not tell from them, and these kinds."""
+        named = [kind for column, kind in asked.groups if column == "type"]
+        stand_ins = {kind: self.stands_for[kind] for kind in dict.fromkeys(named) if kind in self.stands_for}
+
+        def label_of(group: Group) -> Group:
+            return ("type", stand_ins[group[1]]) if group[0] == "type" and group[1] in stand_ins else group
+
+        groups, denied = (list(dict.fromkeys(map(label_of, part))) for part in (asked.groups, asked.denied))
+        roles = {role: label_of(group) for role, group in asked.roles.items()}
+        return replace(asked, groups=groups, denied=denied, roles=roles), stand_ins
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
@@ -164,7 +176,8 @@ class Chat:
     def is_kind(self, label: str, of: str) -> bool:
         """Whether a label is a type or a kind of it."""
         mine, theirs = (self.explainer.members[self.number(name)] for name in (label, of))
-        return label == of or bool(mine.any() and not (mine & ~theirs).any())
+        is_below = of in self.above.get(label, ()) or bool(mine.any() and not (mine & ~theirs).any())
+        return label == of or is_below
 
     def number(self, name: str) -> int:
         """The number of the set of a type."""
@@ -246,7 +259,9 @@ class Chat:
         n = int(((self.mask(group) ^ is_denied) & mask).sum())
         what = f"called {group[1]} or a kind of it" if group[0] == "type" else f"of {group[0]} {group[1]}"
         verb = f"{'is' if n == 1 else 'are'}{' not' if is_denied else ''}"
-        return f"{n:,} of {who} ({share(n / mask.sum())}) {verb} {what}."
+        here = self.labels[mask & self.mask(group)] if group[0] == "type" and not is_denied else np.array([])
+        kinds = f": {self.parts(here, np.ones(n, dtype=bool))}" if n and set(here) - {group[1]} else ""
+        return f"{n:,} of {who} ({share(n / mask.sum())}) {verb} {what}{kinds}."
 
     # -- answers ------------------------------------------------------------------------------------------------------
 
@@ -254,11 +269,22 @@ class Chat:
         (mask, who), target = self.subject, self.asked.roles.get("target")
         if target is not None:
             several = [group for group in self.asked.groups if (group[0] == "type") == (target[0] == "type")]
+            several = [group for group in several if group != self.asked.roles.get("subject")]
+            if len(several) > 1 and set(several) <= set(self.asked.denied):
+                return self._none_of(several)
             return " ".join(self.called(group) for group in ([target] if len(several) < 2 else several))
         if RAREST.search(self.asked.text):
             return f"Labels of {who}, the rarest first: {self.parts(self.labels, mask, rarest=True)}."
         n = len(set(self.labels[mask]) - {"Unknown"})
         return f"Labels of {who}{f', {n} types' if n > N_PARTS else ''}: {self.parts(self.labels, mask)}."
+
+    def _none_of(self, groups: Sequence[Group]) -> str:
+        """How many of the cells are of none of some groups, in words."""
+        mask, who = self.subject
+        rest = mask & ~np.logical_or.reduce([self.mask(group) for group in groups])
+        names = " nor ".join(name for _, name in groups)
+        parts = f": {self.parts(self.labels, rest)}" if rest.any() else ""
+        return f"{rest.sum():,} of {who} ({share(rest.sum() / mask.sum())}) are neither {names}{parts}."
 
     def _gene(self) -> str:
         if absent := [gene for gene in self.asked.genes if gene not in self.expression.column_of]:
@@ -437,6 +463,14 @@ class Chat:
         return f"{words}; for {low} it is below {MIN_SCORE}, and {unknown} are Unknown."
 
     def _state(self) -> str:
+        several = [group for group in self.asked.groups if group[0] == "type" and self.mask(group).any()]
+        if len(several) > 1:  # "are NK cells more cytotoxic than CD8 T cells?"
+            return " ".join(map(self._state_of, several))
+        return self._state_of(self.asked.roles.get("subject"))
+
+    def _state_of(self, group: Group | None) -> str:
+        """The programmes of a group, or of the selected cells."""
+        self.asked.roles |= {} if group is None else {"subject": group}
         (mask, who), (other, rest), said = self.subject, self.others, []
         words = dict(zip(PROGRAMMES, STATES, strict=True))
         asked = [programme for programme in words if re.search(words[programme], self.asked.text, re.IGNORECASE)]
@@ -505,17 +539,6 @@ class Chat:
 
     def _describe(self) -> str:
         return " ".join([self._types(), self._why(), self._state()])
-
-
-def share(value: float) -> str:
-    """A share in words; what is not none or not all is not called so.
-
-    >>> share(0.0004), share(0.254), share(0.999), share(1.0)
-    ('0.1 %', '25 %', '99.9 %', '100 %')
-    """
-    percent = 100 * float(value)
-    is_edge = 0 < percent < 1 or 99 < percent < 100
-    return f"{min(max(percent, 0.1), 99.9):.1f} %" if is_edge else f"{percent:.0f} %"
 
 
 def _rate(rates: np.ndarray) -> str:

@@ -6,30 +6,42 @@ else.
 """
 
 import difflib
+import itertools
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from scmmgpt.commands.type_names import simple
 from scmmgpt.genes_scmmgpt import GeneIndex
-from scmmgpt.labels_scmmgpt import UNKNOWN, normalize_label
+from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.unseen_scmmgpt import ANTIGENS, GENE_WORD
 
 
 # Topic -> patterns of its keywords; a dot is a space. The first topic with a match wins.
+GAP = re.compile(r"\.\*|\(\\w\+\.\)[?*]")  # any words, in a pattern of `TOPICS`
+
+
+def _with_gaps(words: str) -> re.Pattern:
+    """Compile patterns, set apart by white space, so that the words in a gap are groups "gap0", "gap1", ..."""
+    numbers = itertools.count()
+    either = "|".join(words.split())
+    return re.compile(GAP.sub(lambda gap: f"(?P<gap{next(numbers)}>{gap.group()})", either), re.IGNORECASE)
+
+
 TOPICS = {
-    topic: re.compile("|".join(words.split()), re.IGNORECASE)
+    topic: _with_gaps(words)
     for topic, words in {
         "state": r"""\bcycl divid prolif mito[st]i replicating \b[SM].phase \bG[012] activat \bresting quiescen
-            interferon \bifn vir(us|al) exhaust dysfunc inhibitory cytotox (?<!natural.)kill effector stress
+            interferon \bifn vir(us|al) exhaust dysfunc inhibitory cytotox (?<!natural.)kill(?!er.cell) effector stress
             heat.?shock programme inflam cytokine \bstates?\b \bdoing\b""",
         "genes": r"""genes?\b.*\b(high|up|low|down|expressed|define|specific|enriched) apart distin discrimin
             typical \bmarks?\b.*\bout\b
             differ(?!ent[.?!]*$) compar regulated \bthan\b \bdegs?\b relative.to separate signature enriched versus
             \bvs\b \bwhat.do\b.*(express|have)
             \bonly\b.*express exclusiv \buniqu (top|best|strongest).(\w+.)?(genes|hits)""",
-        "markers": r"""\bmarkers?\b hallmark""",
+        "markers": r"""\bmark(er)?s?\b hallmark""",
         "whynot": r"""\bwhy\b.*(\bnot\b|n't) against rul\w+.(\w+.)*out \bout.of.the exclud dismiss contradict instead
             \bcould \bmight (are|is)n't (sure|certain|convinced?|know)\b.*(\bnot?\b|n't)""",
         "alternatives": r"""\belse\b alternativ compet rival runner second next.(best|most|closest) (closest|nearest)
@@ -100,7 +112,7 @@ ALSO = {
     for topic, words in {
         "types": r"""made.of come abundan\w+ common\w* rare\w* frequent\w* big\w* large\w*
             small\w* least major\w* minor\w*
-            ratio top
+            ratio top versus vs express\w*
             few\w* dominat\w+ left left.over remain\w* subtypes? belong named main share annotat\w+
             pick\w* lasso blob circle\w* represented more.than.one.type""",
         "gene": r"""restricted rich\w* distribut\w+ express\w* co-?express\w* level\w* average\w*
@@ -155,13 +167,17 @@ EACH = re.compile(  # request for each type, or for each value of a column
     re.IGNORECASE,
 )
 # Words before a group that is excluded.
-NOT_OF = re.compile(r"(\bnot|n't|\bother than)\s+((from|in|of|called)\s+)?((an?|the)\s+)?$", re.IGNORECASE)
+NOT_OF = re.compile(
+    r"(\bnot|n't|\bother than|\bneither|\bnor)\s+((from|in|of|called)\s+)?((an?|the)\s+)?$", re.IGNORECASE
+)
 WITHOUT = re.compile(
     r"\b(without|not?|neither|nor|lack\w*|negative for|n't|absence of)\s+((express\w*|any|of|for)\s+)*$", re.IGNORECASE
 )
 OFF = re.compile(r"(\s*-\s*|\s+(is|are)?\s*)(negative|absent|missing|off)\b|-(?!\w)", re.IGNORECASE)
 ONLY_GENES = re.compile(r"\b(express\w*|regulated|distin\w+|separat\w+|differ\w*)\b", re.IGNORECASE)
-T_CELLS = re.compile(r"\b(CD[48]\+?) (and|or|vs\.?|versus|to) (CD[48]\+? T cells?)\b", re.IGNORECASE)
+T_CELLS = re.compile(
+    r"\b(T|CD[48]\+?) (and|or|nor|vs\.?|versus|to|than) (CD[48]\+? T cells?|(?:B|NK) cells?)\b", re.IGNORECASE
+)
 LISTED = re.compile(
     r"\b(\d+|three|five|ten)\s+(\w+\s+)?(genes|markers|hits|types|labels|populations)\b", re.IGNORECASE
 )
@@ -249,7 +265,7 @@ class QuestionReader:
 
     def read(self, text: str, last: Question) -> Question:
         """Parse a question without correcting misspelt words; see [`__call__`]."""
-        text = T_CELLS.sub(r"\1 T cells \2 \3", text)
+        text = T_CELLS.sub(_whole_names, text)
         asked, follows = Question(text), bool(FOLLOWS.match(text))
         groups = self.find_names(asked)
         asked.groups = list(groups)
@@ -328,6 +344,11 @@ class QuestionReader:
             }
             asked.topic = "types"
             return
+        within = [group for group, before in groups.items() if SUBJECT.search(before) and group[0] == "type"]
+        if asked.topic == "types" and len(groups) == 2 and len(within) == 1 and not asked.denied:
+            # "what share of the T cells are regulatory T cells?"
+            asked.roles = {"subject": within[0], "target": next(group for group in groups if group != within[0])}
+            return
         for group, before in groups.items():
             is_target = asked.topic in TARGETS and (group[0] == "type") == (asked.topic != "column")
             if asked.topic == "genes" and (REFERENCE.search(before) or "subject" in asked.roles):
@@ -342,11 +363,11 @@ class QuestionReader:
         patterns = [LISTED, *(words for words in (TOPICS.get(asked.topic), ALSO.get(asked.topic)) if words)]
         if asked.each or asked.topic in ("types", "gene"):
             patterns += [EACH, TOPICS["types"]] if asked.topic == "types" else [EACH]
-        read = [match.span() for words in patterns for match in words.finditer(asked.text)]
+        read = [span for words in patterns for match in words.finditer(asked.text) for span in _spans(match)]
         unread = []
         for match in WORD.finditer(asked.text):
             word, (start, stop) = match.group().lower(), match.span()
-            is_short = len(word) < SHORTEST and not word.isdigit()
+            is_short = len(word) < 3 and not word.isdigit()
             is_short |= word == "cluster" and SELECTION.search(asked.text[:start]) is not None
             is_read = is_short or word in PLAIN or any(a < stop and start < b for a, b in read)
             if not is_read and match.group() not in asked.names:
@@ -417,12 +438,22 @@ def topics_of(text: str, named: Collection[str]) -> list[str]:
     return [topic for topic in topics if usable.get(topic, True)]  # "what do they look like?" names no type
 
 
+def _whole_names(match: re.Match) -> str:
+    """Both names of "T and B cells", or of "CD4 and CD8 T cells", in full."""
+    first = "T" if match[1].upper() == "T" else f"{match[1]} T"
+    return f"{first} cells {match[2]} {match[3]}"
+
+
+def _spans(match: re.Match) -> list[tuple[int, int]]:
+    """The parts of a match outside its gaps; "ductal" of "How many ductal cells" is in a gap."""
+    edges = [match.start()]
+    for name in match.re.groupindex:
+        edges += match.span(name) if match.start(name) >= 0 else ()
+    edges.append(match.end())
+    return [(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True) if start < stop]
+
+
 def _tells(value: str) -> bool:
     """Whether a value of a column can be named alone: not short, no number, no word of questions ("cell")."""
     asks = any(words.fullmatch(value) for words in TOPICS.values())
     return len(value) > 3 and not value.isdigit() and not asks and simple(value) not in NO_COLUMN
-
-
-def simple(words: str) -> str:
-    """Convert words to normalised lower case and the singular, so that spellings compare equal."""
-    return " ".join(word.removesuffix("s") for word in normalize_label(words).split())

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from scmmgpt.audit_scmmgpt import CONTRADICTED
-from scmmgpt.commands.chat import share
 from scmmgpt.commands.verify import COMMANDS, receipts
+from scmmgpt.expression_scmmgpt import share
 from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.receipt_scmmgpt import superseded
 from scmmgpt.records_scmmgpt import in_few_lines, need_columns, recorded

@@ -11,8 +11,9 @@ import pytest
 import scmmgpt as sm
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
-from scmmgpt.commands.chat import LIKENESS, Chat, share
+from scmmgpt.commands.chat import LIKENESS, Chat
 from scmmgpt.commands.questions import EXAMPLES, Question
+from scmmgpt.expression_scmmgpt import share
 from scmmgpt.synthetic import MARKERS, synthetic_adata
 
 
@@ -69,7 +70,10 @@ UNREAD = "no gene, label, column or subject of these answers"
         ("How many are T cells?", "0 of the 30 selected cells (0 %) are called T cell or a kind of it."),
         ("How many are not T cells?", "30 of the 30 selected cells (100 %) are not called T cell or a kind of it."),
         ("How many are not from donor-1?", "15 of the 30 selected cells (50 %) are not of donor_id donor-1."),
-        ("Are they lymphocytes?", "30 of the 30 selected cells (100 %) are called lymphocyte or a kind of it."),
+        (
+            "Are they lymphocytes?",
+            "30 of the 30 selected cells (100 %) are called lymphocyte or a kind of it: B cell (100 %).",
+        ),
         ("Why not monocytes?", "0 of the 30 selected cells (0 %) are called monocyte or a kind of it. Genes"),
         ("What is this cluster?", "Labels of the 30 selected cells: B cell (100 %)."),
         ("How good is the quality?", "The median of the 30 selected cells is "),
@@ -92,6 +96,16 @@ UNREAD = "no gene, label, column or subject of these answers"
         ("How many hepatocytes are there?", f'The counts do not answer that ("hepatocytes": {UNREAD}).'),
         ("Does CD19 correlate with MS4A1?", 'The counts do not answer that ("correlate":'),
         ("Plot CD19", 'The counts do not answer that ("Plot":'),
+        ("How many ductal cells are there?", f'The counts do not answer that ("ductal": {UNREAD}).'),
+        ("How many red cells?", f'The counts do not answer that ("red": {UNREAD}).'),
+        ("What do the FOOBAR-like blobs express?", "The counts do not answer that ("),
+        (
+            "Are there lymphoid cells?",
+            "30 of the 30 selected cells (100 %) are called lymphocyte or a kind of it: B cell",
+        ),
+        ("How many killer cells?", "0 of the 30 selected cells (0 %) are called natural killer cell or a kind of it."),
+        ("How many are neither T nor B cells?", "0 of the 30 selected cells (0 %) are neither T cell nor B cell."),
+        ("What share of the lymphocytes are B cells?", "30 of the "),
         ("Remove the B cells", 'The counts do not answer that ("Remove":'),
         ("How many have more than 1000 counts?", 'The counts do not answer that ("1000":'),
     ],

@@ -11,6 +11,7 @@ from scmmgpt.__main__ import main
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.commands.verify import verify_file
 from scmmgpt.eval.proof import LIES, Checker, evaluate_proof, sentences
+from scmmgpt.expression_scmmgpt import share
 from scmmgpt.programmes_scmmgpt import PROGRAMMES
 from scmmgpt.proof_scmmgpt import NO_TYPE, Expression
 from scmmgpt.synthetic import synthetic_adata
@@ -251,10 +252,7 @@ def test_groups_are_described_with_the_shares_of_their_cells(pipeline):
     gene = row.text.split("shown by ")[1].split(" ")[0]
     has = adata[:, gene].X.toarray().ravel() > 0
     is_b = (adata.obs["cell_type"] == "B cell").to_numpy()
-    assert (
-        f"{gene} ({has[is_b].mean():.0%} of its cells, {has[~is_b].mean():.0%} of the others)".replace("%", " %")
-        in row.text
-    )
+    assert f"{gene} ({share(has[is_b].mean())} of its cells, {share(has[~is_b].mean())} of the others)" in row.text
 
 
 def test_the_command_writes_texts_and_a_table_that_verify_repeats(pipeline, tmp_path):
