@@ -202,7 +202,7 @@ def sample_hard_negatives(logits: Tensor, allowed: Tensor, fixed: bool = False) 
     `logits` are scaled similarities, `(rows, columns)`; `allowed` is true where the column is a negative of the row.
     The draws are from torch's global generator. `fixed` draws depend on the number of the row alone, so that two
     evaluations agree on all devices: the multiples of the golden ratio, modulo 1, are evenly spread for any number of
-    rows. Returns the column drawn for each row, and whether the row has a negative; a row without one draws any column.
+    rows. Returns the column drawn for each row, and whether the row has a negative; a row without one draws any.
     """
     has_negative = allowed.any(dim=1)
     barred = ~allowed & has_negative[:, None]
@@ -828,7 +828,7 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
         """Cross-entropy of "match" for true pairs and "no match" for hard negatives, within the batch of one rank.
 
         `similarity`, `(batch_size, batch_size)`, by which negatives are drawn, gets no gradient. `text_ids` are those
-        of `forward`, and the other arguments those of `query_cells`. In evaluation, equal batches have equal negatives.
+        of `forward`, and the other arguments those of `query_cells`. An evaluation repeats its draws.
         """
         size = self.config.matching_batch_size
         with torch.no_grad():
