@@ -20,7 +20,7 @@ from .machine_scmmgpt import best_device
 from .modeling_scmmgpt import ScMMGPTBridgeModel, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from .processing_scmmgpt import ScMMGPTProcessor
 from .receipt_scmmgpt import Signer
-from .records_scmmgpt import record
+from .records_scmmgpt import record, whole_number
 
 
 logger = logging.get_logger(__name__)
@@ -64,10 +64,8 @@ class CellPasses:
         return cast(ScMMGPTForConditionalGeneration, self.model)
 
     def _batch_size(self, given: int | None, default: int) -> int:
-        batch_size = given or self.batch_size or default
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        return batch_size
+        sizes = (size for size in (given, self.batch_size, default) if size is not None)
+        return whole_number(next(sizes), "batch_size")
 
     def _inputs(self, cells: Cells) -> dict[str, Any]:
         """Model inputs of a batch of cells, on the device."""

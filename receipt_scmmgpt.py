@@ -33,7 +33,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from .records_scmmgpt import recorded
+from .records_scmmgpt import check_results_fit, recorded
 
 
 P = ParamSpec("P")
@@ -166,11 +166,17 @@ def is_language(name: str) -> bool:
 def with_receipt(verb: Callable[P, R]) -> Callable[P, R]:
     """Decorate a verb of the pipeline: add a receipt to the settings that the verb records in `uns[key][verb]`.
 
-    A call that records nothing, such as a search without `key_added`, gets no receipt.
+    Before the work, the decorator checks that the AnnData can take results under the names of `key_added`. A call that
+    records nothing, such as a search without `key_added`, gets no receipt.
     """
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound = inspect.signature(verb).bind(*args, **kwargs)
+        bound.apply_defaults()
+        adata, key = bound.arguments.get("adata"), bound.arguments["key_added"]
+        if key is not None or verb.__name__ != "search":  # a search without `key_added` adds nothing
+            check_results_fit(adata, key)
         result = verb(*args, **kwargs)
         add_receipt(verb, result, *args, **kwargs)
         return result

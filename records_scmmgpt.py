@@ -5,6 +5,7 @@ This file travels with the weights, so it imports neither AnnData nor pandas.
 
 import difflib
 import logging
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -38,7 +39,7 @@ def need_columns(obs: Any, *names: str) -> None:
 
 
 def words_of(obs: Any, key: str) -> np.ndarray:
-    """A column of `obs` as str `(n_obs,)`; a missing value is `MISSING`, and 3.0 among whole numbers is "3"."""
+    """A column of `obs` as str `(n_obs,)`; no value, or a blank, is `MISSING`, and 3.0 among whole numbers is "3"."""
     need_columns(obs, key)
     values, absent = obs[key], np.asarray(obs[key].isna())
     present = np.asarray(values[~absent])
@@ -46,6 +47,7 @@ def words_of(obs: Any, key: str) -> np.ndarray:
         present = present.astype(np.int64)  # integers with missing values are stored as floats
     words = np.full(len(values), MISSING, dtype=object)
     words[~absent] = present.astype(str)
+    words[np.char.strip(words.astype(str)) == ""] = MISSING  # how tables of text write a missing value
     return words.astype(str)
 
 
@@ -144,6 +146,37 @@ def in_few_lines(messages: Iterable[str]) -> list[str]:
         "".join(parts if k is None else [*parts[:k], some_of([parts[k], *names]), *parts[k + 1 :]])
         for parts, names, k in groups
     ]
+
+
+def check_results_fit(adata: Any, key_added: Any) -> None:
+    """Refuse, before the work, an AnnData that takes no results, and a name that `.h5ad` cannot store.
+
+    Raises:
+        TypeError: If `key_added` is not a text.
+        ValueError: If `key_added` is blank or has a slash, or `adata` is a view of a file on disk.
+    """
+    if not isinstance(key_added, str):
+        raise TypeError(f"key_added is {key_added!r}; it must be a text, with which the names of the results begin.")
+    if not key_added.strip() or "/" in key_added:
+        raise ValueError(f"key_added is {key_added!r}; it must have a letter and no slash.")
+    if getattr(adata, "is_view", False) and getattr(adata, "isbacked", False):
+        raise ValueError("A view of a backed AnnData takes no results: pass `adata.to_memory()`, or the whole data.")
+
+
+def whole_number(value: Any, name: str) -> int:
+    """A number of things, at least 1.
+
+    Raises:
+        TypeError: If the value is not an integer.
+        ValueError: If the value is below 1.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it must be a whole number.") from None
+    if number < 1:
+        raise ValueError(f"{name} is {number}; it must be at least 1.")
+    return number
 
 
 def add_column(adata: Any, name: str, values: np.ndarray) -> None:
