@@ -4,6 +4,7 @@ The result of a cell does not depend on the batch, so a batch takes cells of sim
 """
 
 import copy
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -20,7 +21,7 @@ from .machine_scmmgpt import best_device
 from .modeling_scmmgpt import ScMMGPTBridgeModel, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from .processing_scmmgpt import ScMMGPTProcessor
 from .receipt_scmmgpt import Signer
-from .records_scmmgpt import record, whole_number
+from .records_scmmgpt import record
 
 
 logger = logging.get_logger(__name__)
@@ -29,6 +30,22 @@ logger = logging.get_logger(__name__)
 CellFunction = Callable[[Cells], tuple[torch.Tensor, ...]]  # a batch of cells -> tensors with one row per cell
 SORTED_CELLS = 4096  # cells that are sorted by length together, so that batches need little padding
 LINEAR_BATCH = 512  # cells of a batch without padding: the size of a chunk of a file
+
+
+def whole_number(value: Any, name: str) -> int:
+    """A number of things, at least 1.
+
+    Raises:
+        TypeError: If the value is not an integer.
+        ValueError: If the value is below 1.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it must be a whole number.") from None
+    if number < 1:
+        raise ValueError(f"{name} is {number}; it must be at least 1.")
+    return number
 
 
 class CellPasses:

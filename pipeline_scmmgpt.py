@@ -42,10 +42,10 @@ from .generation_scmmgpt import (
 )
 from .machine_scmmgpt import best_device, cpu_dtype
 from .modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
-from .passes_scmmgpt import uncounted
+from .passes_scmmgpt import uncounted, whole_number
 from .processing_scmmgpt import ScMMGPTProcessor
 from .receipt_scmmgpt import with_receipt
-from .records_scmmgpt import add_column, clusters_of, finish_report, recorded, whole_number, words_of
+from .records_scmmgpt import add_column, clusters_of, finish_report, recorded, words_of
 from .scoring_scmmgpt import encode_texts
 from .searching_scmmgpt import SearchSteps
 

@@ -33,7 +33,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from .records_scmmgpt import check_results_fit, recorded
+from .records_scmmgpt import recorded
 
 
 P = ParamSpec("P")
@@ -182,6 +182,21 @@ def with_receipt(verb: Callable[P, R]) -> Callable[P, R]:
         return result
 
     return run
+
+
+def check_results_fit(adata: Any, key_added: Any) -> None:
+    """Refuse, before the work, an AnnData that takes no results, and a name that `.h5ad` cannot store.
+
+    Raises:
+        TypeError: If `key_added` is not a text.
+        ValueError: If `key_added` is blank or has a slash, or `adata` is a view of a file on disk.
+    """
+    if not isinstance(key_added, str):
+        raise TypeError(f"key_added is {key_added!r}; it must be a text, with which the names of the results begin.")
+    if not key_added.strip() or "/" in key_added:
+        raise ValueError(f"key_added is {key_added!r}; it must have a letter and no slash.")
+    if getattr(adata, "is_view", False) and getattr(adata, "isbacked", False):
+        raise ValueError("A view of a backed AnnData takes no results: pass `adata.to_memory()`, or the whole data.")
 
 
 def add_receipt(verb: Callable[..., Any], result: Any, *args: Any, **kwargs: Any) -> None:

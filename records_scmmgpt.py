@@ -5,7 +5,6 @@ This file travels with the weights, so it imports neither AnnData nor pandas.
 
 import difflib
 import logging
-import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -146,37 +145,6 @@ def in_few_lines(messages: Iterable[str]) -> list[str]:
         "".join(parts if k is None else [*parts[:k], some_of([parts[k], *names]), *parts[k + 1 :]])
         for parts, names, k in groups
     ]
-
-
-def check_results_fit(adata: Any, key_added: Any) -> None:
-    """Refuse, before the work, an AnnData that takes no results, and a name that `.h5ad` cannot store.
-
-    Raises:
-        TypeError: If `key_added` is not a text.
-        ValueError: If `key_added` is blank or has a slash, or `adata` is a view of a file on disk.
-    """
-    if not isinstance(key_added, str):
-        raise TypeError(f"key_added is {key_added!r}; it must be a text, with which the names of the results begin.")
-    if not key_added.strip() or "/" in key_added:
-        raise ValueError(f"key_added is {key_added!r}; it must have a letter and no slash.")
-    if getattr(adata, "is_view", False) and getattr(adata, "isbacked", False):
-        raise ValueError("A view of a backed AnnData takes no results: pass `adata.to_memory()`, or the whole data.")
-
-
-def whole_number(value: Any, name: str) -> int:
-    """A number of things, at least 1.
-
-    Raises:
-        TypeError: If the value is not an integer.
-        ValueError: If the value is below 1.
-    """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}; it must be a whole number.") from None
-    if number < 1:
-        raise ValueError(f"{name} is {number}; it must be at least 1.")
-    return number
 
 
 def add_column(adata: Any, name: str, values: np.ndarray) -> None:
