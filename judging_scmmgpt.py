@@ -15,7 +15,7 @@ from .evidence_scmmgpt import Evidence, Explainer, label_members
 from .labelling_scmmgpt import Labelling, LabellingSteps, read_ranges
 from .labels_scmmgpt import UNKNOWN, profiled_types, with_types
 from .passes_scmmgpt import uncounted
-from .records_scmmgpt import MISSING, add_column, finish_report, table_of
+from .records_scmmgpt import MISSING, add_column, finish_report, some_of, table_of
 
 
 logger = logging.get_logger(__name__)
@@ -151,6 +151,12 @@ class EvidenceSteps(LabellingSteps):
         for name, values in columns.items():
             add_column(adata, f"{key_added}_{name}", values)
         table = table_of(row for row in evidence.group_rows() if row["level"] == "label")
+        if not table and (named := [name for name in evidence.sets if name not in (MISSING, UNKNOWN)]):
+            logger.warning(
+                f"No cell has evidence: the checkpoint knows no label of obs[{label_key!r}] "
+                f"({some_of([repr(name) for name in named])}). Rename the labels to a name, a synonym or an id of the "
+                "Cell Ontology."
+            )
         self._record(adata, key_added, choice.report, explain={"label_key": label_key, **table})
         return evidence
 

@@ -79,7 +79,7 @@ def labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dic
     Labels that differ in case only are merged into one label, in the stored spelling or else the first spelling.
 
     Raises:
-        TypeError: If `labels` is a string.
+        TypeError: If `labels` is a string, or a label or a text is none, such as a missing value.
         ValueError: If there is no label, a text is empty, a label is "Unknown", or spellings of one label have
             different texts.
     """
@@ -90,6 +90,10 @@ def labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dic
     labels = {} if labels is None else labels
     if not isinstance(labels, dict):
         labels = {label: stored.get(label, label) for label in labels}
+    if strange := [word for pair in labels.items() for word in pair if not isinstance(word, str)]:
+        raise TypeError(
+            f"labels has {strange[0]!r}, which is no text; remove missing values, and write numbers as names of types."
+        )
     labels = {str(label): str(text) for label, text in labels.items()}
     if not labels:
         raise ValueError("There are no labels to choose from; pass a list of labels, or a dict label -> text.")

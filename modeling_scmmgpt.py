@@ -49,6 +49,7 @@ from .states_scmmgpt import ScMMGPTCellStates
 
 # The ceiling of the logarithm of the learned inverse temperature, as in CLIP (Radford et al. 2021, section 2.5).
 MAX_LOGIT_SCALE = math.log(100)
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # the number whose multiples are most evenly spread (Knuth 1973, section 6.4)
 CELL_INPUTS = ("gene_ids", "expression", "cell_attention_mask")  # of the cell model
 PROMPT_CELL_INPUTS = (*CELL_INPUTS, "profile_gene_ids", "profile", "readout_scores")  # the last three are optional
 # Parts that stage 2 adds to those of stage 1.
@@ -195,16 +196,23 @@ def paired_contrastive_loss(similarity: Tensor, logit_scale: Tensor, group_size:
     return F.cross_entropy(logits, targets)
 
 
-def sample_hard_negatives(logits: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+def sample_hard_negatives(logits: Tensor, allowed: Tensor, fixed: bool = False) -> tuple[Tensor, Tensor]:
     """Draw one negative column per row, with the softmax of the logits as probabilities.
 
     `logits` are scaled similarities, `(rows, columns)`; `allowed` is true where the column is a negative of the row.
-    Returns the column drawn for each row, and whether the row has a negative; a row without one draws any column.
+    The draws are from torch's global generator. `fixed` draws depend on the number of the row alone, so that two
+    evaluations agree on all devices: the multiples of the golden ratio, modulo 1, are evenly spread for any number of
+    rows. Returns the column drawn for each row, and whether the row has a negative; a row without one draws any.
     """
     has_negative = allowed.any(dim=1)
     barred = ~allowed & has_negative[:, None]
     probabilities = logits.float().masked_fill(barred, float("-inf")).softmax(dim=1)
-    return torch.multinomial(probabilities, 1).squeeze(1), has_negative
+    if not fixed:
+        return torch.multinomial(probabilities, 1).squeeze(1), has_negative
+    heights = probabilities.cumsum(dim=1)
+    draws = torch.arange(1, len(logits) + 1, device=logits.device)[:, None] * GOLDEN_RATIO % 1
+    columns = torch.searchsorted(heights, draws * heights[:, -1:], right=True).squeeze(1)
+    return columns, has_negative
 
 
 def negative_binomial_nll(
@@ -820,14 +828,14 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
         """Cross-entropy of "match" for true pairs and "no match" for hard negatives, within the batch of one rank.
 
         `similarity`, `(batch_size, batch_size)`, by which negatives are drawn, gets no gradient. `text_ids` are those
-        of `forward`, and the other arguments those of `query_cells`.
+        of `forward`, and the other arguments those of `query_cells`. An evaluation repeats its draws.
         """
         size = self.config.matching_batch_size
         with torch.no_grad():
             logits = similarity * self.inverse_temperature()
             wrong = text_ids[:, None] != text_ids[None]  # (B, B)
-            wrong_texts, has_wrong_text = sample_hard_negatives(logits, wrong)
-            wrong_cells, has_wrong_cell = sample_hard_negatives(logits.t(), wrong.t())
+            wrong_texts, has_wrong_text = sample_hard_negatives(logits, wrong, fixed=not self.training)
+            wrong_cells, has_wrong_cell = sample_hard_negatives(logits.t(), wrong.t(), fixed=not self.training)
         rows = torch.arange(len(gene_states), device=gene_states.device)[:size]
         cells = torch.cat([rows, rows, wrong_cells[:size]])
         texts = torch.cat([rows, wrong_texts[:size], rows])

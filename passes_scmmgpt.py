@@ -4,6 +4,7 @@ The result of a cell does not depend on the batch, so a batch takes cells of sim
 """
 
 import copy
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -29,6 +30,22 @@ logger = logging.get_logger(__name__)
 CellFunction = Callable[[Cells], tuple[torch.Tensor, ...]]  # a batch of cells -> tensors with one row per cell
 SORTED_CELLS = 4096  # cells that are sorted by length together, so that batches need little padding
 LINEAR_BATCH = 512  # cells of a batch without padding: the size of a chunk of a file
+
+
+def whole_number(value: Any, name: str) -> int:
+    """A number of things, at least 1.
+
+    Raises:
+        TypeError: If the value is not an integer.
+        ValueError: If the value is below 1.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it must be a whole number.") from None
+    if number < 1:
+        raise ValueError(f"{name} is {number}; it must be at least 1.")
+    return number
 
 
 class CellPasses:
@@ -64,10 +81,8 @@ class CellPasses:
         return cast(ScMMGPTForConditionalGeneration, self.model)
 
     def _batch_size(self, given: int | None, default: int) -> int:
-        batch_size = given or self.batch_size or default
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        return batch_size
+        sizes = (size for size in (given, self.batch_size, default) if size is not None)
+        return whole_number(next(sizes), "batch_size")
 
     def _inputs(self, cells: Cells) -> dict[str, Any]:
         """Model inputs of a batch of cells, on the device."""

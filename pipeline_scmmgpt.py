@@ -42,7 +42,7 @@ from .generation_scmmgpt import (
 )
 from .machine_scmmgpt import best_device, cpu_dtype
 from .modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
-from .passes_scmmgpt import uncounted
+from .passes_scmmgpt import uncounted, whole_number
 from .processing_scmmgpt import ScMMGPTProcessor
 from .receipt_scmmgpt import with_receipt
 from .records_scmmgpt import add_column, clusters_of, finish_report, recorded, words_of
@@ -450,8 +450,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
 
         model, config = self._language_model("generate"), self.model.config
         labels, prompts = labels_and_prompts(prompts)
-        if n_cells < 1:
-            raise ValueError(f"n_cells is {n_cells}; it must be at least 1.")
+        n_cells = whole_number(n_cells, "n_cells")
         warn_of_unknown_types(prompts, config.annotation or {})
         do_sample = decide_sampling(config, do_sample, n_cells)
         gene_ids = target_genes(self.processor, genes)
@@ -565,8 +564,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         Raises:
             ValueError: If not exactly one of `text` and `like` is given, or an option does not apply.
         """
-        if top_k < 1:
-            raise ValueError(f"top_k is {top_k}; it must be at least 1.")
+        top_k = whole_number(top_k, "top_k")
         if (text is None) == (like is None):
             raise ValueError("Pass either text or like, to say which cells are wanted.")
         if text is None:

@@ -106,7 +106,8 @@ def choose_input(
         )
     adata = modality_of(adata)
     if not hasattr(adata, "n_obs"):
-        raise TypeError(f"{adata!r:.80} is not an AnnData; read a file first, such as with `anndata.read_h5ad`.")
+        what = " ".join(repr(adata).split())[:80]  # tables have many lines
+        raise TypeError(f"{what} is not an AnnData; read a file first, such as with `anndata.read_h5ad`.")
     n_cells, n_vars = adata.shape
     if not n_cells or not n_vars:
         raise ValueError(f"The data hold {n_cells} cells and {n_vars} variables: there is nothing to read.")

@@ -166,16 +166,37 @@ def is_language(name: str) -> bool:
 def with_receipt(verb: Callable[P, R]) -> Callable[P, R]:
     """Decorate a verb of the pipeline: add a receipt to the settings that the verb records in `uns[key][verb]`.
 
-    A call that records nothing, such as a search without `key_added`, gets no receipt.
+    Before the work, the decorator checks that the AnnData can take results under the names of `key_added`. A call that
+    records nothing, such as a search without `key_added`, gets no receipt.
     """
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound = inspect.signature(verb).bind(*args, **kwargs)
+        bound.apply_defaults()
+        adata, key = bound.arguments.get("adata"), bound.arguments["key_added"]
+        if key is not None or verb.__name__ != "search":  # a search without `key_added` adds nothing
+            check_results_fit(adata, key)
         result = verb(*args, **kwargs)
         add_receipt(verb, result, *args, **kwargs)
         return result
 
     return run
+
+
+def check_results_fit(adata: Any, key_added: Any) -> None:
+    """Refuse, before the work, an AnnData that takes no results, and a name that `.h5ad` cannot store.
+
+    Raises:
+        TypeError: If `key_added` is not a text.
+        ValueError: If `key_added` is blank or has a slash, or `adata` is a view of a file on disk.
+    """
+    if not isinstance(key_added, str):
+        raise TypeError(f"key_added is {key_added!r}; it must be a text, with which the names of the results begin.")
+    if not key_added.strip() or "/" in key_added:
+        raise ValueError(f"key_added is {key_added!r}; it must have a letter and no slash.")
+    if getattr(adata, "is_view", False) and getattr(adata, "isbacked", False):
+        raise ValueError("A view of a backed AnnData takes no results: pass `adata.to_memory()`, or the whole data.")
 
 
 def add_receipt(verb: Callable[..., Any], result: Any, *args: Any, **kwargs: Any) -> None:

@@ -38,7 +38,7 @@ def need_columns(obs: Any, *names: str) -> None:
 
 
 def words_of(obs: Any, key: str) -> np.ndarray:
-    """A column of `obs` as str `(n_obs,)`; a missing value is `MISSING`, and 3.0 among whole numbers is "3"."""
+    """A column of `obs` as str `(n_obs,)`; no value, or a blank, is `MISSING`, and 3.0 among whole numbers is "3"."""
     need_columns(obs, key)
     values, absent = obs[key], np.asarray(obs[key].isna())
     present = np.asarray(values[~absent])
@@ -46,6 +46,7 @@ def words_of(obs: Any, key: str) -> np.ndarray:
         present = present.astype(np.int64)  # integers with missing values are stored as floats
     words = np.full(len(values), MISSING, dtype=object)
     words[~absent] = present.astype(str)
+    words[np.char.strip(words.astype(str)) == ""] = MISSING  # how tables of text write a missing value
     return words.astype(str)
 
 

@@ -50,6 +50,11 @@ def _load(name: str, device: str | None, changed: int) -> ScMMGPTPipeline:
     return ScMMGPTPipeline.from_pretrained(name, device=device)
 
 
+def _copy(adata: Any) -> Any:
+    """A copy in memory, also of an AnnData on disk."""
+    return adata.to_memory() if getattr(adata, "isbacked", False) else adata.copy()
+
+
 def annotate(
     adata: Any,
     labels: dict[str, str] | Sequence[str] | None = None,
@@ -71,7 +76,7 @@ def annotate(
     Returns:
         None, or with `copy` the new AnnData.
     """
-    pipeline, adata = load(model, device), adata.copy() if copy else adata
+    pipeline, adata = load(model, device), _copy(adata) if copy else adata
     pipeline.annotate(adata, labels, **options)
     if evidence and pipeline.can_explain:
         key = options.get("key_added", "scmmgpt")
@@ -99,14 +104,14 @@ def audit(adata: Any, label_key: str, *, model: Model = None, device: str | None
 
 def describe(adata: Any, *, model: Model = None, copy: bool = False, device: str | None = None, **options: Any) -> Any:
     """Describe every cell in words; see [`ScMMGPTPipeline.describe`]. Returns None, or the copy."""
-    adata = adata.copy() if copy else adata
+    adata = _copy(adata) if copy else adata
     load(model, device).describe(adata, **options)
     return adata if copy else None
 
 
 def embed(adata: Any, *, model: Model = None, copy: bool = False, device: str | None = None, **options: Any) -> Any:
     """Embed every cell in `obsm["X_scmmgpt"]`; see [`ScMMGPTPipeline.embed`]. Returns None, or the copy."""
-    adata = adata.copy() if copy else adata
+    adata = _copy(adata) if copy else adata
     load(model, device).embed(adata, **options)
     return adata if copy else None
 

@@ -98,9 +98,11 @@ class Workers:
             self._client = ThreadPoolExecutor(1).submit(self._start).result
         return self
 
-    def __exit__(self, kind: object = None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         # A second Ctrl-C would interrupt the shutdown of the workers, and print a traceback.
-        is_stopped = kind is KeyboardInterrupt and threading.current_thread() is threading.main_thread()
+        is_stopped = (
+            issubclass(kind or Exception, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+        )
         on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_stopped else None
         try:
             if self.cluster is None and not self.is_this_process:

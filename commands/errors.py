@@ -12,15 +12,18 @@ import errno
 import json
 import logging
 import math
+import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 
-FAILED, STOPPED = 2, 130  # exit codes
+FAILED, STOPPED, TERMINATED = 2, 130, 128 + signal.SIGTERM  # exit codes
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SHOWN_CHARACTERS = 200  # most characters of a library's message
 LITTLE_SPACE = 2**20  # bytes; a disk with less free space counts as full
@@ -176,6 +179,35 @@ def number(kind: type, least: float, most: float = math.inf, *, above: bool = Fa
     return parse
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers, containers and `kill` send to end a process."""
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM stop a command as Ctrl-C does, so that temporary files are removed and workers end.
+
+    A second SIGTERM ends the process at once. Copies of the process by `fork` end at once, too.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    owner = os.getpid()
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != owner:
+            signal.raise_signal(number)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def run_command(
     name: str,
     work: Callable[[], int | None],
@@ -200,10 +232,11 @@ def run_command(
     for handler in handlers:
         handler.addFilter(OPTION_WORDS)
     try:
-        return work() or 0
-    except KeyboardInterrupt:
+        with stopped_by_sigterm():
+            return work() or 0
+    except KeyboardInterrupt as stop:
         sys.stderr.write(f"{name}: stopped.\n")
-        return STOPPED
+        return TERMINATED if isinstance(stop, Terminated) else STOPPED
     except SystemExit:
         raise
     except BaseException as error:  # panics of Rust libraries are not `Exception`
@@ -314,9 +347,9 @@ def explain(
 def full_disk(error: BaseException, text: str, outputs: Iterable[Any]) -> str | None:
     """Message of a full disk, or None; libraries wrap errors of full disks in many types."""
     is_full = isinstance(error, OSError) and error.errno in DISK_FULL or NO_SPACE.search(text)
-    for path in outputs:
-        folder = existing_parent(Path(path))
-        free = shutil.disk_usage(folder).free
+    frees = [(shutil.disk_usage(existing_parent(Path(path))).free, path) for path in outputs]
+    if frees:
+        free, path = min(frees, key=lambda pair: pair[0])  # a table may be on another disk than the cells
         if is_full or free < LITTLE_SPACE and not isinstance(error, CHECKED):
             if "bytes are free" in text:  # `prepare` has a more detailed message
                 return text

@@ -5,9 +5,12 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -56,6 +59,45 @@ def test_every_error_is_one_line_and_an_exit_code(error, says, capsys):
     assert written.startswith("scmmgpt test: ")
     assert written.count("\n") == 1
     assert says in written
+
+
+def test_a_full_disk_is_named_by_the_output_on_it(tmp_path, monkeypatch):
+    (tmp_path / "full").mkdir()
+    space = {tmp_path: 10**9, tmp_path / "full": 0}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=space[path]))
+    outputs = [tmp_path / "out.h5ad", tmp_path / "full" / "table.csv"]
+    said = explain(OSError(errno.ENOSPC, "No space left on device"), outputs=outputs)
+    assert said == f"No space left on device: {outputs[1]} needs more than the 0 bytes that are free. Make room."
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
+@pytest.mark.parametrize("forks", [False, True])
+def test_sigterm_stops_a_command_as_ctrl_c_does_and_leaves_no_file(tmp_path, forks):
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from scmmgpt.commands.errors import run_command\n"
+        "from scmmgpt.commands.files import whole_file\n"
+        "def work():\n"
+        f"    with whole_file({str(tmp_path / 'out.txt')!r}) as temporary:\n"
+        "        temporary.write_text('half')\n"
+        f"        child = os.fork() if {forks} else None\n"
+        "        print(child or 0, flush=True)\n"
+        "        time.sleep(60)\n"
+        "sys.exit(run_command('test', work))\n"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, script], stdout=pipe, stderr=pipe, text=True) as command:
+        numbers = {int(command.stdout.readline()) for _ in range(1 + forks)}
+        for child in numbers - {0}:  # ends without a word, and without the files of its parent
+            os.kill(child, signal.SIGTERM)
+            time.sleep(0.5)
+            assert list(tmp_path.glob(".*.tmp.txt"))
+        command.terminate()
+        said = command.stderr.read()
+    assert said == "test: stopped.\n"
+    assert command.returncode == 128 + signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == ["command.py"]
 
 
 @pytest.mark.parametrize(

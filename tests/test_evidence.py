@@ -156,6 +156,16 @@ def test_any_labels_can_be_explained_broader_ones_and_unknown_ones_too(pipeline)
     assert adata.obs["scmmgpt_marker_support"].isna().sum() == 15
 
 
+def test_labels_of_which_none_is_known_bring_a_warning_and_no_evidence(pipeline, caplog):
+    adata = synthetic_adata()
+    adata.obs["cluster"] = [str(i % 2) for i in range(adata.n_obs)]
+    assert pipeline.explain(adata, "cluster").group_rows() == []
+    assert "No cell has evidence: the checkpoint knows no label of obs['cluster'] ('0', '1')." in caplog.text
+    caplog.clear()
+    pipeline.explain(adata, "cell_type")
+    assert "No cell has evidence" not in caplog.text
+
+
 def test_members_are_found_in_any_words():
     terms = [{"id": "CL:1", "name": "t cell", "names": ["t cell"], "labels": ["CD4 T", "CD8 T"]}]
     members = label_members(["T cells", "CD8-T", UNKNOWN], {"CD4 T": 0, "B": 1, "CD8 T": 2}, terms)

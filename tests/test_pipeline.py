@@ -501,7 +501,13 @@ def test_labels_are_the_same_bits_whatever_the_precision_of_the_network(tmp_path
 
 def test_a_missing_label_is_no_word_and_whole_numbers_beside_it_stay_whole():
     obs = pd.DataFrame({"a": [1.0, np.nan], "b": ["x", None], "c": pd.Categorical(["y", None]), "d": [0.5, np.nan]})
-    obs["e"] = [np.inf, 1.0]
+    obs["e"], obs["f"] = [np.inf, 1.0], ["z", " "]
     found = {name: words_of(obs, name).tolist() for name in obs}
     assert found.pop("e") == ["inf", "1.0"]
-    assert found == {"a": ["1", MISSING], "b": ["x", MISSING], "c": ["y", MISSING], "d": ["0.5", MISSING]}
+    assert found == {
+        "a": ["1", MISSING],
+        "b": ["x", MISSING],
+        "c": ["y", MISSING],
+        "d": ["0.5", MISSING],
+        "f": ["z", MISSING],
+    }

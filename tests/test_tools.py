@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import anndata
 import matplotlib.figure
 import numpy as np
 import pytest
@@ -50,6 +51,54 @@ def test_a_copy_leaves_the_original_as_it_is(pipeline):
     assert list(adata.obs) == names
     assert "scmmgpt_cell_type" in copy.obs
     assert "scmmgpt_evidence" not in copy.obs
+
+
+def test_a_copy_of_a_file_on_disk_is_in_memory(pipeline, tmp_path):
+    synthetic_adata().write_h5ad(tmp_path / "cells.h5ad")
+    adata = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    names, copy = list(adata.obs), sm.tl.annotate(adata, model=pipeline, copy=True)
+    assert list(adata.obs) == names
+    assert not copy.isbacked
+    assert (copy.obs["scmmgpt_cell_type"].astype(str) == copy.obs["cell_type"].astype(str)).all()
+    adata.file.close()
+
+
+@pytest.mark.parametrize("verb", ["annotate", "embed", "audit"])
+def test_a_view_of_a_file_on_disk_is_refused_before_the_work(pipeline, tmp_path, monkeypatch, verb):
+    synthetic_adata().write_h5ad(tmp_path / "cells.h5ad")
+    adata = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    assert len(sm.tl.search(adata[::2], "a B cell", model=pipeline)) > 0  # adds nothing
+    monkeypatch.setattr(pipeline.processor, "choose_input", None)
+    options = {"label_key": "cell_type"} if verb == "audit" else {}
+    with pytest.raises(ValueError, match=re.escape("pass `adata.to_memory()`")):
+        getattr(sm.tl, verb)(adata[::2], model=pipeline, **options)
+    adata.file.close()
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "error"),
+    [
+        ("annotate", {"key_added": "a/b"}, "key_added is 'a/b'; it must have a letter and no slash"),
+        ("embed", {"key_added": ""}, "key_added is ''; it must have"),
+        ("annotate", {"key_added": None}, "key_added is None; it must be a text"),
+        ("annotate", {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ("annotate", {"labels": ["B cell", float("nan")]}, "labels has nan, which is no text; remove missing values"),
+        ("annotate", {"labels": {"B cell": None}}, "labels has None, which is no text"),
+        ("search", {"text": "a B cell", "top_k": 1.5}, "top_k is 1.5; it must be a whole number"),
+        ("search", {"text": "a B cell", "top_k": 0}, "top_k is 0; it must be at least 1"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_their_names(pipeline, verb, options, error):
+    adata = synthetic_adata()
+    with pytest.raises((TypeError, ValueError), match=re.escape(error)):
+        getattr(sm.tl, verb)(adata, model=pipeline, **options)
+    assert not any(name.startswith("scmmgpt") for name in [*adata.obs, *adata.obsm, *adata.uns])
+
+
+def test_a_table_in_place_of_an_anndata_is_an_error_of_one_line(pipeline):
+    with pytest.raises(TypeError, match="is not an AnnData") as raised:
+        sm.tl.annotate(synthetic_adata().to_df(), model=pipeline)
+    assert "\n" not in str(raised.value)
 
 
 def test_another_key_serves_evidence_too(pipeline):
