@@ -82,7 +82,7 @@ def test_sigterm_stops_a_command_as_ctrl_c_does_and_leaves_no_file(tmp_path, for
         f"    with whole_file({str(tmp_path / 'out.txt')!r}) as temporary:\n"
         "        temporary.write_text('half')\n"
         f"        child = os.fork() if {forks} else None\n"
-        "        print(child or 0, flush=True)\n"
+        "        os.write(1, b'%d\\n' % (child or 0))\n"
         "        time.sleep(60)\n"
         "sys.exit(run_command('test', work))\n"
     )
