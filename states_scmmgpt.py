@@ -4,8 +4,12 @@ A cell is a state z of a few components, a library size, and counts around the r
 
 1. log rate of gene g, in counts per 10,000: `bias_g + directions_g · z`;
 2. counts: negative binomial, with one dispersion for each gene;
-3. the prior of (z, log library size), given a text: a mean, linear in the text's features, and around it a residual
-   that a flow carries from noise (flow matching: Lipman et al. 2023).
+3. the prior of (z, log library size), given a text. `state_prior="cells"`: the state of a training cell whose texts
+   are similar, with noise as large as a state is uncertain (a kernel density). `"flow"`: a mean, linear in the text's
+   features, and around it a residual that a flow carries from noise (flow matching: Lipman et al. 2023).
+
+The last `num_profile_components` are the same for all cells of a type in a dataset, and hold the genes of their mean
+profile that the other components miss.
 
 Two cells of one text therefore differ in their states, which many genes share, and in the noise of their counts. A
 gene is a row of three tables, so leaving a gene out is leaving a row out. `train/states.py` fits the parameters.
@@ -28,6 +32,8 @@ from .cells_scmmgpt import COUNTS_PER_10K, RandomStream, cell_keys
 FLOW_STEPS = 20  # of the midpoint method; Euler's loses some of the variance
 NUM_FLOW_LAYERS = 3
 TIME_FREQUENCIES = 4
+TEXT_TEMPERATURE = 0.01  # of the cosine between a text and the texts of training cells (`train/LOG.md`)
+COMPARED_STATES = 2000  # training cells among which the distance of neighbours is measured
 MEAN_STATES = 256  # states whose rates are averaged for the mean profile of a text
 MAX_LOG_RATE = math.log(COUNTS_PER_10K)  # no gene has more than all of a cell's counts
 
@@ -39,20 +45,34 @@ class ScMMGPTCellStates(nn.Module):
     """
 
     training_states: Tensor  # (num_training_states, K)
+    training_log_sizes: Tensor  # (num_training_states,)
+    training_weights: Tensor  # (num_training_states,): how often a cell is drawn
+    training_texts: Tensor  # int32 (num_training_states, num_texts_of_cell): rows of `text_features`
+    text_features: Tensor  # (num_training_texts, E)
+    state_noise: Tensor  # (K + 1,): standard deviations around a training cell, of its log library size last
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         vocab_size, place = config.cell_config.vocab_size, config.num_state_components + 1
-        self.num_components = config.num_state_components
+        self.num_components, self.num_profiles = config.num_state_components, config.num_profile_components
         self.gene_directions = nn.Embedding(vocab_size, self.num_components)
         self.gene_bias = nn.Embedding(vocab_size, 1)
         self.gene_log_dispersion = nn.Embedding(vocab_size, 1)
-        self.text_mean = nn.Linear(config.projection_dim, place)  # of the state and of the log library size
         self.residual_scale = nn.Parameter(torch.ones(place))
+        self.register_buffer("training_states", torch.zeros(config.num_training_states, config.num_state_components))
+        self.draws_cells = config.state_prior == "cells"
+        if self.draws_cells:
+            self.register_buffer("training_log_sizes", torch.zeros(config.num_training_states))
+            self.register_buffer("training_weights", torch.ones(config.num_training_states))
+            shape = config.num_training_states, config.num_texts_of_cell
+            self.register_buffer("training_texts", torch.zeros(shape, dtype=torch.int32))
+            self.register_buffer("text_features", torch.zeros(config.num_training_texts, config.projection_dim))
+            self.register_buffer("state_noise", torch.zeros(place))
+            return
+        self.text_mean = nn.Linear(config.projection_dim, place)  # of the state and of the log library size
         widths = [place + 2 * TIME_FREQUENCIES + config.projection_dim, *[config.state_flow_width] * NUM_FLOW_LAYERS]
         self.flow_layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True))
         self.flow_output = nn.Linear(widths[-1], place)
-        self.register_buffer("training_states", torch.zeros(config.num_training_states, config.num_state_components))
 
     def log_rate(self, states: Tensor) -> Tensor:
         """Log of the expected counts per 10,000, `(N, G)` over the whole vocabulary, of states `(N, K)`."""
@@ -62,6 +82,29 @@ class ScMMGPTCellStates(nn.Module):
     def dispersion(self) -> Tensor:
         """Inverse dispersion theta of each gene, `(G,)`: the variance of a count is `mean + mean**2 / theta`."""
         return self.gene_log_dispersion.weight[:, 0].exp()
+
+    def cell_shares(self, text_features: Tensor) -> Tensor:
+        """Probability that a cell of each of the texts `(N, E)` has the state of each training cell, `(N, T)`.
+
+        The probability grows with the similarity of the training cell's texts, and with its weight.
+        """
+        of_texts = (text_features @ self.text_features.t() / TEXT_TEMPERATURE).softmax(dim=1)  # (N, M)
+        shares = of_texts[:, self.training_texts.long()].sum(dim=2) * self.training_weights
+        return shares / shares.sum(dim=1, keepdim=True)
+
+    def place_near_cells(self, uniform: Tensor, noise: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        """States `(N, K)` and log library sizes `(N,)` near those of training cells.
+
+        Args:
+            uniform: Which cell, `(N,)` between 0 and 1.
+            noise: Standard normal, `(N, K + 1)`.
+            text_features: Features of the text of each cell, `(N, E)`.
+        """
+        texts, rows = text_features.unique(dim=0, return_inverse=True)
+        ends = self.cell_shares(texts).cumsum(dim=1)[rows]
+        cells = torch.searchsorted(ends, uniform[:, None].contiguous())[:, 0].clamp(max=ends.shape[1] - 1)
+        noise = noise * self.state_noise
+        return self.training_states[cells] + noise[:, :-1], self.training_log_sizes[cells] + noise[:, -1]
 
     def velocity(self, residual: Tensor, time: Tensor, text_features: Tensor) -> Tensor:
         """Velocity of residuals `(N, K + 1)` at times `(N,)` between 0, noise, and 1, cells.
@@ -128,8 +171,9 @@ class ScMMGPTCellStates(nn.Module):
         if len(exact.training_states) < 2:
             return None
         _, states, _ = exact._draw_states(text_features, cell_ids, seed)
-        among = torch.cdist(exact.training_states, exact.training_states).fill_diagonal_(math.inf)
-        unit = among.min(dim=1).values.median()
+        some = exact.training_states[:: -(-len(exact.training_states) // COMPARED_STATES)]
+        to_others = torch.cdist(some, exact.training_states)
+        unit = to_others.masked_fill(to_others == 0, math.inf).min(dim=1).values.median()
         nearest = torch.cdist(states, exact.training_states).min(dim=1).values / unit
         return nearest.numpy(), (states / exact.residual_scale[:-1].norm()).numpy()
 
@@ -140,7 +184,11 @@ class ScMMGPTCellStates(nn.Module):
         rng = np.random.default_rng(0)
         noise = torch.from_numpy(rng.standard_normal((MEAN_STATES, self.num_components + 1)))
         for text in text_features.cpu().double():
-            states, _ = exact.transport(noise, text.expand(MEAN_STATES, -1))
+            if exact.draws_cells:
+                grid = (torch.arange(MEAN_STATES, dtype=torch.float64) + 0.5) / MEAN_STATES
+                states, _ = exact.place_near_cells(grid, noise, text.expand(MEAN_STATES, -1))
+            else:
+                states, _ = exact.transport(noise, text.expand(MEAN_STATES, -1))
             means.append(exact.log_rate(states).exp().mean(dim=0))
         return torch.stack(means).log1p().float().numpy()
 
@@ -151,7 +199,11 @@ class ScMMGPTCellStates(nn.Module):
         keys = cell_keys(np.asarray(cell_ids), seed=seed, epoch=0, stream=RandomStream.STATE)
         draws = [np.random.Generator(np.random.Philox(key=int(key))) for key in keys]
         noise = np.stack([rng.standard_normal(self.num_components + 1) for rng in draws])
-        return draws, *self.transport(torch.from_numpy(noise), text_features.cpu().double())
+        features = text_features.cpu().double()
+        if not self.draws_cells:
+            return draws, *self.transport(torch.from_numpy(noise), features)
+        uniform = torch.tensor([rng.random() for rng in draws], dtype=torch.float64)
+        return draws, *self.place_near_cells(uniform, torch.from_numpy(noise), features)
 
     def _exact(self) -> "ScMMGPTCellStates":
         """A copy in float64 on the CPU."""

@@ -17,6 +17,7 @@ from scmmgpt.train.data.corpus import open_corpus
 from scmmgpt.train.states import (
     TextedCells,
     batches,
+    broader_names,
     find_posterior,
     fit_cell_states,
     fit_states,
@@ -32,13 +33,17 @@ N_GENES = 30
 TEXTS = torch.eye(4)[:2]
 
 
-def new_states(n_genes=N_GENES, width=4):
+def new_states(n_genes=N_GENES, width=4, prior="flow", num_profiles=0):
     torch.manual_seed(0)
     return ScMMGPTCellStates(
         SimpleNamespace(
             cell_config=SimpleNamespace(vocab_size=n_genes),
-            num_state_components=3,
+            num_state_components=3 + num_profiles,
+            num_profile_components=num_profiles,
+            state_prior=prior,
             num_training_states=0,
+            num_training_texts=0,
+            num_texts_of_cell=0,
             projection_dim=width,
             state_flow_width=32,
         )
@@ -59,8 +64,16 @@ def planted_cells(n=500, seed=0):
     return TextedCells(matrix, counts.sum(axis=1), TEXTS, of_type[:, None]), of_type
 
 
+@pytest.fixture(scope="module", params=["flow", "cells"])
+def fitted(request):
+    cells, of_type = planted_cells()
+    states = new_states(prior=request.param)
+    fit_states(states, cells)
+    return states, cells, of_type
+
+
 @pytest.fixture(scope="module")
-def fitted():
+def flow():
     cells, of_type = planted_cells()
     states = new_states()
     fit_states(states, cells)
@@ -94,6 +107,44 @@ def test_drawn_cells_have_the_profile_the_library_and_the_correlations_of_real_c
         assert correlation(drawn) == pytest.approx(correlation(real), rel=0.25)
         noise = np.log1p(np.random.default_rng(0).poisson(real.mean(axis=0), real.shape))
         assert correlation(noise) < 0.6 * correlation(real)
+
+
+def test_genes_of_a_type_that_no_direction_holds_are_those_of_its_profile():
+    """Each of six types has a gene of its own, and three directions are too few for them."""
+    rng = np.random.default_rng(0)
+    of_type = np.arange(600) % 6
+    rates = np.full((600, N_GENES), 10.0)
+    rates[np.arange(600), of_type] = 40
+    counts = sparse.csr_matrix(rng.poisson(rates).astype(np.float32))
+    cells = TextedCells(counts, counts.sum(axis=1).A1, torch.eye(6), of_type[:, None], groups=of_type)
+    errors = {}
+    for num_profiles in (0, 6):
+        states = new_states(width=6, prior="cells", num_profiles=num_profiles)
+        fit_states(states, cells)
+        drawn, sizes = states.sample(torch.eye(6)[of_type], np.arange(600))
+        share = [(drawn[of_type == k, k] / sizes[of_type == k]).mean() for k in range(6)]
+        errors[num_profiles] = np.abs(np.array(share) - 40 / 330).max()
+    assert errors[6] < 0.01 < errors[0], errors
+
+
+def test_a_text_draws_cells_whose_texts_are_similar():
+    cells, of_type = planted_cells()
+    states = new_states(prior="cells")
+    fit_states(states, cells)
+    near = torch.nn.functional.normalize(TEXTS[0] + 0.1 * TEXTS[1], dim=0)
+    shares = states.cell_shares(torch.stack([near, TEXTS[1]])).numpy()
+    assert shares.sum(axis=1) == pytest.approx([1, 1])
+    assert shares[0, of_type == 0].sum() > 0.99
+    assert shares[1, of_type == 1].sum() > 0.99
+    states.training_weights = torch.from_numpy(1.0 + 2 * (np.arange(500) < 250)).float()
+    assert states.cell_shares(TEXTS[:1])[0, :250].sum() == pytest.approx(0.75, abs=0.01)
+
+
+def test_a_cell_has_the_names_of_the_broader_types_of_the_corpus():
+    ids = np.array(["CL:0000860", "CL:0000576", None, "CL:0000236"], dtype=object)  # classical monocyte, monocyte
+    nearest, *others = broader_names({"cell_type_ontology_term_id": ids})
+    assert nearest == ["monocyte", "monocyte", None, "B cell"]
+    assert others == [nearest] * 2
 
 
 def test_cells_of_a_panel_are_left_out_where_others_have_the_type():
@@ -138,8 +189,8 @@ def test_fewer_cells_than_components_are_enough_for_a_fit(n_cells):
     assert counts.sum(axis=1).mean() == pytest.approx(sizes.mean(), rel=0.5)
 
 
-def test_the_posterior_is_where_the_density_is_highest(fitted):
-    states, cells, _ = fitted
+def test_the_posterior_is_where_the_density_is_highest(flow):
+    states, cells, _ = flow
     genes = np.arange(N_GENES - 2)
     found = find_posterior(states, cells, genes, torch.zeros(len(cells), 3))
     z = found.mean[:5].clone().requires_grad_()
@@ -246,6 +297,29 @@ def test_states_are_fitted_to_a_corpus_and_its_captions(corpus, pipeline, tiny_p
     assert sizes.median() == pytest.approx(np.median(cells.total_counts), rel=0.3)
 
 
+def test_states_of_training_cells_travel_with_the_checkpoint(corpus, tiny_processor, tmp_path):
+    pipeline = synthetic.tiny_pipeline(num_state_components=5, num_profile_components=2, state_prior="cells")
+    fit_cell_states(pipeline.model, open_corpus(corpus), CaptionSampler(), tiny_processor)
+    states, config = pipeline.model.model.cell_states, pipeline.model.config
+    assert states.training_states.shape == (32, 5)
+    assert (config.num_training_states, config.num_texts_of_cell) == (32, 16)
+    drawn = pipeline.generate(["a B cell", "a T cell"], n_cells=3)
+    assert (drawn.obs["training_distance"] > 0).all()
+    pipeline.save_pretrained(tmp_path)
+    again = type(pipeline).from_pretrained(str(tmp_path)).generate(["a B cell", "a T cell"], n_cells=3)
+    np.testing.assert_array_equal(again.X.toarray(), drawn.X.toarray())
+    means = pipeline.generate(["a B cell", "a T cell"], do_sample=False).X
+    assert means.shape[0] == 2
+    assert np.isfinite(means.toarray()).all()
+
+
+def test_profiles_of_types_need_states_of_cells():
+    with pytest.raises(ValueError, match="num_profile_components needs state_prior='cells'"):
+        ScMMGPTConfig(num_state_components=4, num_profile_components=2)
+    with pytest.raises(ValueError, match="num_profile_components is 4; it must be at least 0, and less than"):
+        ScMMGPTConfig(num_state_components=4, num_profile_components=4, state_prior="cells")
+
+
 def test_the_pipeline_draws_a_state_and_a_library_for_each_cell(pipeline):
     cells = pipeline.generate({"B": "a B cell", "T": "a T cell"}, 3)
     assert cells.obs["cell_type"].tolist() == ["B"] * 3 + ["T"] * 3
@@ -322,8 +396,8 @@ def test_stored_labels_ask_by_the_kind_of_text_that_was_trained(pipeline, tiny_p
     assert tiny_pipeline.label_prompts() == {"B": text, "mine": "the cell that I sorted"}
 
 
-def test_generated_cells_are_compared_with_training_cells(fitted):
-    states, _, _ = fitted
+def test_generated_cells_are_compared_with_training_cells(flow):
+    states, _, _ = flow
     distances, places = states.compare(TEXTS[[0] * 300], np.arange(300))
     assert states.training_states.shape == (500, 3)
     assert 0.3 < np.median(distances) < 3  # as near as training cells are to each other, and no copies
@@ -335,6 +409,18 @@ def test_generated_cells_are_compared_with_training_cells(fitted):
     alone = states.compare(TEXTS[[0]], np.array([7]))
     assert np.allclose(alone[0], distances[7])
     assert np.allclose(alone[1], places[7])
+
+
+def test_cells_near_training_cells_are_no_copies():
+    cells, _ = planted_cells()
+    states = new_states(prior="cells")
+    fit_states(states, cells)
+    distances, places = states.compare(TEXTS[[0] * 300], np.arange(300))
+    assert 0.3 < np.median(distances) < 3
+    assert 0.5 < places.var(axis=0, ddof=1).sum() < 2
+    _, sizes = states.sample(TEXTS[[0] * 300], np.arange(300))
+    assert len(np.unique(sizes)) == 300
+    assert not np.isin(sizes.round(), cells.total_counts).all()
 
 
 def test_generate_writes_distance_and_diversity_where_training_states_are_kept(pipeline, tmp_path):

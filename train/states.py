@@ -7,7 +7,9 @@
    decoder).
 3. Rounds of expectation and maximisation: the posterior of each state, by Newton's method, and the regression of the
    counts of each gene on states drawn from it, which gives bias, direction and dispersion; in the end of every gene.
-4. Gradient steps on the flow, which carries noise to the states and library sizes of the cells of a text.
+4. With `state_prior="flow"`, gradient steps on the flow, which carries noise to the states and library sizes of the
+   cells of a text. With `"cells"`, the states of the cells are kept, and what the factors miss of the mean profile of
+   each type in each dataset becomes further components (`missed_profiles`).
 
 The encoder is of the fit alone: no cell is read when cells are generated. `train/LOG.md` has the choices.
 """
@@ -16,6 +18,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -29,6 +32,7 @@ from scmmgpt.cells_scmmgpt import COUNTS_PER_10K, log1p_cp10k
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.states_scmmgpt import ScMMGPTCellStates
+from scmmgpt.train.data import ontology
 from scmmgpt.train.data.captions import CAPTION_COLUMNS, CaptionSampler, with_article
 from scmmgpt.train.data.corpus import Corpus
 from scmmgpt.train.data.order import BALANCE_TEMPERATURE
@@ -39,6 +43,7 @@ logger = logging.getLogger(__name__)
 MAX_CELLS = 10_000  # of the training split: some minutes of one core
 LEAST_HELD, LEAST_OTHERS = 0.5, 20  # see `not_of_panels`
 MAX_KEPT = 2000  # states of training cells that generated cells are compared with
+MAX_BROADER = 3  # names of broader types of a cell among its texts
 CAPTION_EPOCHS = 4  # captions of a cell from each set of templates
 TEXTS_AT_ONCE = 128
 NUM_GENES = 3000  # the most expressed genes, which determine the states
@@ -52,6 +57,8 @@ RIDGE = 1.0
 START_SCALE = 0.5  # of the directions: the scores of principal components hold noise, which states do not
 DIRECTION_PRECISION = 20.0  # of the Gaussian prior of a gene's direction
 MIN_SCALE = 1e-3  # of scores along an axis, and of what a text leaves open
+LIBRARY_NOISE = 0.1  # of the log library size around that of a training cell, which is not copied
+PROFILE_COUNTS = 5.0  # see `missed_profiles`
 MIN_RATE = 1e-4  # counts per 10,000 of a gene that no training cell expresses
 NEWTON_STEPS, MAX_CHANGE = 8, 1.5  # of regression and posterior, and the largest change of a log rate in a step
 GENES_AT_ONCE, CELLS_AT_ONCE = 128, 256  # in the regression, where 512 take twice the time each, and of the posterior
@@ -69,6 +76,7 @@ class TextedCells:
         texts: Rows of `features`, int64 `(n_cells, n_draws)`: the texts of each cell.
         weights: Relative frequency of each cell in the batches, and weight in the regressions, `(n_cells,)`; default:
             equal.
+        groups: The type of each cell in its dataset, int64 `(n_cells,)`; default: one group.
     """
 
     counts: sparse.csr_matrix
@@ -76,9 +84,11 @@ class TextedCells:
     features: Tensor
     texts: np.ndarray
     weights: np.ndarray = field(default_factory=lambda: np.ones(1))
+    groups: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
 
     def __post_init__(self) -> None:
         self.weights = np.broadcast_to(self.weights / self.weights.mean(), len(self))
+        self.groups = np.broadcast_to(self.groups, len(self))
 
     def __len__(self) -> int:
         return len(self.total_counts)
@@ -345,6 +355,30 @@ def fit_flow(states: ScMMGPTCellStates, posterior: Posterior, cells: TextedCells
 
 def fit_states(states: ScMMGPTCellStates, cells: TextedCells, *, seed: int = 0) -> None:
     """Fit all parameters; the same cells, texts and seed give the same ones."""
+    generator = torch.Generator().manual_seed(seed)
+    if states.draws_cells:
+        num_factors = states.num_components - states.num_profiles
+        factors = new_factors(states.gene_bias.num_embeddings, num_factors, cells.features.shape[1])
+        posterior = fit_genes(factors, cells, generator, seed=seed)
+        keep_cells(states, factors, posterior, cells)
+        return
+    posterior = fit_genes(states, cells, generator, seed=seed)
+    steps = min(MAX_FLOW_STEPS, -(-FLOW_EPOCHS * len(cells) // FLOW_BATCH))
+    fit_flow(states, posterior, cells, steps=steps, seed=seed)
+    kept = np.sort(np.random.default_rng(seed).permutation(len(cells))[:MAX_KEPT])
+    states.training_states = posterior.draw(kept, generator).to(states.residual_scale)
+
+
+def new_factors(vocab_size: int, num_components: int, text_width: int) -> ScMMGPTCellStates:
+    """A factor model without profiles of types."""
+    sizes = {"num_state_components": num_components, "projection_dim": text_width, "num_training_states": 0}
+    config = SimpleNamespace(cell_config=SimpleNamespace(vocab_size=vocab_size), **sizes)
+    config.num_profile_components, config.state_prior, config.state_flow_width = 0, "flow", 1
+    return ScMMGPTCellStates(config)
+
+
+def fit_genes(states: ScMMGPTCellStates, cells: TextedCells, generator: torch.Generator, *, seed: int) -> Posterior:
+    """Fit directions, bias and dispersion of the genes and the mean of the prior; return the states of the cells."""
     totals = np.asarray(cells.counts.sum(axis=0)).ravel()
     genes = np.sort(np.argsort(-totals, kind="stable")[:NUM_GENES])
     genes = genes[totals[genes] > 0]
@@ -354,17 +388,62 @@ def fit_states(states: ScMMGPTCellStates, cells: TextedCells, *, seed: int = 0) 
         states.gene_log_dispersion.weight.zero_()
     steps = min(MAX_FACTOR_STEPS, -(-FACTOR_EPOCHS * len(cells) // FACTOR_BATCH))
     posterior = fit_factors(cells, genes, states.num_components, steps=steps, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
     for _ in tqdm(range(EM_ROUNDS), "Refining the factors"):
         regress_genes(states, posterior.draw(slice(None), generator), cells, genes)
         fit_prior_mean(states, posterior, cells)
         posterior = find_posterior(states, cells, genes, posterior.mean)
     regress_genes(states, posterior.draw(slice(None), generator), cells, np.flatnonzero(totals))
     fit_prior_mean(states, posterior, cells)
-    steps = min(MAX_FLOW_STEPS, -(-FLOW_EPOCHS * len(cells) // FLOW_BATCH))
-    fit_flow(states, posterior, cells, steps=steps, seed=seed)
-    kept = np.sort(np.random.default_rng(seed).permutation(len(cells))[:MAX_KEPT])
-    states.training_states = posterior.draw(kept, generator).to(states.residual_scale)
+    return posterior
+
+
+@torch.no_grad()
+def keep_cells(
+    states: ScMMGPTCellStates, factors: ScMMGPTCellStates, posterior: Posterior, cells: TextedCells
+) -> None:
+    """Fill the states with those of the cells, their texts, and the profiles of types that the factors miss."""
+    noise = posterior.factor.square().sum(dim=2).mean(dim=0).sqrt()
+    axes, places = missed_profiles(factors, posterior, noise, cells, states.num_profiles)
+    states.gene_directions.weight.copy_(torch.cat([factors.gene_directions.weight, torch.from_numpy(axes.T)], dim=1))
+    states.gene_bias.weight.copy_(factors.gene_bias.weight)
+    states.gene_log_dispersion.weight.copy_(factors.gene_log_dispersion.weight)
+    states.training_states = torch.cat([posterior.mean, torch.from_numpy(places[cells.groups])], dim=1)
+    states.training_log_sizes = torch.from_numpy(np.log(cells.total_counts).astype(np.float32))
+    states.training_weights = torch.from_numpy(cells.weights.astype(np.float32))
+    states.training_texts = torch.from_numpy(cells.texts.astype(np.int32))
+    states.text_features = cells.features.clone()
+    profiles = torch.zeros(states.num_profiles)
+    states.state_noise = torch.cat([noise, profiles, torch.tensor([LIBRARY_NOISE])])
+    scale = factors.residual_scale
+    states.residual_scale.copy_(torch.cat([scale[:-1], profiles + MIN_SCALE, scale[-1:]]))
+
+
+def missed_profiles(
+    factors: ScMMGPTCellStates, posterior: Posterior, noise: Tensor, cells: TextedCells, num_profiles: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Leading axes of what the factors miss of the mean profiles of types in datasets, in log rates.
+
+    A gene of few counts is shrunk towards the factors, by `PROFILE_COUNTS` counts. Noise of the states, with standard
+    deviations `noise` `(K,)`, raises the mean of a rate.
+
+    Returns:
+        Axes, float32 `(num_profiles, vocab_size)`, and the place of each group, float32 `(n_groups, num_profiles)`.
+    """
+    n_groups, rows = cells.groups.max() + 1, np.arange(len(cells))
+    of_groups = sparse.csr_matrix((np.ones(len(cells)), (cells.groups, rows)), (n_groups, len(cells)))
+    expected = np.zeros((n_groups, cells.counts.shape[1]))
+    raised = 0.5 * factors.gene_directions.weight.square() @ noise.square()
+    for first in range(0, len(cells), CELLS_AT_ONCE):
+        part = slice(first, first + CELLS_AT_ONCE)
+        rates = (factors.log_rate(posterior.mean[part]) + raised).exp().numpy() * (
+            cells.total_counts[part, None] / COUNTS_PER_10K
+        )
+        expected += of_groups[:, part] @ rates
+    missed = np.log(((of_groups @ cells.counts).toarray() + PROFILE_COUNTS) / (expected + PROFILE_COUNTS))
+    left, sizes, right = np.linalg.svd(missed, full_matrices=False)
+    axes, places = np.zeros((num_profiles, missed.shape[1])), np.zeros((n_groups, num_profiles))
+    axes[: len(sizes)], places[:, : len(sizes)] = right[:num_profiles], (left * sizes)[:, :num_profiles]
+    return axes.astype(np.float32), places.astype(np.float32)
 
 
 @torch.no_grad()
@@ -375,13 +454,15 @@ def read_texted_cells(
     processor: ScMMGPTProcessor,
     seed: int = 0,
     balance: str | None = None,
+    with_broader: bool = False,
 ) -> TextedCells:
     """At most `MAX_CELLS` training cells from all of the corpus, and the features of captions about them.
 
     The texts are captions of the training, short ones, which name little but the type, and the bare name with and
     without an article, so that all kinds of prompt are known. No text names genes of its cell, which would give the
     target away. Cells of gene panels are left out if wider datasets have the type ([`not_of_panels`]). Rare labels of
-    the column `balance` are drawn more often, as for the other losses of `tune`.
+    the column `balance` are drawn more often, as for the other losses of `tune`. `with_broader` adds the names of
+    broader types ([`broader_names`]).
     """
     columns = {column + suffix for column in CAPTION_COLUMNS for suffix in ("", "_ontology_term_id")} | {"dataset_id"}
     cells, table = corpus.sample("train", MAX_CELLS, sorted(columns | ({balance} if balance else set())), seed=seed)
@@ -396,8 +477,10 @@ def read_texted_cells(
         for epoch in range(CAPTION_EPOCHS)
     ]
     names = [str(name) if isinstance(name, str) else None for name in obs["cell_type"]]
-    for word in (str, with_article):
-        draws.append([word(name) if name else caption for name, caption in zip(names, draws[-1], strict=True)])
+    short = draws[-1]
+    for named in (names, *(broader_names(obs) if with_broader else ())):
+        for word in (str, with_article):
+            draws.append([word(name) if name else caption for name, caption in zip(named, short, strict=True)])
     texts, rows = np.unique(np.array(draws, dtype=object).astype(str), return_inverse=True)
     features = []
     for first in range(0, len(texts), TEXTS_AT_ONCE):
@@ -409,7 +492,25 @@ def read_texted_cells(
     if balance:
         _, of_label, n_cells = np.unique(obs[balance].astype(str), return_inverse=True, return_counts=True)
         weights = n_cells[of_label] ** (1 / BALANCE_TEMPERATURE - 1)
-    return TextedCells(counts, sizes, torch.cat(features), rows.reshape(len(draws), len(cells)).T, weights)
+    pairs = np.stack([obs["dataset_id"].astype(str), types_of(obs)]).astype(str)
+    groups = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1)
+    return TextedCells(counts, sizes, torch.cat(features), rows.reshape(len(draws), len(cells)).T, weights, groups)
+
+
+def broader_names(obs: Mapping[str, np.ndarray]) -> list[list[str | None]]:
+    """The broader types of the corpus that each cell is one of, from the narrowest on, at most `MAX_BROADER`.
+
+    A "monocyte" may thus be any cell of its kinds. A cell with fewer has its last name again.
+    """
+    ids = np.array([term if isinstance(term, str) else "" for term in obs["cell_type_ontology_term_id"]])
+    present = set(ids) - {""}
+    above: dict[str, list[str | None]] = {"": [None] * MAX_BROADER}
+    for term in sorted(present):
+        depth = {other: len(ontology.ancestors(other)) for other in ontology.ancestors(term) if other in present}
+        chain = [term, *sorted(depth, key=lambda other: -depth[other])][: MAX_BROADER + 1]
+        known = [str(ontology.term_name(other)) for other in chain[1:] or chain]
+        above[term] = [*known, *known[-1:] * MAX_BROADER][:MAX_BROADER]
+    return [[above[term][level] for term in ids] for level in range(MAX_BROADER)]
 
 
 def types_of(obs: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -459,7 +560,12 @@ def fit_cell_states(
     """Fit the states of the model to the training cells of the corpus, and to the texts as the model encodes them."""
     was_training = model.training
     model.eval()
-    cells = read_texted_cells(corpus, captions, model, processor, seed, balance)
+    with_broader = model.model.cell_states.draws_cells
+    cells = read_texted_cells(corpus, captions, model, processor, seed, balance, with_broader)
     fit_states(model.model.cell_states, cells, seed=seed)
-    model.config.num_training_states = len(model.model.cell_states.training_states)
+    states = model.model.cell_states
+    model.config.num_training_states = len(states.training_states)
+    if states.draws_cells:
+        model.config.num_training_texts = len(states.text_features)
+        model.config.num_texts_of_cell = states.training_texts.shape[1]
     model.train(was_training)
