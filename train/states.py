@@ -508,7 +508,7 @@ def broader_names(obs: Mapping[str, np.ndarray]) -> list[list[str | None]]:
     for term in sorted(present):
         depth = {other: len(ontology.ancestors(other)) for other in ontology.ancestors(term) if other in present}
         chain = [term, *sorted(depth, key=lambda other: -depth[other])][: MAX_BROADER + 1]
-        known = [str(ontology.term_name(other)) for other in chain[1:] or chain]
+        known: list[str | None] = [ontology.term_name(other) for other in chain[1:] or chain]
         above[term] = [*known, *known[-1:] * MAX_BROADER][:MAX_BROADER]
     return [[above[term][level] for term in ids] for level in range(MAX_BROADER)]
 
