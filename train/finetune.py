@@ -154,7 +154,7 @@ def load_checkpoint(path: str, table: CellTable) -> Start:
     known = model.label_readout if texts else None
     if known is not None:
         del model.label_readout  # `add_label_readout` fits one for the new labels
-        config.label_readout = None
+        model.config.label_readout = None
     pretrained = {name for name, _ in model.named_parameters() if not name.startswith("profile_readout.")}
     return Start(model, processor, pretrained, table.read(processor.gene_index), known, texts)
 
