@@ -8,7 +8,6 @@ the rows "ridge + Poisson" and "cells of the nearest text" do not.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -18,8 +17,7 @@ from scipy import sparse
 from scmmgpt.cells_scmmgpt import log1p_cp10k
 from scmmgpt.eval import generation, results
 from scmmgpt.eval.cells import LabelledCells
-from scmmgpt.states_scmmgpt import ScMMGPTCellStates
-from scmmgpt.train.states import TextedCells, fit_states
+from scmmgpt.train.states import TextedCells, fit_states, new_factors
 from scmmgpt.unseen_scmmgpt import predict_centroids
 
 
@@ -45,11 +43,9 @@ class Prompt:
 
 def from_states(prompt: Prompt, n: int, seed: int) -> Cells:
     """Draw cells from cell states fitted to the training cells and their texts."""
-    train, width = prompt.train, prompt.texts.shape[1]
-    sizes = {"num_state_components": NUM_COMPONENTS, "projection_dim": width, "state_flow_width": FLOW_WIDTH}
-    genes = SimpleNamespace(vocab_size=len(train.genes))
+    train = prompt.train
     torch.manual_seed(seed)
-    states = ScMMGPTCellStates(SimpleNamespace(cell_config=genes, num_training_states=0, **sizes))
+    states = new_factors(len(train.genes), NUM_COMPONENTS, prompt.texts.shape[1], FLOW_WIDTH)
     features = torch.from_numpy(prompt.texts.astype(np.float32))
     fit_states(states, TextedCells(train.counts, train.total_counts, features, prompt.of_cell[:, None]), seed=seed)
     return states.sample(features[[prompt.left_out]].expand(n, -1), np.arange(n), seed=seed)

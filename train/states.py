@@ -369,11 +369,11 @@ def fit_states(states: ScMMGPTCellStates, cells: TextedCells, *, seed: int = 0) 
     states.training_states = posterior.draw(kept, generator).to(states.residual_scale)
 
 
-def new_factors(vocab_size: int, num_components: int, text_width: int) -> ScMMGPTCellStates:
-    """A factor model without profiles of types."""
+def new_factors(vocab_size: int, num_components: int, text_width: int, flow_width: int = 1) -> ScMMGPTCellStates:
+    """A factor model without profiles of types, to be fitted."""
     sizes = {"num_state_components": num_components, "projection_dim": text_width, "num_training_states": 0}
     config = SimpleNamespace(cell_config=SimpleNamespace(vocab_size=vocab_size), **sizes)
-    config.num_profile_components, config.state_prior, config.state_flow_width = 0, "flow", 1
+    config.num_profile_components, config.state_prior, config.state_flow_width = 0, "flow", flow_width
     return ScMMGPTCellStates(config)
 
 
