@@ -194,7 +194,7 @@ def check_results_fit(adata: Any, key_added: Any) -> None:
     if not isinstance(key_added, str):
         raise TypeError(f"key_added is {key_added!r}; it must be a text, with which the names of the results begin.")
     if not key_added.strip() or "/" in key_added:
-        raise ValueError(f"key_added is {key_added!r}; it must have a letter and no slash.")
+        raise ValueError(f"key_added is {key_added!r}; it must not be blank, and must have no slash.")
     if getattr(adata, "is_view", False) and getattr(adata, "isbacked", False):
         raise ValueError("A view of a backed AnnData takes no results: pass `adata.to_memory()`, or the whole data.")
 

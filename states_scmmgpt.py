@@ -171,9 +171,10 @@ class ScMMGPTCellStates(nn.Module):
         if len(exact.training_states) < 2:
             return None
         _, states, _ = exact._draw_states(text_features, cell_ids, seed)
-        some = exact.training_states[:: -(-len(exact.training_states) // COMPARED_STATES)]
-        to_others = torch.cdist(some, exact.training_states)
-        unit = to_others.masked_fill(to_others == 0, math.inf).min(dim=1).values.median()
+        rows = torch.arange(0, len(exact.training_states), -(-len(exact.training_states) // COMPARED_STATES))
+        to_others = torch.cdist(exact.training_states[rows], exact.training_states)
+        to_others[torch.arange(len(rows)), rows] = math.inf  # a cell is no neighbour of its own
+        unit = to_others.min(dim=1).values.median()
         nearest = torch.cdist(states, exact.training_states).min(dim=1).values / unit
         return nearest.numpy(), (states / exact.residual_scale[:-1].norm()).numpy()
 

@@ -78,8 +78,8 @@ def test_a_view_of_a_file_on_disk_is_refused_before_the_work(pipeline, tmp_path,
 @pytest.mark.parametrize(
     ("verb", "options", "error"),
     [
-        ("annotate", {"key_added": "a/b"}, "key_added is 'a/b'; it must have a letter and no slash"),
-        ("embed", {"key_added": ""}, "key_added is ''; it must have"),
+        ("annotate", {"key_added": "a/b"}, "key_added is 'a/b'; it must not be blank, and must have no slash"),
+        ("embed", {"key_added": ""}, "key_added is ''; it must not be blank"),
         ("annotate", {"key_added": None}, "key_added is None; it must be a text"),
         ("annotate", {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ("annotate", {"labels": ["B cell", float("nan")]}, "labels has nan, which is no text; remove missing values"),

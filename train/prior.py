@@ -47,7 +47,8 @@ def known_regression(
     trained, types = annotation.get("labels", {}), annotation.get("profiles", [])
     named = profiled_types({name: name for name in names}, annotation.get("cl_ids", {}), trained, types)
     some = list(named.values())
-    known = [label for text in texts for label in (name for name, own in trained.items() if own == text)]
+    label_of = {text: label for label, text in trained.items()}
+    known = [label_of[text] for text in texts if text in label_of]
     if len(known) != len(texts) or not np.isin(readout.gene_ids.numpy(), measured).any():
         return None
     columns = {label: column for column, label in enumerate([*known, *(types[number]["name"] for number in some)])}
