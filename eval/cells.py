@@ -150,8 +150,8 @@ def match_names(names: ArrayLike, test: LabelledCells, source: str) -> tuple[np.
     index, barcodes = pd.Index(test.names), np.asarray(names).astype(str)
     if not index.is_unique:
         raise ValueError(
-            f"The held-out split has {index.duplicated().sum()} barcodes twice: results cannot be matched to its cells. "
-            "Make barcodes unique (for example by a sample prefix) and prepare the corpus again."
+            f"The held-out split has {index.duplicated().sum()} barcodes twice: results cannot be matched to its "
+            "cells. Make barcodes unique (for example by a sample prefix) and prepare the corpus again."
         )
     n_repeated = len(barcodes) - len(set(barcodes))
     if n_repeated:
@@ -160,8 +160,8 @@ def match_names(names: ArrayLike, test: LabelledCells, source: str) -> tuple[np.
     kept = np.flatnonzero(rows >= 0)
     if not len(kept):
         raise ValueError(
-            f"None of the {len(barcodes)} cells of {source} is in the held-out split of the corpus ({len(test)} cells, "
-            f"such as {str(test.names[0])!r}). Evaluate the held-out cells."
+            f"None of the {len(barcodes)} cells of {source} is in the held-out split of the corpus ({len(test)} "
+            f"cells, such as {str(test.names[0])!r}). Evaluate the held-out cells."
         )
     if len(kept) < len(barcodes):
         n_unknown = len(barcodes) - len(kept)
