@@ -537,7 +537,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     """Add the arguments of this task, which the report also takes."""
     parser.add_argument("--generated", required=required, help=".h5ad of generated cells, log1p(CP10k) or counts")
     parser.add_argument("--prompt-key", help=f"obs column of the prompted type (default: {' or '.join(PROMPT_KEYS)})")
-    parser.add_argument("--datasets", nargs="+", metavar="ID", help="real cells of these datasets alone (default: all)")
+    parser.add_argument("--datasets", nargs="+", metavar="ID", help="real cells of these datasets (default: of all)")
 
 
 def of_datasets(cells: LabelledCells, datasets: Sequence[str]) -> LabelledCells:
