@@ -144,8 +144,9 @@ class ScMMGPTConfig(PreTrainedConfig):
             of the counts, which can be sampled.
         num_state_components: Components of a cell's state, from which cells are generated (see [`ScMMGPTCellStates`]);
             `None` generates from the expression head alone. `tune` sets it.
-        num_training_states, num_training_texts, num_texts_of_cell: Training cells whose states the model keeps, to
-            draw cells near them, the distinct texts of all and the texts of each; training sets them.
+        num_state_groups, num_training_states, num_training_texts, num_texts_of_cell: Groups of cells that have a
+            profile, training cells whose states the model keeps, to draw cells near them, the distinct texts of all
+            and the texts of each; training sets them.
         logit_scale_init: Initial log inverse temperature; the default is ln(1/0.07), as in CLIP.
         matching_batch_size: Cells of a stage-1 batch that enter the matching loss; by default all. Matching costs
             three passes a cell (with its text, a wrong text, a wrong cell), contrast a third of one.
@@ -203,6 +204,7 @@ class ScMMGPTConfig(PreTrainedConfig):
     cell_token_id: int = 32000
     expression_head: str = "mse"
     num_state_components: int | None = None
+    num_state_groups: int = 0
     num_training_states: int = 0
     num_training_texts: int = 0
     num_texts_of_cell: int = 0

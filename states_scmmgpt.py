@@ -2,16 +2,17 @@
 
 A cell is a state z of a few components, a library size, and counts around the rates of the state:
 
-1. log rate of gene g, in counts per 10,000: `bias_g + directions_g · z`;
+1. log rate of gene g, in counts per 10,000: `bias_g + directions_g · z + profiles_g` of the cell's group, a type in a
+   dataset, which holds the genes of the group's mean profile that the states miss;
 2. counts: negative binomial, with one dispersion for each gene;
 3. the prior of (z, log library size), given a text: the state of a training cell whose texts are similar, with noise
    as large as a state is uncertain (a kernel density).
 
 Two cells of one text therefore differ in their states, which many genes share, and in the noise of their counts. A
-gene is a row of three tables, so leaving a gene out is leaving a row out. `train/states.py` fits the parameters.
+gene is a row of four tables, so leaving a gene out is leaving a row out. `train/states.py` fits the parameters.
 
-Shapes in comments: N cells, G genes of the vocabulary, K components, T training cells, M distinct texts of these, E
-width of the text features.
+Shapes in comments: N cells, G genes of the vocabulary, K components, P groups, T training cells, M distinct texts of
+these, E width of the text features.
 """
 
 import copy
@@ -40,6 +41,7 @@ class ScMMGPTCellStates(nn.Module):
     training_states: Tensor  # (T, K)
     training_log_sizes: Tensor  # (T,)
     training_weights: Tensor  # (T,): how often a cell is drawn
+    training_groups: Tensor  # int32 (T,): columns of `gene_profiles`
     training_texts: Tensor  # int32 (T, num_texts_of_cell): rows of `text_features`
     text_features: Tensor  # (M, E)
     state_noise: Tensor  # (K + 1,): standard deviations around a training cell, of its log library size last
@@ -52,17 +54,25 @@ class ScMMGPTCellStates(nn.Module):
         self.gene_directions = nn.Embedding(vocab_size, self.num_components)
         self.gene_bias = nn.Embedding(vocab_size, 1)
         self.gene_log_dispersion = nn.Embedding(vocab_size, 1)
+        self.gene_profiles = nn.Embedding(vocab_size, config.num_state_groups)
         self.register_buffer("training_states", torch.zeros(n_cells, self.num_components))
         self.register_buffer("training_log_sizes", torch.zeros(n_cells))
         self.register_buffer("training_weights", torch.ones(n_cells))
+        self.register_buffer("training_groups", torch.zeros(n_cells, dtype=torch.int32))
         self.register_buffer("training_texts", torch.zeros(n_cells, config.num_texts_of_cell, dtype=torch.int32))
         self.register_buffer("text_features", torch.zeros(config.num_training_texts, config.projection_dim))
         self.register_buffer("state_noise", torch.zeros(self.num_components + 1))
         self.register_buffer("state_scale", torch.ones(self.num_components))
 
-    def log_rate(self, states: Tensor) -> Tensor:
-        """Log of the expected counts per 10,000, `(N, G)` over the whole vocabulary, of states `(N, K)`."""
+    def log_rate(self, states: Tensor, cells: Tensor) -> Tensor:
+        """Log of the expected counts per 10,000, `(N, G)` over the whole vocabulary.
+
+        Args:
+            states: `(N, K)`.
+            cells: Training cells near which the states are, int64 `(N,)`.
+        """
         rates = states @ self.gene_directions.weight.t() + self.gene_bias.weight[:, 0]
+        rates = rates + self.gene_profiles.weight.t()[self.training_groups[cells].long()]
         return rates.clamp(min=-MAX_LOG_RATE, max=MAX_LOG_RATE)
 
     def dispersion(self) -> Tensor:
@@ -86,8 +96,8 @@ class ScMMGPTCellStates(nn.Module):
         shares = of_texts[:, self.training_texts.long()].sum(dim=2) * self.training_weights
         return shares / shares.sum(dim=1, keepdim=True)
 
-    def place(self, uniform: Tensor, noise: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-        """States `(N, K)` and log library sizes `(N,)` near those of training cells.
+    def place(self, uniform: Tensor, noise: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States `(N, K)` and log library sizes `(N,)` near those of training cells, and these cells, int64 `(N,)`.
 
         Args:
             uniform: Which cell, `(N,)` between 0 and 1.
@@ -98,7 +108,7 @@ class ScMMGPTCellStates(nn.Module):
         ends = self.cell_shares(texts).cumsum(dim=1)[rows]
         cells = torch.searchsorted(ends, uniform[:, None].contiguous())[:, 0].clamp(max=ends.shape[1] - 1)
         noise = noise * self.state_noise
-        return self.training_states[cells] + noise[:, :-1], self.training_log_sizes[cells] + noise[:, -1]
+        return self.training_states[cells] + noise[:, :-1], self.training_log_sizes[cells] + noise[:, -1], cells
 
     @torch.no_grad()
     def sample(
@@ -118,9 +128,9 @@ class ScMMGPTCellStates(nn.Module):
             Counts, int64 `(N, G)` over the whole vocabulary, and library sizes, float64 `(N,)`.
         """
         exact = self._exact()
-        draws, states, log_size = exact._draw_states(text_features, cell_ids, seed)
+        draws, (states, log_size, cells) = exact._draw_states(text_features, cell_ids, seed)
         sizes = log_size.exp().numpy() if library_size is None else np.asarray(library_size, dtype=np.float64)
-        means = exact.log_rate(states).exp().numpy() * (sizes[:, None] / COUNTS_PER_10K)
+        means = exact.log_rate(states, cells).exp().numpy() * (sizes[:, None] / COUNTS_PER_10K)
         theta = exact.dispersion().numpy()
         rows = zip(draws, means, strict=True)
         return np.stack([rng.poisson(rng.standard_gamma(theta) / theta * mean) for rng, mean in rows]), sizes
@@ -142,7 +152,7 @@ class ScMMGPTCellStates(nn.Module):
         exact = self._exact()
         if len(exact.training_states) < 2:
             return None
-        _, states, _ = exact._draw_states(text_features, cell_ids, seed)
+        _, (states, _, _) = exact._draw_states(text_features, cell_ids, seed)
         rows = torch.arange(0, len(exact.training_states), -(-len(exact.training_states) // COMPARED_STATES))
         to_others = torch.cdist(exact.training_states[rows], exact.training_states)
         to_others[torch.arange(len(rows)), rows] = math.inf  # a cell is no neighbour of its own
@@ -158,19 +168,19 @@ class ScMMGPTCellStates(nn.Module):
         noise = torch.from_numpy(rng.standard_normal((MEAN_STATES, self.num_components + 1)))
         grid = (torch.arange(MEAN_STATES, dtype=torch.float64) + 0.5) / MEAN_STATES
         for text in text_features.cpu().double():
-            states, _ = exact.place(grid, noise, text.expand(MEAN_STATES, -1))
-            means.append(exact.log_rate(states).exp().mean(dim=0))
+            states, _, cells = exact.place(grid, noise, text.expand(MEAN_STATES, -1))
+            means.append(exact.log_rate(states, cells).exp().mean(dim=0))
         return torch.stack(means).log1p().float().numpy()
 
     def _draw_states(
         self, text_features: Tensor, cell_ids: np.ndarray, seed: int
-    ) -> tuple[list[np.random.Generator], Tensor, Tensor]:
-        """Generators of the cells, and their states `(N, K)` and log library sizes `(N,)`; of a float64 copy."""
+    ) -> tuple[list[np.random.Generator], tuple[Tensor, Tensor, Tensor]]:
+        """Generators of the cells, and their places (see [`place`]); of a float64 copy."""
         keys = cell_keys(np.asarray(cell_ids), seed=seed, epoch=0, stream=RandomStream.STATE)
         draws = [np.random.Generator(np.random.Philox(key=int(key))) for key in keys]
         noise = np.stack([rng.standard_normal(self.num_components + 1) for rng in draws])
         uniform = torch.tensor([rng.random() for rng in draws], dtype=torch.float64)
-        return draws, *self.place(uniform, torch.from_numpy(noise), text_features.cpu().double())
+        return draws, self.place(uniform, torch.from_numpy(noise), text_features.cpu().double())
 
     def _exact(self) -> "ScMMGPTCellStates":
         """A copy in float64 on the CPU."""

@@ -61,11 +61,14 @@ def pipeline():
     states, config, rng = pipeline.model.model.cell_states, pipeline.model.config, np.random.default_rng(0)
     states.training_states = torch.from_numpy(rng.normal(size=(40, 3))).float()
     states.training_log_sizes, states.training_weights = torch.full((40,), 7.0), torch.ones(40)
+    states.training_groups = torch.zeros(40, dtype=torch.int32)
+    states.gene_profiles = torch.nn.Embedding.from_pretrained(torch.zeros(config.cell_config.vocab_size, 1))
     states.training_texts = torch.arange(40, dtype=torch.int32)[:, None] % 2
     states.text_features = torch.eye(config.projection_dim)[:2]
     states.state_noise = torch.full((4,), 0.1)
-    states.gene_bias.weight.data.fill_(5.0)
+    torch.nn.init.constant_(states.gene_bias.weight, 5.0)
     config.num_training_states, config.num_training_texts, config.num_texts_of_cell = 40, 2, 1
+    config.num_state_groups = 1
     return pipeline
 
 
@@ -86,6 +89,24 @@ def test_drawn_cells_have_the_profile_the_library_and_the_correlations_of_real_c
         assert correlation(drawn) == pytest.approx(correlation(real), rel=0.25)
         noise = np.log1p(np.random.default_rng(0).poisson(real.mean(axis=0), real.shape))
         assert correlation(noise) < 0.6 * correlation(real)
+
+
+def test_genes_of_a_type_that_no_direction_holds_are_those_of_its_profile():
+    """Each of six types has a gene of its own, and three directions are too few for them."""
+    rng = np.random.default_rng(0)
+    of_type = np.arange(600) % 6
+    rates = np.full((600, N_GENES), 10.0)
+    rates[np.arange(600), of_type] = 40
+    counts = sparse.csr_matrix(rng.poisson(rates).astype(np.float32))
+    errors = {}
+    for groups in (np.zeros(600, dtype=np.int64), of_type):
+        cells = TextedCells(counts, counts.sum(axis=1).A1, torch.eye(6), of_type[:, None], groups=groups)
+        states = new_states(N_GENES, 3, 6)
+        fit_states(states, cells)
+        drawn, sizes = states.sample(torch.eye(6)[of_type], np.arange(600))
+        share = [(drawn[of_type == k, k] / sizes[of_type == k]).mean() for k in range(6)]
+        errors[groups.max()] = np.abs(np.array(share) - 40 / 330).max()
+    assert errors[5] < 0.01 < errors[0], errors
 
 
 def test_a_text_draws_cells_whose_texts_are_similar(fitted):
@@ -156,7 +177,8 @@ def test_the_posterior_is_where_the_density_is_highest(fitted):
     z = found.mean[:5].clone().requires_grad_()
     theta = states.dispersion()[genes].detach()
     sizes = torch.from_numpy(cells.total_counts[:5].astype(np.float32))[:, None] / 1e4
-    mean = states.log_rate(z)[:, genes].exp() * sizes
+    rates = z @ states.gene_directions.weight[genes].detach().t() + states.gene_bias.weight[genes, 0].detach()
+    mean = rates.exp() * sizes
     y = torch.from_numpy(cells.counts[:5, genes].toarray())
     log_density = (y * mean.log() - (y + theta) * (theta + mean).log()).sum() - 0.5 * (z - prior[:5]).square().sum()
     (gradient,) = torch.autograd.grad(log_density, z)
@@ -237,6 +259,7 @@ def test_states_are_fitted_to_a_corpus_and_its_captions(corpus, pipeline, tiny_p
     assert shares == pytest.approx([shares[0]] * len(shares))  # of a label: the root of its number of cells
     cells = read_texted_cells(*arguments)
     assert (cells.weights == 1).all()
+    assert np.array_equal(np.unique(cells.groups, return_counts=True)[1], np.sort(np.bincount(cells.groups))[::-1])
     assert cells.counts.shape == (32, pipeline.model.config.cell_config.vocab_size)
     assert cells.texts.shape == (
         32,

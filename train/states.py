@@ -7,6 +7,8 @@
    decoder).
 3. Rounds of expectation and maximisation: the posterior of each state, by Newton's method, and the regression of the
    counts of each gene on states drawn from it, which gives bias, direction and dispersion; in the end of every gene.
+4. What the factors miss of the mean profile of each type in each dataset: few directions do not hold the genes of rare
+   types, such as insulin.
 
 The encoder is of the fit alone: no cell is read when cells are generated. `train/LOG.md` has the choices.
 """
@@ -53,6 +55,8 @@ START_SCALE = 0.5  # of the directions: the scores of principal components hold 
 DIRECTION_PRECISION = 20.0  # of the Gaussian prior of a gene's direction
 MIN_SCALE = 1e-3  # of scores along an axis, and of what a text leaves open
 LIBRARY_NOISE = 0.1  # of the log library size around that of a training cell, which is not copied
+PROFILE_COUNTS = 1.0  # see `missed_profiles`
+MAX_GROUPS = 256  # that have a profile: the largest ones, and the last of all others
 MIN_RATE = 1e-4  # counts per 10,000 of a gene that no training cell expresses
 NEWTON_STEPS, MAX_CHANGE = 8, 1.5  # of regression and posterior, and the largest change of a log rate in a step
 GENES_AT_ONCE, CELLS_AT_ONCE = 128, 256  # in the regression, where 512 take twice the time each, and of the posterior
@@ -70,6 +74,7 @@ class TextedCells:
         texts: Rows of `features`, int64 `(n_cells, n_draws)`: the texts of each cell.
         weights: Relative frequency of each cell in the batches, and weight in the regressions, `(n_cells,)`; default:
             equal.
+        groups: The group of each cell, such as a type in a dataset, int64 `(n_cells,)`; default: one group.
     """
 
     counts: sparse.csr_matrix
@@ -77,9 +82,11 @@ class TextedCells:
     features: Tensor
     texts: np.ndarray
     weights: np.ndarray = field(default_factory=lambda: np.ones(1))
+    groups: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
 
     def __post_init__(self) -> None:
         self.weights = np.broadcast_to(self.weights / self.weights.mean(), len(self))
+        self.groups = np.broadcast_to(self.groups, len(self))
 
     def __len__(self) -> int:
         return len(self.total_counts)
@@ -334,24 +341,51 @@ def fit_states(states: ScMMGPTCellStates, cells: TextedCells, *, seed: int = 0) 
     keep_cells(states, posterior, cells)
 
 
+@torch.no_grad()
 def keep_cells(states: ScMMGPTCellStates, posterior: Posterior, cells: TextedCells) -> None:
-    """Keep states, library sizes and texts of the cells, and the scales of noise and of states."""
+    """Keep states, library sizes, groups and texts of the cells, and the scales of noise and of states."""
     weights = torch.from_numpy(cells.weights.astype(np.float32))
     noise = posterior.factor.square().sum(dim=2).mean(dim=0)
     left = (posterior.mean - text_means(posterior, cells)).square()
     states.training_states = posterior.mean
     states.training_log_sizes = torch.from_numpy(np.log(cells.total_counts).astype(np.float32))
     states.training_weights = weights
+    states.training_groups = torch.from_numpy(cells.groups.astype(np.int32))
     states.training_texts = torch.from_numpy(cells.texts.astype(np.int32))
     states.text_features = cells.features.clone()
     states.state_noise = torch.cat([noise.sqrt(), torch.tensor([LIBRARY_NOISE])])
     states.state_scale = (weights @ left / weights.sum() + noise).sqrt().clamp(min=MIN_SCALE)
+    profiles, trained = (
+        torch.zeros(cells.counts.shape[1], cells.groups.max() + 1),
+        states.gene_bias.weight.requires_grad,
+    )
+    states.gene_profiles = nn.Embedding.from_pretrained(profiles, freeze=not trained)
+    states.gene_profiles.weight.copy_(missed_profiles(states, cells).t())
+
+
+def missed_profiles(states: ScMMGPTCellStates, cells: TextedCells) -> Tensor:
+    """Log of the counts of each group over those that its states let expect, float32 `(n_groups, vocab_size)`.
+
+    A gene of few counts is shrunk towards the states, by `PROFILE_COUNTS` counts. The noise of the states raises the
+    mean of a rate.
+    """
+    n_groups, rows = cells.groups.max() + 1, np.arange(len(cells))
+    of_groups = sparse.csr_matrix((np.ones(len(cells)), (cells.groups, rows)), (n_groups, len(cells)))
+    expected = np.zeros((n_groups, cells.counts.shape[1]))
+    raised = 0.5 * states.gene_directions.weight.square() @ states.state_noise[:-1].square()
+    for first in range(0, len(cells), CELLS_AT_ONCE):
+        part = rows[first : first + CELLS_AT_ONCE]
+        log_rate = states.log_rate(states.training_states[part], torch.from_numpy(part))
+        rates = (log_rate + raised).exp().numpy() * (cells.total_counts[part, None] / COUNTS_PER_10K)
+        expected += of_groups[:, part] @ rates
+    counted = (of_groups @ cells.counts).toarray()
+    return torch.from_numpy(np.log((counted + PROFILE_COUNTS) / (expected + PROFILE_COUNTS)).astype(np.float32))
 
 
 def new_states(vocab_size: int, num_components: int, text_width: int) -> ScMMGPTCellStates:
     """Cell states without a model, to be fitted."""
     sizes = {"num_state_components": num_components, "projection_dim": text_width}
-    sizes |= dict.fromkeys(("num_training_states", "num_training_texts", "num_texts_of_cell"), 0)
+    sizes |= dict.fromkeys(("num_state_groups", "num_training_states", "num_training_texts", "num_texts_of_cell"), 0)
     return ScMMGPTCellStates(SimpleNamespace(cell_config=SimpleNamespace(vocab_size=vocab_size), **sizes))
 
 
@@ -400,7 +434,10 @@ def read_texted_cells(
     if balance:
         _, of_label, n_cells = np.unique(obs[balance].astype(str), return_inverse=True, return_counts=True)
         weights = n_cells[of_label] ** (1 / BALANCE_TEMPERATURE - 1)
-    return TextedCells(counts, sizes, torch.cat(features), rows.reshape(len(draws), len(cells)).T, weights)
+    pairs = np.stack([obs["dataset_id"].astype(str), types_of(obs)]).astype(str)
+    _, of_pair, n_cells = np.unique(pairs, axis=1, return_inverse=True, return_counts=True)
+    groups = np.minimum((-n_cells).argsort(kind="stable").argsort()[of_pair.reshape(-1)], MAX_GROUPS - 1)
+    return TextedCells(counts, sizes, torch.cat(features), rows.reshape(len(draws), len(cells)).T, weights, groups)
 
 
 def broader_names(obs: Mapping[str, np.ndarray]) -> list[list[str | None]]:
@@ -469,4 +506,5 @@ def fit_cell_states(
     fit_states(states, read_texted_cells(corpus, captions, model, processor, seed, balance), seed=seed)
     model.config.num_training_states, model.config.num_texts_of_cell = states.training_texts.shape
     model.config.num_training_texts = len(states.text_features)
+    model.config.num_state_groups = states.gene_profiles.embedding_dim
     model.train(was_training)
