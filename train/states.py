@@ -355,11 +355,8 @@ def keep_cells(states: ScMMGPTCellStates, posterior: Posterior, cells: TextedCel
     states.text_features = cells.features.clone()
     states.state_noise = torch.cat([noise.sqrt(), torch.tensor([LIBRARY_NOISE])])
     states.state_scale = (weights @ left / weights.sum() + noise).sqrt().clamp(min=MIN_SCALE)
-    profiles, trained = (
-        torch.zeros(cells.counts.shape[1], cells.groups.max() + 1),
-        states.gene_bias.weight.requires_grad,
-    )
-    states.gene_profiles = nn.Embedding.from_pretrained(profiles, freeze=not trained)
+    profiles = torch.zeros(cells.counts.shape[1], cells.groups.max() + 1)
+    states.gene_profiles = nn.Embedding.from_pretrained(profiles, freeze=False)
     states.gene_profiles.weight.copy_(missed_profiles(states, cells).t())
 
 
