@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .cells_scmmgpt import COUNTS_PER_10K, RandomStream, cell_keys
 
 
-TEXT_TEMPERATURE = 0.01  # of the cosine between a text and the texts of training cells (`train/LOG.md`)
+TEXT_TEMPERATURE = 0.005  # of the cosine between a text and the texts of training cells (`train/LOG.md`)
 COMPARED_STATES = 2000  # training cells among which the distance of neighbours is measured
 MEAN_STATES = 256  # states whose rates are averaged for the mean profile of a text
 MAX_LOG_RATE = math.log(COUNTS_PER_10K)  # no gene has more than all of a cell's counts
@@ -82,7 +82,7 @@ class ScMMGPTCellStates(nn.Module):
     def cell_shares(self, text_features: Tensor) -> Tensor:
         """Probability that a cell of each of the texts `(N, E)` has the state of each training cell, `(N, T)`.
 
-        The probability grows with the similarity of the training cell's texts, and with its weight.
+        The probability grows with the similarity of the most similar text of the training cell, and with its weight.
 
         Raises:
             ValueError: If the model keeps no training cells.
@@ -93,7 +93,10 @@ class ScMMGPTCellStates(nn.Module):
                 "`python -m scmmgpt.train tune`, which fits them, or load a checkpoint of `tune`."
             )
         of_texts = (text_features @ self.text_features.t() / TEXT_TEMPERATURE).softmax(dim=1)  # (N, M)
-        shares = of_texts[:, self.training_texts.long()].sum(dim=2) * self.training_weights
+        nearest = of_texts.new_zeros(len(of_texts), len(self.training_texts))
+        for texts in self.training_texts.long().t():
+            nearest = torch.maximum(nearest, of_texts[:, texts])
+        shares = nearest * self.training_weights
         return shares / shares.sum(dim=1, keepdim=True)
 
     def place(self, uniform: Tensor, noise: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,7 @@ from scmmgpt.train.states import (
     not_of_panels,
     read_texted_cells,
     regress_counts,
+    synonyms_of,
     types_of,
 )
 
@@ -125,6 +126,13 @@ def test_a_cell_has_the_names_of_the_broader_types_of_the_corpus():
     nearest, *others = broader_names({"cell_type_ontology_term_id": ids})
     assert nearest == ["monocyte", "monocyte", None, "B cell"]
     assert others == [nearest] * 2
+
+
+def test_a_cell_has_the_synonyms_of_its_type():
+    ids, names = np.array(["CL:0000236", "CL:0000451", None], dtype=object), ["B cell", "dendritic cell", None]
+    first, second, *_, last = synonyms_of({"cell_type_ontology_term_id": ids}, names)
+    assert (first, second) == (["B lymphocyte", "dendritic cell", None], ["B-cell", "dendritic cell", None])
+    assert last == names  # a cell of a type without more synonyms has its name again
 
 
 def test_cells_of_a_panel_are_left_out_where_others_have_the_type():
@@ -261,10 +269,7 @@ def test_states_are_fitted_to_a_corpus_and_its_captions(corpus, pipeline, tiny_p
     assert (cells.weights == 1).all()
     assert np.array_equal(np.unique(cells.groups, return_counts=True)[1], np.sort(np.bincount(cells.groups))[::-1])
     assert cells.counts.shape == (32, pipeline.model.config.cell_config.vocab_size)
-    assert cells.texts.shape == (
-        32,
-        16,
-    )  # eight captions, and four names twice
+    assert cells.texts.shape == (32, 32)  # eight captions, and twelve names twice
     assert torch.linalg.vector_norm(cells.features, dim=1).tolist() == pytest.approx([1] * len(cells.features))
     before = states.gene_bias.weight.clone()
     fit_cell_states(pipeline.model, open_corpus(corpus), CaptionSampler(), tiny_processor)
@@ -278,7 +283,7 @@ def test_states_of_training_cells_travel_with_the_checkpoint(corpus, tiny_proces
     fit_cell_states(pipeline.model, open_corpus(corpus), CaptionSampler(), tiny_processor)
     states, config = pipeline.model.model.cell_states, pipeline.model.config
     assert states.training_states.shape == (32, 5)
-    assert (config.num_training_states, config.num_texts_of_cell) == (32, 16)
+    assert (config.num_training_states, config.num_texts_of_cell) == (32, 32)
     drawn = pipeline.generate(["a B cell", "a T cell"], n_cells=3)
     assert (drawn.obs["training_distance"] > 0).all()
     pipeline.save_pretrained(tmp_path)

@@ -15,7 +15,7 @@ The encoder is of the fit alone: no cell is read when cells are generated. `trai
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 MAX_CELLS = 10_000  # of the training split: some minutes of one core
 LEAST_HELD, LEAST_OTHERS = 0.5, 20  # see `not_of_panels`
-MAX_BROADER = 3  # names of broader types of a cell among its texts
+MAX_BROADER, MAX_SYNONYMS = 3, 8  # names of broader types and synonyms of the type of a cell among its texts
 CAPTION_EPOCHS = 4  # captions of a cell from each set of templates
 TEXTS_AT_ONCE = 128
 NUM_GENES = 3000  # the most expressed genes, which determine the states
@@ -397,8 +397,8 @@ def read_texted_cells(
 ) -> TextedCells:
     """At most `MAX_CELLS` training cells from all of the corpus, and the features of captions about them.
 
-    The texts are captions of the training, short ones, which name little but the type, and the bare names of the type
-    and of broader types ([`broader_names`]) with and without an article, so that all kinds of prompt are known. No
+    The texts are captions of the training, short ones, which name little but the type, and names of the type and of
+    broader types and synonyms with and without an article, so that all kinds of prompt are known. No
     text names genes of its cell, which would give the target away. Cells of gene panels are left out if wider datasets
     have the type ([`not_of_panels`]). Rare labels of the column `balance` are drawn more often, as for the other
     losses of `tune`.
@@ -417,7 +417,7 @@ def read_texted_cells(
     ]
     names = [str(name) if isinstance(name, str) else None for name in obs["cell_type"]]
     short = draws[-1]
-    for named in (names, *broader_names(obs)):
+    for named in (names, *broader_names(obs), *synonyms_of(obs, names)):
         for word in (str, with_article):
             draws.append([word(name) if name else caption for name, caption in zip(named, short, strict=True)])
     texts, rows = np.unique(np.array(draws, dtype=object).astype(str), return_inverse=True)
@@ -451,6 +451,16 @@ def broader_names(obs: Mapping[str, np.ndarray]) -> list[list[str | None]]:
         known: list[str | None] = [ontology.term_name(other) for other in chain[1:] or chain]
         above[term] = [*known, *known[-1:] * MAX_BROADER][:MAX_BROADER]
     return [[above[term][level] for term in ids] for level in range(MAX_BROADER)]
+
+
+def synonyms_of(obs: Mapping[str, np.ndarray], names: Sequence[str | None]) -> list[list[str | None]]:
+    """At most `MAX_SYNONYMS` synonyms of the type of each cell; a cell with fewer has its name again."""
+    ids = [term if isinstance(term, str) else "" for term in obs["cell_type_ontology_term_id"]]
+    known = {term: ontology.all_synonyms(term)[:MAX_SYNONYMS] if term else () for term in set(ids)}
+    return [
+        [known[term][i] if i < len(known[term]) else name for term, name in zip(ids, names, strict=True)]
+        for i in range(MAX_SYNONYMS)
+    ]
 
 
 def types_of(obs: Mapping[str, np.ndarray]) -> np.ndarray:
