@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import sparse
 
 from scmmgpt.eval import baselines, results
 from scmmgpt.eval.baselines import TypePrediction
@@ -111,14 +112,7 @@ def _estimates(
     predictions: np.ndarray, truth: np.ndarray, confidences: np.ndarray | None, draws: np.ndarray
 ) -> dict[str, results.Estimate]:
     scores = annotation_scores(predictions, truth, confidences)
-    labels = np.unique(truth)
-    # One matrix product sums the draws of cells by entry of the confusion matrix, for all replicates.
-    columns = np.where(np.isin(predictions, labels), np.searchsorted(labels, predictions), len(labels))
-    code = np.searchsorted(labels, truth) * (len(labels) + 1) + columns
-    where = np.zeros((len(truth), len(labels) * (len(labels) + 1)))
-    where[np.arange(len(truth)), code] = 1
-    confusion = (draws @ where).reshape(len(draws), len(labels), len(labels) + 1)
-    replicates = _scores_of_confusions(confusion)
+    replicates = resampled_scores(predictions, truth, draws)
     if confidences is not None:
         replicates["ece"] = _calibration_errors(np.asarray(confidences), predictions == truth, draws)
         replicates["ece"] = results.recentre(scores["ece"], replicates["ece"]).clip(min=0)
@@ -150,8 +144,15 @@ def hierarchical_f1(
     return results.Estimate(2 * shared.sum() / sizes.sum(), len(truth), 2 * (draws @ shared) / (draws @ sizes))
 
 
-def _scores_of_confusions(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores of confusion matrices `(n, n_types, n_types + 1)`; the last column counts predictions of other types."""
+def resampled_scores(predictions: np.ndarray, truth: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores of bootstrap draws, `(n_draws,)` each; `draws` has the counts of the cells, `(n_draws, n_cells)`."""
+    labels, rows = np.unique(truth), np.arange(len(truth))
+    # One product sums the draws of cells by entry of the confusion matrix, whose last column counts other types.
+    columns = np.where(np.isin(predictions, labels), np.searchsorted(labels, predictions), len(labels))
+    code = np.searchsorted(labels, truth) * (len(labels) + 1) + columns
+    shape = len(truth), len(labels) * (len(labels) + 1)
+    confusion = draws @ sparse.csr_matrix((np.ones(len(truth)), (rows, code)), shape=shape)
+    confusion = confusion.reshape(len(draws), len(labels), len(labels) + 1)
     support = confusion.sum(2)
     hits = np.diagonal(confusion, axis1=1, axis2=2)
     predicted = confusion[:, :, :-1].sum(1)

@@ -49,6 +49,7 @@ from scmmgpt.commands.errors import number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import expression, run_finetune
 from scmmgpt.eval.cells import read_labelled
+from scmmgpt.eval.results import markdown
 from scmmgpt.eval.task import split_rows, training_parser
 from scmmgpt.evidence_scmmgpt import label_members
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
@@ -257,17 +258,15 @@ def judge_all(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Format precision at k, mean ± standard deviation over seeds, with one line for each system."""
-    lines = [f"| precision at {result['n_planted']} | {' | '.join(KINDS)} |", "| --- " * (len(KINDS) + 1) + "|"]
-    for system in result["kinds"]["any"]["precision"]:
-        values = [result["kinds"][kind]["precision"][system] for kind in KINDS]
-        lines.append(f"| {system} | " + " | ".join(f"{np.mean(v):.3f} ± {np.std(v):.3f}" for v in values) + " |")
-    verdicts = [result["kinds"][kind][CONTRADICTED] for kind in KINDS]
-    lines.append(
-        "| called contradicted: precision, recall | "
-        + " | ".join(f"{v['precision']:.3f}, {v['recall']:.3f}" for v in verdicts)
-        + " |"
-    )
-    return "\n".join(lines) + "\n"
+    of_kinds = [result["kinds"][kind] for kind in KINDS]
+    rows = []
+    for system in of_kinds[0]["precision"]:
+        values = [of_kind["precision"][system] for of_kind in of_kinds]
+        rows.append([system, *(f"{np.mean(v):.3f} ± {np.std(v):.3f}" for v in values)])
+    verdicts = [of_kind[CONTRADICTED] for of_kind in of_kinds]
+    called = [f"{verdict['precision']:.3f}, {verdict['recall']:.3f}" for verdict in verdicts]
+    rows.append(["called contradicted: precision, recall", *called])
+    return markdown([f"precision at {result['n_planted']}", *KINDS], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,8 +50,8 @@ from scmmgpt.cells_scmmgpt import Cells, log1p_cp10k
 from scmmgpt.commands.errors import OneLineParser, number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval import annotators, baselines
-from scmmgpt.eval.annotation import hierarchical_f1
-from scmmgpt.eval.results import percentile_interval
+from scmmgpt.eval.annotation import hierarchical_f1, resampled_scores
+from scmmgpt.eval.results import markdown, percentile_interval
 from scmmgpt.eval.task import read_runs
 from scmmgpt.labels_scmmgpt import term_of
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
@@ -186,20 +186,6 @@ def thin(part: LabelledSet, share: float, seed: int = 0) -> LabelledSet:
 def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
     """Unweighted mean F1 of the classes in `truth`."""
     return float(f1_score(truth, predicted, average="macro", labels=np.unique(truth), zero_division=0))
-
-
-def resampled_f1(truth: np.ndarray, predicted: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """[`macro_f1`] of bootstrap draws, `(n_draws,)`; `draws` has row numbers, `(n_draws, n_cells)`."""
-    labels, codes = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
-    true, named = codes[: len(truth)], codes[len(truth) :]
-
-    def counts(of_cells: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        return np.stack([np.bincount(of_cells[rows[kept[rows]]], minlength=len(labels)) for rows in draws])
-
-    everything = np.ones(len(truth), bool)
-    support, hits = counts(true, everything), counts(true, true == named)
-    scores = 2 * hits / np.maximum(support + counts(named, everything), 1)
-    return (scores * (support > 0)).sum(axis=1) / (support > 0).sum(axis=1)
 
 
 def pooled(case: LeftOutSet) -> np.ndarray:
@@ -341,11 +327,12 @@ def summarise(records: Sequence[dict], truths: dict[str, np.ndarray], key: str =
         of_system.setdefault(record["system"], {})[record["set"]] = np.asarray(record[key])
     draws = {}
     for place, (name, truth) in enumerate(truths.items()):
-        rng = np.random.default_rng([0, place])
-        draws[name] = rng.integers(len(truth), size=(N_RESAMPLES, len(truth)))
+        rows = np.random.default_rng([0, place]).integers(len(truth), size=(N_RESAMPLES, len(truth)))
+        draws[name] = np.stack([np.bincount(drawn, minlength=len(truth)) for drawn in rows])
 
     def replicates(predicted: dict[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
-        return np.mean([resampled_f1(truths[name], predicted[name], draws[name]) for name in names], axis=0)
+        scores = [resampled_scores(predicted[name], truths[name], draws[name]) for name in names]
+        return np.mean([of_set["macro_f1"] for of_set in scores], axis=0)
 
     own = WITH_PROFILES if WITH_PROFILES in of_system else MODEL
     rows, ours = [], of_system.get(own, {})
@@ -362,35 +349,31 @@ def summarise(records: Sequence[dict], truths: dict[str, np.ndarray], key: str =
             row["lead_by_set"] = {n: [means[n], percentile_interval(leads[n])] for n in names}
         ids = {label: label for name in names for label in truths[name] if label.startswith("CL:")}
         if ids:
-            row["hierarchical"] = {name: hierarchical(truths[name], predicted[name], ids) for name in names}
+            of_sets = {name: hierarchical_f1(predicted[name], truths[name], ids, draws[name]) for name in names}
+            row["hierarchical"] = {name: estimate.value for name, estimate in of_sets.items()}
         rows.append(row)
     return rows
-
-
-def hierarchical(truth: np.ndarray, predicted: np.ndarray, ids: Mapping[str, str]) -> float:
-    """See [`hierarchical_f1`]."""
-    return hierarchical_f1(predicted, truth, ids, np.ones((1, len(truth)))).value
 
 
 def markdown_table(rows: Sequence[dict]) -> str:
     """Format a Markdown table of systems x datasets, macro-F1 x 100."""
     names = list(rows[0]["by_set"])
-    lines = [f"| | mean | lead of ours | {' | '.join(names)} |", "| --- |" + " --- |" * (len(names) + 2)]
+
+    def with_interval(value: str, interval: Sequence[float]) -> str:
+        return f"{value} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+    def by_set(scores: Mapping[str, float]) -> list[str]:
+        return [f"{100 * scores[name]:.0f}" if name in scores else "" for name in names]
+
+    lines = []
     for row in rows:
-        low, high = (100 * end for end in row["interval"])
-        lead = ""
-        if "lead" in row:
-            ends = [100 * end for end in row["lead_interval"]]
-            lead = f"{100 * row['lead']:+.1f} [{ends[0]:.1f}, {ends[1]:.1f}]"
-        values = [f"{100 * row['by_set'][name]:.0f}" if name in row["by_set"] else "" for name in names]
-        mean = f"{100 * row['mean']:.1f} [{low:.1f}, {high:.1f}]"
-        lines.append(f"| {row['system']} | {mean} | {lead} | {' | '.join(values)} |")
-        if "hierarchical" in row:
-            f1 = row["hierarchical"]
-            values = [f"{100 * f1[name]:.0f}" if name in f1 else "" for name in names]
+        mean = with_interval(f"{100 * row['mean']:.1f}", row["interval"])
+        lead = with_interval(f"{100 * row['lead']:+.1f}", row["lead_interval"]) if "lead" in row else ""
+        lines.append([row["system"], mean, lead, *by_set(row["by_set"])])
+        if f1 := row.get("hierarchical"):
             mean = f"{100 * np.mean(list(f1.values())):.1f}"
-            lines.append(f"| {row['system']}, hierarchical F1 | {mean} | | {' | '.join(values)} |")
-    return "\n".join(lines) + "\n"
+            lines.append([f"{row['system']}, hierarchical F1", mean, "", *by_set(f1)])
+    return markdown(["", "mean", "lead of ours", *names], lines)
 
 
 def eval_results(rows: Sequence[dict], notes: str) -> list[dict[str, Any]]:

@@ -37,7 +37,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.sparse import vstack
-from sklearn.linear_model import LogisticRegression
 from transformers import get_cosine_schedule_with_warmup
 
 from scmmgpt.cells_scmmgpt import Cells
@@ -45,7 +44,15 @@ from scmmgpt.commands.errors import OneLineParser, number
 from scmmgpt.commands.files import write_json
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.eval import baselines
-from scmmgpt.eval.crossdata import LabelledSet, LeftOutSet, macro_f1, read_sets, shared_expression, thin
+from scmmgpt.eval.crossdata import (
+    LabelledSet,
+    LeftOutSet,
+    macro_f1,
+    new_regression,
+    read_sets,
+    shared_expression,
+    thin,
+)
 from scmmgpt.eval.results import markdown
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.train.finetune import CellsOfVocabulary
@@ -128,13 +135,9 @@ def logistic_regression(fold: Fold, seed: int, steps: int) -> Scores:
     scores: Scores = []
     for part in (known, *fold.new):
         kept = np.ones((0, len(fold.classes)), dtype=bool)
-        train, labels, test = shared_expression(
-            LeftOutSet(fold.train, part, fold.classes, fold.n_genes, kept), N_GENES
-        )
-        model = LogisticRegression(
-            C=INVERSE_PENALTY, class_weight="balanced", max_iter=baselines.MAX_ITERATIONS, tol=1e-3
-        )
-        fitted = baselines.fit_quietly(model, train, labels)
+        case = LeftOutSet(fold.train, part, fold.classes, fold.n_genes, kept)
+        train, labels, test = shared_expression(case, N_GENES)
+        fitted = baselines.fit_quietly(new_regression().set_params(C=INVERSE_PENALTY), train, labels)
         scores.append(fitted.predict_log_proba(test))
     lengths = np.cumsum([len(part.labels) for part in fold.known])[:-1]
     return [*np.split(scores[0], lengths), *scores[1:]]
