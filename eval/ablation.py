@@ -25,13 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from anndata import AnnData
 from sklearn.metrics import roc_auc_score
 
 from scmmgpt.commands.errors import number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval import baselines, generation, results
-from scmmgpt.eval.cells import LabelledCells, ontology_ids, read_splits
+from scmmgpt.eval.cells import LabelledCells, labelled_rows, ontology_ids, read_splits
 from scmmgpt.eval.results import markdown
 from scmmgpt.eval.task import task_parser
 from scmmgpt.modeling_scmmgpt import ScMMGPTBridgeModel
@@ -40,7 +39,6 @@ from scmmgpt.query_scmmgpt import standardised
 from scmmgpt.scoring_scmmgpt import mean_similarity
 from scmmgpt.train.data.captions import parse_cell_type
 from scmmgpt.train.data.corpus import Corpus, open_corpus
-from scmmgpt.train.labels import column_of
 
 
 PARTS = ("wide", "deep", "both")
@@ -81,17 +79,9 @@ def silent(layer: torch.nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def labelled_test_cells(corpus: Corpus, label_key: str) -> tuple[AnnData, np.ndarray]:
-    """Read the labelled cells of the test split, and their labels `(n_cells,)`."""
-    adata = corpus.to_adata("test")
-    labels = column_of(adata.obs, label_key)
-    known = labels != None  # noqa: E711 (elementwise)
-    return adata[known].copy(), labels[known].astype(str)
-
-
 def annotate(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str, parts: str) -> float:
     """Accuracy on the test split; `parts` is one of `PARTS`."""
-    bridge, (adata, truth) = pipeline._bridge(), labelled_test_cells(corpus, label_key)
+    bridge, (adata, truth) = pipeline._bridge(), labelled_rows(corpus.to_adata("test"), label_key)
     with ExitStack() as stack:
         if parts == "deep":
             stack.enter_context(without_places(bridge))
@@ -106,7 +96,7 @@ def annotate(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str, parts: s
 
 def search(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str) -> dict[str, float]:
     """AUROC of the cells of a type for its text, mean over types: part -> value."""
-    (adata, truth), config = labelled_test_cells(corpus, label_key), pipeline.model.config
+    (adata, truth), config = labelled_rows(corpus.to_adata("test"), label_key), pipeline.model.config
     if "labels" not in (config.annotation or {}):
         raise ValueError("The checkpoint stores no labels; run `scmmgpt calibrate` on the validation split before.")
     texts = {label: text for label, text in config.annotation["labels"].items() if label in truth}
@@ -131,13 +121,12 @@ def search(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str) -> dict[st
 
 def describe(pipeline: ScMMGPTPipeline, corpus: Corpus, train: LabelledCells, label_key: str, parts: str) -> float:
     """Share of the descriptions of the test split that name the true type."""
-    model, (adata, truth) = pipeline.model.model, labelled_test_cells(corpus, label_key)
+    model, (adata, truth) = pipeline.model.model, labelled_rows(corpus.to_adata("test"), label_key)
     with ExitStack() as stack:
         if parts != "both":
             stack.enter_context(silent(model.label_projection if parts == "deep" else model.language_projection))
         pipeline.describe(adata, max_new_tokens=MAX_NEW_TOKENS)
-    ids = ontology_ids(train)
-    candidates = {label: ids.get(label) for label in sorted(set(train.labels))}
+    candidates = ontology_ids(train)
     named = [parse_cell_type(text, candidates) for text in adata.obs["scmmgpt_description"]]
     return float(np.mean(np.array(named, dtype=object) == truth))
 

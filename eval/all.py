@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from anndata import AnnData
 from sklearn.linear_model import RidgeCV
-from sklearn.preprocessing import normalize
+from sklearn.preprocessing import StandardScaler, normalize
 
 from scmmgpt.cells_scmmgpt import hash_names
 from scmmgpt.commands.errors import number
@@ -82,10 +82,6 @@ class Study:
     output: Path
     args: argparse.Namespace
 
-    def adata(self, split: str) -> AnnData:
-        """Read the cells of a split as an AnnData."""
-        return self.corpus.to_adata(split)
-
     @functools.cached_property
     def by_genes(self) -> tuple[np.ndarray, np.ndarray]:
         """GenePT's embeddings of training and test cells, cached, because embedding the gene texts takes minutes."""
@@ -113,7 +109,7 @@ def calibrate(study: Study, checkpoint: Path) -> ScMMGPTPipeline:
 
     pipeline = ScMMGPTPipeline.from_pretrained(str(checkpoint.absolute()))
     split = "validation" if "validation" in study.corpus.split_names else "train"
-    cells, source = study.adata(split), study.corpus.path
+    cells, source = study.corpus.to_adata(split), study.corpus.path
     calibrate_checkpoint(pipeline, cells, str(checkpoint), source, study.args.label_key, {})
     return pipeline
 
@@ -183,7 +179,7 @@ def train_all(study: Study) -> Trained:
 
 def annotate(study: Study, pipeline: ScMMGPTPipeline) -> TypePrediction:
     """Annotate the test cells by `scmmgpt annotate`: labels and scores."""
-    adata = pipeline.annotate(study.adata("test"))
+    adata = pipeline.annotate(study.corpus.to_adata("test"))
     labels, scores = (by_name(study, adata, f"scmmgpt_{name}") for name in ("cell_type", "score"))
     return TypePrediction(labels.astype(str), scores.astype(float))
 
@@ -193,8 +189,7 @@ def evaluate_texts(study: Study, trained: Trained) -> dict[str, dict]:
     train, test, seed = study.train, study.test, study.args.seed
     regression = baselines.regression_on_shared_genes(train, test, seed=seed)
     told = trained.sentences.describe(test, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
-    ids = ontology_ids(train)
-    candidates = {label: ids.get(label) for label in sorted(set(train.labels))}
+    candidates = ontology_ids(train)
     named = [parse_cell_type(text, candidates) or annotation.UNKNOWN for text in told]
     others = {SENTENCES: TypePrediction(np.array(named)), CONTRAST: annotate(study, trained.contrast)}
     ours = annotate(study, trained.pipeline)
@@ -208,7 +203,7 @@ def evaluate_texts(study: Study, trained: Trained) -> dict[str, dict]:
         others=others | linear_annotation(study),
         seed=seed,
     )
-    adata = trained.pipeline.describe(study.adata("test"), max_new_tokens=MAX_NEW_TOKENS)
+    adata = trained.pipeline.describe(study.corpus.to_adata("test"), max_new_tokens=MAX_NEW_TOKENS)
     texts = by_name(study, adata, "scmmgpt_description")
     others_told = {SENTENCES: told}
     of_texts = description.evaluate_cells(
@@ -217,16 +212,11 @@ def evaluate_texts(study: Study, trained: Trained) -> dict[str, dict]:
     return {"annotation": annotated, "description": of_texts}
 
 
-def standardize(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Standardise the columns of both by the training mean and deviation, because the penalty depends on the scale."""
-    mean, spread = train.mean(axis=0), np.maximum(train.std(axis=0), 1e-12)
-    return (train - mean) / spread, (test - mean) / spread
-
-
 def linear_annotation(study: Study) -> dict[str, TypePrediction]:
     """Annotate the test cells by GenePT's embedding with a linear head, by ridge regression, and by CellTypist."""
     train, test, seed = study.train, study.test, study.args.seed
-    x, y = standardize(*study.by_genes)
+    scaler = StandardScaler().fit(study.by_genes[0])  # the penalty depends on the scale
+    x, y = map(scaler.transform, study.by_genes)
     predictions = {GENES: baselines.logistic_regression(x, train.labels, y, seed=seed)}
     genes = np.intersect1d(train.genes, test.genes)
     both = [cells.select_genes(genes) for cells in (train, test)]
@@ -309,7 +299,7 @@ def place(study: Study, pipeline: ScMMGPTPipeline, texts: list[str]) -> tuple[np
     The similarities are those of `scmmgpt search` without denials: a caption whose definition denies a marker would
     otherwise have a score on another scale than the other captions of the same cell.
     """
-    adata = study.adata("test")
+    adata = study.corpus.to_adata("test")
     choice = pipeline.processor.choose_input(adata)
     cells, features_of = choice.convert(adata), pipeline.features_of(choice)
     with torch.inference_mode():

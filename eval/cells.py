@@ -116,7 +116,6 @@ def read_labelled(path: str | Path, label_key: str) -> tuple["AnnData", np.ndarr
         ValueError: If `X` does not hold counts.
     """
     from scmmgpt.readers.cell_files import read_file
-    from scmmgpt.train.labels import column_of
 
     if (Path(path) / "manifest.json").is_file():
         from anndata import concat
@@ -127,13 +126,20 @@ def read_labelled(path: str | Path, label_key: str) -> tuple["AnnData", np.ndarr
         adata: AnnData = concat([corpus.to_adata(split) for split in corpus.split_names])
     else:
         adata = read_file(path)
-    labels = column_of(adata.obs, label_key)
-    known = labels != None  # noqa: E711 (elementwise)
-    adata = adata[known].copy()
+    adata, labels = labelled_rows(adata, label_key)
     values = sparse.csr_matrix(adata.X).data
     if (values < 0).any() or not np.array_equal(values, np.round(values)):
         raise ValueError(f"X of {path} holds no counts. Put counts into X: every system normalises them itself.")
-    return adata, labels[known].astype(str)
+    return adata, labels
+
+
+def labelled_rows(adata: "AnnData", label_key: str) -> tuple["AnnData", np.ndarray]:
+    """Select the cells with a label; return them, and their labels as `finetune` reads them, str `(n_obs,)`."""
+    from scmmgpt.train.labels import column_of
+
+    labels = column_of(adata.obs, label_key)
+    known = np.flatnonzero(labels)  # None where missing, and never empty
+    return adata[known].copy(), labels[known].astype(str)
 
 
 def match_names(names: ArrayLike, test: LabelledCells, source: str) -> tuple[np.ndarray, np.ndarray]:
@@ -170,8 +176,7 @@ def match_names(names: ArrayLike, test: LabelledCells, source: str) -> tuple[np.
 
 
 def ontology_ids(cells: LabelledCells) -> dict[str, str | None]:
-    """Cell type -> Cell Ontology id, or None; empty without the obs column of ids."""
-    ids = cells.obs.get("cell_type_ontology_term_id")
-    if ids is None:
-        return {}
-    return {label: None if term != term else term for label, term in zip(cells.labels, ids, strict=True)}
+    """Cell type -> Cell Ontology id, or None; sorted by type."""
+    ids = cells.obs.get("cell_type_ontology_term_id", [None] * len(cells))
+    pairs = sorted(dict(zip(cells.labels, ids, strict=True)).items())
+    return {label: None if term != term else term for label, term in pairs}

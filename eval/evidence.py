@@ -10,8 +10,6 @@ with the highest counts, or of expressed genes with the largest weights of the l
 label against all other labels. No true labels are needed.
 """
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,7 +20,7 @@ import pandas as pd
 
 from scmmgpt.cells_scmmgpt import Cells, hashes
 from scmmgpt.commands.errors import OneLineParser, number
-from scmmgpt.commands.files import write_json
+from scmmgpt.eval.task import write_result
 from scmmgpt.evidence_scmmgpt import NONE, Evidence
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import read_file
@@ -140,7 +138,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     pipeline = ScMMGPTPipeline.from_pretrained(args.model)
     result = evaluate_evidence(pipeline, read_file(args.cells), args.draws, args.seed)
-    if args.output:
-        write_json(args.output, result)
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    return 0
+    return write_result(result, args.output)

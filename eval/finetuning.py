@@ -115,17 +115,13 @@ def evaluate(
 
 def summarise(records: list[dict]) -> list[dict]:
     """Mean and standard deviation (`None` for a single run) of each metric over seeds, by setting and system."""
-    groups: dict[tuple, list[dict]] = {}
-    for record in records:
-        groups.setdefault((record["setting"], record["system"]), []).append(record)
     rows = []
-    for (setting, system), group in groups.items():
+    for (setting, system), group in pd.DataFrame(records).groupby(["setting", "system"], sort=False):
         row: dict[str, Any] = {"setting": setting, "system": system, "runs": len(group)}
-        row["seconds"] = round(float(np.mean([record["seconds"] for record in group])), 1)
+        row["seconds"] = round(float(group["seconds"].mean()), 1)
         for metric in METRICS:
-            values = [record[metric] for record in group]
-            row[metric] = round(float(np.mean(values)), 4)
-            row[f"{metric}_sd"] = round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else None
+            row[metric] = round(float(group[metric].mean()), 4)
+            row[f"{metric}_sd"] = round(float(group[metric].std()), 4) if len(group) > 1 else None
         rows.append(row)
     return rows
 

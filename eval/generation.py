@@ -12,7 +12,7 @@ import argparse
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -111,6 +111,9 @@ MEASURES = {
     },
 }
 RESAMPLED = ("energy_distance", "mmd2", "profile_correlation")  # averages over types with bootstrap replicates
+
+
+Scores = dict[str, results.Estimate]  # measure -> estimate in one draw
 
 
 class GeneratedCells(NamedTuple):
@@ -306,19 +309,6 @@ class HeldOutCells:
         return cls(space, points, compared.labels, bandwidth, axes, near, columns, profiles, mean[columns])
 
 
-@dataclass(frozen=True)
-class Score:
-    """A value of a measure, with bootstrap replicates (or None) and values by type (or None)."""
-
-    value: float
-    n: int
-    replicates: np.ndarray | None = None
-    by_type: Mapping[str, float] | None = None
-
-
-Scores = dict[str, Score]
-
-
 def score_cells(
     cells: GeneratedCells, prompts: np.ndarray, train: LabelledCells, test: LabelledCells, seed: int
 ) -> Scores:
@@ -342,8 +332,7 @@ def score_cells(
             chosen = cells.expression[rng.permutation(rows)[:n]][:, top]
             mean, largest = realism.gene_correlation(chosen)
             measured["gene_correlation"][label], measured["largest_eigenvalue"][label] = mean, largest
-    n = len(cells.prompts)
-    return {name: Score(float(np.mean([*of.values()])), n, None, of) for name, of in measured.items()}
+    return {name: results.mean_over_types(of, len(cells.prompts)) for name, of in measured.items()}
 
 
 def score_all_genes(cells: GeneratedCells, test: LabelledCells, seed: int) -> Scores:
@@ -356,16 +345,14 @@ def score_all_genes(cells: GeneratedCells, test: LabelledCells, seed: int) -> Sc
             x, y = cells.expression[ours], test.expression[real].toarray()
             kernels = (-euclidean_distances(a, b) for a, b in ((x, x), (y, y), (x, y)))  # faster than `cdist` here
             by_type[str(label)] = float(knn.discrepancy(*kernels))
-    if not by_type:
-        return {}
-    return {"energy_distance_all_genes": Score(float(np.mean([*by_type.values()])), len(cells.prompts), None, by_type)}
+    return {"energy_distance_all_genes": results.mean_over_types(by_type, len(cells.prompts))} if by_type else {}
 
 
-def nearest_score(points: np.ndarray, labels: np.ndarray, truth: HeldOutCells) -> Score:
+def nearest_score(points: np.ndarray, labels: np.ndarray, truth: HeldOutCells) -> results.Estimate:
     """Mean distance of points `(n, n_components)` to the nearest training cell, averaged over the types `(n,)`."""
     near = realism.nearest_distances(points, truth.training_points)
     by_type = {str(label): float(near[labels == label].mean()) for label in np.unique(labels)}
-    return Score(float(np.mean([*by_type.values()])), len(points), None, by_type)
+    return results.mean_over_types(by_type, len(points))
 
 
 def score_in_space(cells: GeneratedCells, truth: HeldOutCells, n_resamples: int, seed: int) -> Scores:
@@ -374,10 +361,9 @@ def score_in_space(cells: GeneratedCells, truth: HeldOutCells, n_resamples: int,
     scores = {"nearest_training_cell": nearest_score(points, labels, truth)}
     mine, theirs = realism.match_proportions(labels, truth.labels, np.random.default_rng(seed))
     if len(mine) >= knn.MIN_CELLS:
-        auc = realism.two_sample_auc(points[mine], truth.points[theirs], seed=seed)
-        scores["two_sample_auc"] = Score(auc, len(mine))
-        matched = realism.gromov_wasserstein(points[mine], truth.points[theirs])
-        scores["gromov_wasserstein"] = Score(matched, len(mine))
+        pair = points[mine], truth.points[theirs]
+        scores["two_sample_auc"] = results.Estimate(realism.two_sample_auc(*pair, seed=seed), len(mine))
+        scores["gromov_wasserstein"] = results.Estimate(realism.gromov_wasserstein(*pair), len(mine))
     ks = [k for k in knn.KS if k <= len(truth.points)]
     hits = knn.knn_accuracy(points, labels, truth.points, truth.labels, ks=ks) if ks else {}
     _, types, sizes = np.unique(labels, return_inverse=True, return_counts=True)
@@ -385,7 +371,7 @@ def score_in_space(cells: GeneratedCells, truth: HeldOutCells, n_resamples: int,
     for k, hit in hits.items():
         estimate = results.mean_estimate(hit, draws, weights=1 / sizes[types])  # all types have equal weight
         shares = {str(label): float(hit[labels == label].mean()) for label in np.unique(labels)}
-        scores[f"knn_accuracy_{k}"] = Score(estimate.value, n, estimate.replicates, shares)
+        scores[f"knn_accuracy_{k}"] = replace(estimate, by_type=shares)
     by_type, variances = {}, {}
     for label in np.unique(labels):
         ours, real = (np.flatnonzero(of == label)[:MAX_PER_TYPE] for of in (labels, truth.labels))
@@ -393,17 +379,16 @@ def score_in_space(cells: GeneratedCells, truth: HeldOutCells, n_resamples: int,
             by_type[str(label)] = _compare_samples(
                 cells.expression[ours], points[ours], truth, real, n_resamples, seed
             )
-            pair = [realism.variance_along(truth.axes, sample) for sample in (points[ours], truth.points[real])]
-            variances[str(label)] = pair[0], pair[1]
+            samples = points[ours], truth.points[real]
+            variances[str(label)] = [realism.variance_along(truth.axes, sample) for sample in samples]
     for name in RESAMPLED if by_type else ():
-        measured = {label: of_type[name] for label, of_type in by_type.items()}
-        value = float(np.mean([value for value, _ in measured.values()]))
-        replicates = results.recentre(value, np.mean([replicates for _, replicates in measured.values()], axis=0))
-        scores[name] = Score(value, n, replicates, {label: value for label, (value, _) in measured.items()})
+        mean = results.mean_over_types({label: of_type[name][0] for label, of_type in by_type.items()}, n)
+        drawn = np.mean([of_type[name][1] for of_type in by_type.values()], axis=0)
+        scores[name] = replace(mean, replicates=results.recentre(mean.value, drawn))
     return scores | diversity(variances, n)
 
 
-def diversity(variances: Mapping[str, tuple[float, float]], n: int) -> Scores:
+def diversity(variances: Mapping[str, Sequence[float]], n: int) -> Scores:
     """Variance of generated cells divided by the variance of real cells; types without real variance are left out.
 
     Args:
@@ -414,7 +399,8 @@ def diversity(variances: Mapping[str, tuple[float, float]], n: int) -> Scores:
     if not varied:
         return {}
     ours, real = np.sum([*varied.values()], axis=0)
-    return {"diversity": Score(float(ours / real), n, None, {label: x / y for label, (x, y) in varied.items()})}
+    by_type = {label: x / y for label, (x, y) in varied.items()}
+    return {"diversity": results.Estimate(float(ours / real), n, by_type=by_type)}
 
 
 def _compare_samples(

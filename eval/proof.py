@@ -27,7 +27,6 @@ from several files for a human reader, with the genes that stand out in each cel
 """
 
 import functools
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -41,8 +40,8 @@ from scipy.stats import poisson
 from sklearn.naive_bayes import MultinomialNB
 
 from scmmgpt.commands.errors import OneLineParser, number
-from scmmgpt.commands.files import write_json
 from scmmgpt.commands.results import write_table
+from scmmgpt.eval.task import write_result
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.programmes_scmmgpt import LINEAGES, PROGRAMMES
 from scmmgpt.proof_scmmgpt import LINEAGE_FOLD, MIN_LINEAGE_GENES
@@ -460,7 +459,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     by_file = {Path(path).stem: evaluate_proof(pipeline, read_file(path), args.seed) for path in args.cells}
     result = by_file if len(by_file) > 1 else next(iter(by_file.values()))
-    if args.output:
-        write_json(args.output, result)
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    return 0
+    return write_result(result, args.output)

@@ -36,6 +36,7 @@ class Estimate:
     n: int  # number of cells (or pairs)
     replicates: np.ndarray | None = None  # values on resampled cells, `(n_resamples,)`; `None`: no interval
     spread: float | None = None  # standard deviation over several draws of the cells, if there are several
+    by_type: Mapping[str, float] | None = None  # values of single cell types, if the value is an average over types
 
     @property
     def interval(self) -> list[float] | None:
@@ -64,6 +65,11 @@ def mean_estimate(values: np.ndarray, draws: np.ndarray, *, weights: np.ndarray 
     weights = np.ones(len(values)) if weights is None else weights
     replicates = draws @ (weights * values) / (draws @ weights)
     return Estimate(float(np.average(values, weights=weights)), len(values), replicates)
+
+
+def mean_over_types(by_type: Mapping[str, float], n: int) -> Estimate:
+    """The mean of values of cell types, equally weighted; `n` is the number of their cells."""
+    return Estimate(float(np.mean([*by_type.values()])), n, by_type=by_type)
 
 
 def recentre(value: float, replicates: np.ndarray) -> np.ndarray:

@@ -55,6 +55,14 @@ def run_task(
     return 0
 
 
+def write_result(result: dict, output: str | None) -> int:
+    """Write a result as JSON to the standard output and, if given, to the file `output`; return the exit status."""
+    if output:
+        write_json(output, result)
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
 def training_parser(command: str, description: str) -> argparse.ArgumentParser:
     """Make a parser with the arguments of all tasks that train systems on a file of labelled cells."""
     parser = OneLineParser(prog=f"python -m scmmgpt.eval {command}", description=description)

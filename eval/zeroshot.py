@@ -211,11 +211,6 @@ SYSTEMS: dict[str, Callable[[LeftOutLabel], dict[str, np.ndarray]]] = {
 }
 
 
-def ontology_steps(ids: Sequence[str]) -> np.ndarray:
-    """Steps in the Cell Ontology between all pairs of terms, `(n, n)`."""
-    return np.array([[ontology.distance(a, b) for b in ids] for a in ids], dtype=float)
-
-
 def measure(scores: np.ndarray, truth: np.ndarray, left_out: int, steps: np.ndarray) -> dict[str, float]:
     """Compute the measures of the module's docstring for one left-out label.
 
@@ -223,7 +218,7 @@ def measure(scores: np.ndarray, truth: np.ndarray, left_out: int, steps: np.ndar
         scores: `(n_test, n_labels)`.
         truth: Positions of the true labels, `(n_test,)`.
         left_out: Position of the left-out label.
-        steps: Result of [`ontology_steps`].
+        steps: Steps in the Cell Ontology between all pairs of labels, `(n_labels, n_labels)`.
     """
     predicted, missing = scores.argmax(axis=1), truth == left_out
     unseen = float((predicted[missing] == left_out).mean())
@@ -326,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     labels = describe([str(name) for name in names], ids)
     if args.generate:
         return generate_left_out(args, adata, truth, labels)
-    steps = ontology_steps(labels.ids)
+    steps = np.array([[ontology.distance(a, b) for b in labels.ids] for a in labels.ids], dtype=float)
     about: dict[str, Any] = {"task": "zeroshot", "adata": Path(args.adata).name, "label_key": args.label_key}
     about |= {"texts": dict(zip(labels.names, labels.texts, strict=True)), "test_share": args.test_share}
     about |= {"gene_texts": args.gene_texts and Path(args.gene_texts).name}
