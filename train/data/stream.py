@@ -44,10 +44,10 @@ class CellStream:
         corpus: A `Corpus`, or the path of one; or a dataset, as [`RowReader`] takes it, with the cells of one split.
         split: `"train"`, `"validation"` or `"test"` of a corpus.
         columns: Annotations to yield; default: `OBS_COLUMNS` without the barcode, and all other columns of a dataset.
-        batch_size, token_budget, max_genes, shuffle, temperature, seed, drop_last: See [`CellOrder`]. Losses that
-            compare the cells of all ranks need `batch_size`, which gives every rank the same number of cells.
         balance: An annotation, such as `"cell_type"` or `"dataset_id"`, whose rare labels are drawn more often.
         rank, world_size: Number of this process, from 0, and number of processes.
+        order: `batch_size`, `seed` and further settings of [`CellOrder`]. Losses that compare the cells of all ranks
+            need `batch_size`, which gives every rank the same number of cells.
 
     Raises:
         ValueError: If the corpus has no such annotation or split, or `rank` is outside `world_size`.
@@ -59,16 +59,10 @@ class CellStream:
         split: str = "train",
         *,
         columns: list[str] | None = None,
-        batch_size: int | None = None,
-        token_budget: int | None = None,
-        max_genes: int = 1200,
-        shuffle: bool = True,
         balance: str | None = None,
-        temperature: float = float("inf"),
-        seed: int = 0,
-        drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        **order: Any,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} of world_size {world_size}; ranks are numbered from 0.")
@@ -80,19 +74,7 @@ class CellStream:
         if balance is not None:
             labels = reader.labels(balance).combine_chunks().dictionary_encode()
             codes = labels.indices.fill_null(len(labels.dictionary)).to_numpy()  # cells without a label share one code
-        self.order = CellOrder(
-            reader.sizes,
-            reader.lengths,
-            batch_size=batch_size,
-            token_budget=token_budget,
-            max_genes=max_genes,
-            shuffle=shuffle,
-            label_codes=codes,
-            temperature=temperature,
-            seed=seed,
-            world_size=world_size,
-            drop_last=drop_last,
-        )
+        self.order = CellOrder(reader.sizes, reader.lengths, label_codes=codes, world_size=world_size, **order)
         if reader.bytes_decoded <= IN_MEMORY_BYTES:
             self.reader = MemoryReader(reader)
 
