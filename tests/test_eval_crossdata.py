@@ -232,7 +232,10 @@ def test_a_cell_may_have_the_classes_of_its_tissue_and_of_blood():
 def test_a_neighbour_in_the_ontology_is_half_right():
     t_cell, b_cell, neuron = "CL:0000084", "CL:0000236", "CL:0000540"
     truth, ids = np.array([t_cell, t_cell]), {name: name for name in (t_cell, b_cell, neuron)}
-    scores = [hierarchical_f1(np.array([t_cell, name]), truth, ids, np.ones((1, 2))).value for name in (t_cell, b_cell, neuron)]
+    scores = [
+        hierarchical_f1(np.array([t_cell, name]), truth, ids, np.ones((1, 2))).value
+        for name in (t_cell, b_cell, neuron)
+    ]
     assert scores[0] == 1
     assert scores == sorted(scores, reverse=True)
     assert len(set(scores)) == 3

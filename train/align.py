@@ -32,7 +32,7 @@ from scmmgpt.train.corpus_readout import choose_places, fit_corpus_readout, plac
 from scmmgpt.train.curves import save_curves
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.collate import AlignmentCollator
-from scmmgpt.train.data.corpus import Corpus, open_corpus
+from scmmgpt.train.data.corpus import Corpus, first_groups, open_corpus
 from scmmgpt.train.data.sharing import push_folder
 from scmmgpt.train.initialize import TrainingCells, embed_genes_by_coexpression, standardize_projections
 from scmmgpt.train.options import OptionParser
@@ -81,13 +81,11 @@ class AlignTrainer(ModelLossTrainer):
         dataset = self.eval_dataset.of_all_ranks()
         collate: Any = dataset.collate
         feature_pieces, type_pieces, captions = [], [], []
-        for cells, obs, _ in dataset.source.batches():
+        for cells, obs, _ in first_groups(dataset.source.batches(), MAX_VALIDATION_CELLS):
             inputs = collate.processor(cells=cells).to(self.args.device)
             feature_pieces.append(model.get_cell_features(**inputs))
             type_pieces.append(obs["cell_type"])
             captions += self.captions.caption(obs, cells, collate.gene_symbols)
-            if sum(map(len, type_pieces)) >= MAX_VALIDATION_CELLS:
-                break
         features, types = torch.cat(feature_pieces), np.concatenate(type_pieces)
 
         def similarity_to(texts: list[str]) -> torch.Tensor:

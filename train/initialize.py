@@ -12,6 +12,7 @@ from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.data.batches import BatchDataset
+from scmmgpt.train.data.corpus import first_groups
 
 
 logger = logging.getLogger(__name__)
@@ -84,11 +85,9 @@ def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: TrainingCells) -
 
     weight: torch.Tensor = cast(torch.nn.Embedding, cell_model.get_input_embeddings()).weight
     pieces: list[csr_matrix] = []
-    for cells, _ in corpus.row_groups("train", columns=[]):
+    for cells, _ in first_groups(corpus.row_groups("train", columns=[]), SVD_CELLS):
         values = normalize_log1p(cells)
         pieces.append(csr_matrix((values, cells.gene_ids, cells.indptr), shape=(len(cells), len(weight))))
-        if sum(piece.shape[0] for piece in pieces) >= SVD_CELLS:
-            break
     matrix = vstack(pieces, format="csr")
     mean = np.asarray(matrix.mean(axis=0)).ravel()
     mean_square = np.asarray(matrix.multiply(matrix).mean(axis=0)).ravel()
@@ -112,13 +111,11 @@ def standardize_language_projection(model: ScMMGPTForConditionalGeneration, data
     """
     model.eval()
     pieces: list[torch.Tensor] = []
-    for cells, *_ in dataset.source.batches():
+    for cells, *_ in first_groups(dataset.source.batches(), PROJECTION_CELLS):
         inputs = dataset.collate.processor(cells=cells).to(model.device)
         mask = inputs["cell_attention_mask"]
         gene_states = model.model.encode_cells(inputs["gene_ids"], inputs["expression"], mask)
         pieces.append(model.model.query_cells(gene_states, mask))
-        if sum(map(len, pieces)) >= PROJECTION_CELLS:
-            break
     projection: Any = model.model.language_projection
     first, last = projection[0], projection[2]
     states = (torch.cat(pieces) - model.model.query_means).flatten(0, 1)

@@ -23,10 +23,10 @@ from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.train.arguments import TuneModelArguments
 from scmmgpt.train.convert import load_causal_lm, resolve_source
 from scmmgpt.train.data.captions import CaptionSampler
-from scmmgpt.train.data.corpus import Corpus
+from scmmgpt.train.data.corpus import Corpus, first_groups
 
 
-SCRATCH_TEXTS = 20_000  # captions and answers that train the tokenizer of a new language model
+SCRATCH_CELLS = 10_000  # cells whose captions and answers train the tokenizer of a new language model
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
@@ -68,14 +68,12 @@ def new_language_model(
 
 
 def caption_texts(corpus: Corpus, captions: CaptionSampler) -> list[str]:
-    """Draw about `SCRATCH_TEXTS` captions and answers for the first training cells."""
+    """Draw a caption and an answer for each of the first training cells, about `SCRATCH_CELLS`."""
     texts: list[str] = []
-    for cells, table in corpus.row_groups("train"):
+    for cells, table in first_groups(corpus.row_groups("train"), SCRATCH_CELLS):
         obs = {name: np.array(table[name].to_pylist(), dtype=object) for name in table.column_names}
         texts += captions.caption(obs, cell_ids=cells.cell_ids)
         texts += captions.answer(obs, cells, corpus.gene_symbols)
-        if len(texts) >= SCRATCH_TEXTS:
-            break
     return texts
 
 

@@ -14,7 +14,6 @@ scGPT was trained with a dropout of 0.2 on attention weights too. Here this drop
 attention kernels; `--cell_config '{"attention_dropout": 0.2}'` turns it on.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from transformers import TrainingArguments
 
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.commands.files import read_json
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
 from scmmgpt.modeling_scgpt import IGNORED_LABEL, ScGPTForPreTraining, ScGPTModel
@@ -92,29 +92,18 @@ def build_model(corpus: Corpus, arguments: PretrainArguments) -> tuple[ScGPTForP
         extractor.value_mode, extractor.selection = arguments.value_mode, arguments.selection
         model = ScGPTForPreTraining(config, objectives=objectives)
     else:
-        check_vocabulary(checkpoint, corpus)
+        path = Path(checkpoint, "vocab.json")
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{checkpoint} has no vocab.json. Give a folder that `convert scgpt` or `pretrain` wrote."
+            )
+        corpus.check_vocabulary(read_json(path, dict), checkpoint)
         fields = {"objectives": objectives, "dtype": torch.float32, **arguments.cell_config}
         model = ScGPTForPreTraining.from_pretrained(checkpoint, **fields)
         extractor = ScMMGPTFeatureExtractor.from_pretrained(checkpoint)
     if arguments.max_genes is not None:
         extractor.max_genes = arguments.max_genes
     return model, extractor
-
-
-def check_vocabulary(checkpoint: str, corpus: Corpus) -> None:
-    """Refuse a checkpoint whose gene vocabulary differs from the corpus's."""
-    path = Path(checkpoint, "vocab.json")
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{checkpoint} has no vocab.json. Give a folder that `convert scgpt` or `pretrain` wrote."
-        )
-    vocabulary = json.loads(path.read_text())
-    if vocabulary != corpus.vocabulary:
-        n_equal = sum(corpus.vocabulary.get(token) == number for token, number in vocabulary.items())
-        raise ValueError(
-            f"{checkpoint} has {len(vocabulary)} gene tokens and the corpus {corpus.path} {len(corpus.vocabulary)}, "
-            f"of which {n_equal} agree. Prepare the corpus with `--vocabulary {path}`."
-        )
 
 
 def make_parser(prog: str | None = None) -> OptionParser:

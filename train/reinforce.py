@@ -204,7 +204,7 @@ def main(
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
     model, processor = load_model(model_args.checkpoint)
-    open_corpus(corpus.path, vocabulary=processor.gene_tokenizer.get_vocab(), verify=False)  # refuses others
+    corpus.check_vocabulary(processor.gene_tokenizer.get_vocab(), model_args.checkpoint)
     evaluates = training_args.eval_strategy != "no"
     if cells is None:
         names = ["train", "validation"] if evaluates and "validation" in corpus.split_names else ["train"]
