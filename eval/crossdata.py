@@ -327,8 +327,8 @@ def summarise(records: Sequence[dict], truths: dict[str, np.ndarray], key: str =
         of_system.setdefault(record["system"], {})[record["set"]] = np.asarray(record[key])
     draws = {}
     for place, (name, truth) in enumerate(truths.items()):
-        rows = np.random.default_rng([0, place]).integers(len(truth), size=(N_RESAMPLES, len(truth)))
-        draws[name] = np.stack([np.bincount(drawn, minlength=len(truth)) for drawn in rows])
+        drawn = np.random.default_rng([0, place]).integers(len(truth), size=(N_RESAMPLES, len(truth)))
+        draws[name] = np.stack([np.bincount(cells, minlength=len(truth)) for cells in drawn])
 
     def replicates(predicted: dict[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
         scores = [resampled_scores(predicted[name], truths[name], draws[name]) for name in names]
