@@ -18,7 +18,12 @@ from scmmgpt.cells_scmmgpt import Cells, hash_names
 from scmmgpt.eval import baselines, results
 from scmmgpt.eval.baselines import TypePrediction
 from scmmgpt.eval.cells import LabelledCells, match_names, ontology_ids
-from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import discrepancy, gaussian_kernel, median_distance
+from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import (
+    discrepancy,
+    gaussian_kernel,
+    kernel_matrices,
+    median_distance,
+)
 from scmmgpt.eval.metrics.text_discrepancy import text_discrepancy as metric
 from scmmgpt.eval.task import run_task
 from scmmgpt.genes_scmmgpt import GeneIndex
@@ -195,8 +200,7 @@ def _estimates(
     n = len(truths)
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     cosine = (x * y).sum(1) / np.maximum(norms, 1e-12)
-    bandwidth = median_distance(y)
-    kernels = [gaussian_kernel(a, b, bandwidth) for a, b in ((x, x), (y, y), (x, y))]
+    kernels = kernel_matrices(functools.partial(gaussian_kernel, bandwidth=median_distance(y)), x, y)
     mmd2 = float(discrepancy(*kernels))
     rouge = metric.rouge_f(texts, truths)[:, metric.ROUGE_TYPES.index("rougeL")]
     bleu = sacrebleu.corpus_bleu(texts, [truths]).score

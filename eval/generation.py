@@ -9,6 +9,7 @@ has its mean and its spread over the draws. The row "real training cells" shows 
 """
 
 import argparse
+import functools
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -343,8 +344,8 @@ def score_all_genes(cells: GeneratedCells, test: LabelledCells, seed: int) -> Sc
         ours, real = (rng.permutation(side)[:CELLS_PER_DRAW] for side in sides)
         if len(ours) >= 2 and len(real) >= knn.MIN_CELLS:
             x, y = cells.expression[ours], test.expression[real].toarray()
-            kernels = (-euclidean_distances(a, b) for a, b in ((x, x), (y, y), (x, y)))  # faster than `cdist` here
-            by_type[str(label)] = float(knn.discrepancy(*kernels))
+            distances = knn.kernel_matrices(euclidean_distances, x, y)  # faster than `cdist` here
+            by_type[str(label)] = -float(knn.discrepancy(*distances))
     return {"energy_distance_all_genes": results.mean_over_types(by_type, len(cells.prompts))} if by_type else {}
 
 
@@ -410,12 +411,11 @@ def _compare_samples(
     y = truth.points[rows]
     wx = results.bootstrap_draws(len(x), n_resamples=n_resamples, seed=seed)
     wy = results.bootstrap_draws(len(y), n_resamples=n_resamples, seed=seed + 1)
-    pairs = ((x, x), (y, y), (x, y))
-    kernels = {
-        "energy_distance": [knn.distance_kernel(a, b) for a, b in pairs],
-        "mmd2": [knn.gaussian_kernel(a, b, truth.bandwidth) for a, b in pairs],
-    }
-    measured = {name: (float(knn.discrepancy(*k)), knn.discrepancy(*k, wx=wx, wy=wy)) for name, k in kernels.items()}
+    gaussian = functools.partial(knn.gaussian_kernel, bandwidth=truth.bandwidth)
+    measured = {}
+    for name, kernel in {"energy_distance": knn.distance_kernel, "mmd2": gaussian}.items():
+        kernels = knn.kernel_matrices(kernel, x, y)
+        measured[name] = float(knn.discrepancy(*kernels)), knn.discrepancy(*kernels, wx=wx, wy=wy)
     profiles = cells[:, truth.columns], truth.profiles[rows]
     return measured | {"profile_correlation": _profile_correlation(*profiles, truth.center, wx, wy)}
 

@@ -46,19 +46,12 @@ def evaluate_retrieval(
     rng = np.random.default_rng(seed)
     first = next(iter(similarities.values()))
     systems = {**similarities, "random order": rng.random(first.shape)}
-    draws = {
-        "cell_to_text": results.bootstrap_draws(right.shape[0], seed=seed),
-        "text_to_cell": results.bootstrap_draws(right.shape[1], seed=seed),
-    }
-    estimates: dict[str, dict[str, results.Estimate]] = {}
-    for system, scores in systems.items():
-        estimates[system] = {}
-        for direction, (of, truth) in {
-            "cell_to_text": (scores, right),
-            "text_to_cell": (scores.T, right.T),
-        }.items():
-            for name, values in score_queries(of, truth).items():
-                estimates[system][f"{direction}_{name}"] = results.mean_estimate(values, draws[direction])
+    estimates: dict[str, dict[str, results.Estimate]] = {system: {} for system in systems}
+    for direction, truth in zip(DIRECTIONS, (right, right.T), strict=True):
+        draws = results.bootstrap_draws(len(truth), seed=seed)
+        for system, scores in systems.items():
+            for name, values in score_queries(scores if truth is right else scores.T, truth).items():
+                estimates[system][f"{direction}_{name}"] = results.mean_estimate(values, draws)
     roles = dict.fromkeys(systems, results.BASELINE) | {results.MODEL_NAME: results.MODEL}
     roles["random order"] = results.CONTROL
     result = {"task": "retrieval"} | results.tabulate(MEASURES, roles, estimates)
