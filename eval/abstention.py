@@ -41,18 +41,10 @@ UNUSED: dict[str, tuple[str, ...]] = {
 
 
 def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_key: str) -> dict[str, Any]:
-    """Annotate known and new cells, and compare.
+    """Annotate held-out cells of known types and cells of new types by a checkpoint of `finetune` or `calibrate`.
 
-    Args:
-        pipeline: A checkpoint of `finetune` or `calibrate`, which stores the statistics of novelty.
-        known: Held-out cells of known types; cells without a type in `obs[label_key]` are left out.
-        new: Cells of other types.
-
-    Returns:
-        JSON-able dict: `known` and `new`, each with `n_cells` and the measures of the module's docstring.
-
-    Raises:
-        ValueError: If `known` has no such column, or the checkpoint has no novelty score for a file.
+    Known cells without a type in `obs[label_key]` are left out. The result is JSON-able: `known` and `new`, each with
+    `n_cells` and the measures of the module's docstring.
     """
     known, truth = labelled_rows(known, label_key)
     if not len(truth):

@@ -57,14 +57,11 @@ def evaluate_annotation(
     """Score predicted types and the baselines.
 
     Args:
-        predictions: Predicted type of each test cell; a missing value counts as wrong.
-        truth: True type of each test cell.
+        predictions, truth: Predicted and true type of each cell of `test`; a missing prediction counts as wrong.
         train: The training cells of the model, for the baselines.
-        test: The test cells, in the order of `predictions`.
         confidences: Confidence in [0, 1] of each prediction, or `None`.
         regression: Prediction of logistic regression for the test cells; fitted if None.
         others: System -> prediction for the test cells, for further methods.
-        n_resamples: Bootstrap replicates of the intervals.
         seed: Seed of the bootstrap, the shuffled control and the choice of C.
 
     Returns:
@@ -124,9 +121,8 @@ def hierarchical_f1(
 ) -> results.Estimate:
     """F1 between the Cell Ontology terms, with ancestors, of predicted and true labels.
 
-    Args:
-        term_ids: Label -> Cell Ontology id; labels without an id are matched by name.
-        draws: Counts of the cells in bootstrap draws, `(n_draws, n_cells)`.
+    `term_ids` maps labels to Cell Ontology ids; labels without an id are matched by name. `draws` has the counts of
+    the cells in bootstrap draws, `(n_draws, n_cells)`.
     """
     from scmmgpt.train.data import ontology
 
@@ -207,14 +203,7 @@ def _calibration(confidences: np.ndarray, correct: np.ndarray) -> list[dict]:
 def read_annotated(
     path: str, test: LabelledCells, prediction_key: str, score_key: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Read the predictions for test cells from an annotated `.h5ad` file.
-
-    Returns:
-        Rows of `test`, the predicted labels, and the confidences or None.
-
-    Raises:
-        ValueError: If the file lacks the column of predictions.
-    """
+    """Read an annotated `.h5ad` file: rows of `test`, their predicted labels, and the confidences or None."""
     import anndata
 
     obs = anndata.read_h5ad(path, backed="r").obs
@@ -241,11 +230,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 def evaluate_file(
     args: argparse.Namespace, train: LabelledCells, test: LabelledCells, regression: TypePrediction | None = None
 ) -> dict:
-    """Evaluate the annotated file.
-
-    Args:
-        regression: Predictions of logistic regression for all test cells; fitted if None.
-    """
+    """Evaluate the annotated file; logistic regression, if not given for all test cells, is fitted."""
     regression = regression or baselines.regression_on_shared_genes(train, test, seed=args.seed)
     rows, predictions, scores = read_annotated(args.annotated, test, args.prediction_key, args.score_key)
     test, regression = test.take(rows), regression.take(rows)

@@ -49,9 +49,7 @@ def run_finetune(
 ) -> "ScMMGPTPipeline":
     """Run `python -m scmmgpt.train finetune` in this process and return the pipeline of its checkpoint.
 
-    Args:
-        output: Folder for the cells and the checkpoint.
-        options: Further words of the command line.
+    The folder `output` gets the cells and the checkpoint; `options` are further words of the command line.
     """
     from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
     from scmmgpt.train import finetune
@@ -68,11 +66,9 @@ def run_finetune(
 def finetuned(
     budget: LabelBudget, *, label_key: str, options: Sequence[str] = (), unlabelled: bool = False
 ) -> np.ndarray:
-    """Annotate the test cells by our fine-tuning.
+    """Annotate the test cells by our fine-tuning, with further words of the command line (`options`).
 
-    Args:
-        options: Further words of the command line.
-        unlabelled: Whether the file also has the training cells without visible labels.
+    With `unlabelled`, the file also has the training cells without visible labels.
     """
     labels = np.full(budget.adata.n_obs, None, dtype=object)
     labels[budget.shown] = budget.labels[budget.shown]

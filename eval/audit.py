@@ -70,14 +70,10 @@ def plant(
     nearest: np.ndarray | None = None,
     same: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Replace a share of the labels.
+    """Replace a share of the labels `(n_cells,)`, at least one.
 
-    Args:
-        truth: Labels, `(n_cells,)`.
-        share: Share of the labels to replace; at least one label is replaced.
-        seed: Seed of the choice of cells and labels.
-        nearest: Replacement for each cell, `(n_cells,)`; default: a random other label.
-        same: Pairs of the sorted labels that don't replace each other, bool `(n_labels, n_labels)`.
+    A replacement is that of `nearest` `(n_cells,)`, or else a random other label. Pairs of the sorted labels in
+    `same`, bool `(n_labels, n_labels)`, don't replace each other.
     """
     given, names = truth.copy(), np.unique(truth)
     same = np.eye(len(names), dtype=bool) if same is None else same
@@ -111,13 +107,7 @@ def marker_scores(train: AnnData, labels: np.ndarray, test: AnnData) -> tuple[np
 
 
 def best_other(values: np.ndarray, names: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """Highest value of another label minus the value of the given label, `(n_cells,)`.
-
-    Args:
-        values: `(n_cells, n_labels)`.
-        names: Labels of the columns.
-        given: Label of each cell.
-    """
+    """Highest of the values `(n_cells, n_labels)` of another label minus that of the given label, `(n_cells,)`."""
     own = names == given[:, None]
     return np.where(own, -np.inf, values).max(axis=1) - np.where(own, values, -np.inf).max(axis=1)
 
@@ -140,13 +130,9 @@ def meanings(pipeline: ScMMGPTPipeline, names: np.ndarray) -> np.ndarray:
 
 
 def overlap(members: np.ndarray, names: np.ndarray) -> np.ndarray:
-    """Pairs of labels that share a type of the checkpoint, bool `(n_names, n_names)`.
+    """Pairs of labels that share a type of the checkpoint, bool `(n_names, n_names)`; `members` is from [`meanings`].
 
-    Args:
-        members: Result of [`meanings`].
-
-    Raises:
-        ValueError: If a label shares a type with every other label, so that no label can replace it.
+    A label that shares a type with every other label is refused, because no label can replace it.
     """
     same: np.ndarray = (members[:, None] & members).any(axis=2) | np.eye(len(names), dtype=bool)
     if same.all(axis=1).any():
@@ -171,13 +157,10 @@ def evaluate_audit(
     """Plant wrong labels in `test`, and rank them by every system.
 
     Args:
-        pipeline: The model.
-        test: Cells to audit.
-        truth: Labels of the cells, `(n_cells,)`.
+        test: Cells to audit; their true labels are `truth`, `(n_cells,)`.
         counts: The same cells with counts in `X`, for the baselines.
         train: Cells with counts, and their labels, for the markers; default: `counts` with the given labels.
-        share: Share of the labels to replace.
-        seeds: Number of draws.
+        share: Share of the labels to replace, in each of `seeds` draws.
 
     Returns:
         JSON-able dict: `n_cells`, `n_planted`, and `kinds`: kind of replacement -> `precision` by system (a list over

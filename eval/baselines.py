@@ -72,9 +72,6 @@ def logistic_regression(train: Matrix, train_labels: ArrayLike, test: Matrix, *,
 
     C is chosen on a random fifth of the training cells; the model is then fitted to all training cells. `choices` has
     C and the validation accuracies.
-
-    Raises:
-        ValueError: If there are too few training cells to hold out a part.
     """
     labels = np.asarray(train_labels).astype(str)
     if len(np.unique(labels)) == 1:
@@ -91,11 +88,7 @@ def logistic_regression(train: Matrix, train_labels: ArrayLike, test: Matrix, *,
 
 
 def regression_on_shared_genes(train: LabelledCells, test: LabelledCells, *, seed: int = 0) -> TypePrediction:
-    """Fit [`logistic_regression`] to the genes that both splits share.
-
-    Raises:
-        ValueError: If no gene is shared.
-    """
+    """Fit [`logistic_regression`] to the genes that both splits share."""
     genes = np.intersect1d(train.genes, test.genes)
     if not len(genes):
         raise ValueError(

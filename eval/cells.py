@@ -71,9 +71,6 @@ def read_split(corpus: "Corpus", split: str, *, label_key: str) -> LabelledCells
     """Read the labelled cells of a split, at most `MAX_CELLS` at random, over the genes with a count in the split.
 
     Cells without a type in the obs column `label_key` are left out with a warning.
-
-    Raises:
-        ValueError: If the corpus has no such column, or no cell has a type.
     """
     n_cells = corpus.n_cells(split)
     chosen = np.arange(n_cells)
@@ -110,11 +107,7 @@ def read_split(corpus: "Corpus", split: str, *, label_key: str) -> LabelledCells
 
 
 def read_labelled(path: str | Path, label_key: str) -> tuple["AnnData", np.ndarray]:
-    """Read the labelled cells of a corpus or of a file, and their labels, str `(n_obs,)`.
-
-    Raises:
-        ValueError: If `X` does not hold counts.
-    """
+    """Read the labelled cells of a corpus or of a file of counts, and their labels, str `(n_obs,)`."""
     from scmmgpt.readers.cell_files import read_file
 
     if (Path(path) / "manifest.json").is_file():
@@ -147,9 +140,6 @@ def match_names(names: ArrayLike, test: LabelledCells, source: str) -> tuple[np.
 
     Returns:
         Rows of `test`, and the matching rows of the file, int arrays of equal length.
-
-    Raises:
-        ValueError: If barcodes repeat, or none matches.
     """
     index, barcodes = pd.Index(test.names), np.asarray(names).astype(str)
     if not index.is_unique:

@@ -62,18 +62,10 @@ MEASURES = {
 def evaluate_clustering(
     embeddings: Mapping[str, np.ndarray], types: np.ndarray, batches: np.ndarray | None = None, *, seed: int = 0
 ) -> dict:
-    """Score the embedding of each system.
+    """Score the embedding `(n_cells, width)` of each system, ours under `results.MODEL_NAME`; see `results.tabulate`.
 
-    Intervals are not computed, because clusters of resampled cells have no meaning.
-
-    Args:
-        embeddings: System -> embedding `(n_cells, width)`, ours under `results.MODEL_NAME`.
-        types: Type of each cell.
-        batches: Batch of each cell; measures of batches need at least two batches.
-        seed: Seed of neighbours and clusters.
-
-    Returns:
-        JSON-able dict; see `results.tabulate`.
+    Intervals are not computed, because clusters of resampled cells have no meaning. Measures of batches need at least
+    two batches.
     """
     estimates = {
         system: {

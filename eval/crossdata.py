@@ -116,13 +116,7 @@ class LeftOutSet:
 def read_sets(folder: str | Path, level: str, max_cells: int) -> tuple[list[LabelledSet], int]:
     """Read the datasets of `label_classes.json`; return them and the size of the gene vocabulary.
 
-    Args:
-        folder: See the module's docstring.
-        level: `coarse` or `fine`.
-        max_cells: Most cells of a label of a file, drawn at random.
-
-    Raises:
-        FileNotFoundError: If the folder has no table of classes.
+    The level is `coarse` or `fine`. At most `max_cells` cells of a label of a file are drawn at random.
     """
     from scmmgpt.readers.cell_files import read_file
     from scmmgpt.reading_scmmgpt import choose_input
@@ -198,9 +192,7 @@ def pooled(case: LeftOutSet) -> np.ndarray:
 def pooled_by_types(case: LeftOutSet, *, alone: bool = False, profiles: bool = False) -> np.ndarray:
     """Class probabilities of the pooled readout of types, `(n_cells, n_classes)`; types of a class are summed.
 
-    Args:
-        alone: Skip the refinement by the other cells.
-        profiles: See [`fit_by_types`].
+    With `alone`, the other cells do not refine the readout. `profiles`: see [`fit_by_types`].
     """
     readout, types = fit_by_types(case, profiles)
     panel = readout.for_genes(case.test.measured)
@@ -213,11 +205,8 @@ def pooled_by_types(case: LeftOutSet, *, alone: bool = False, profiles: bool = F
 def fit_by_types(case: LeftOutSet, profiles: bool) -> tuple[ScMMGPTLabelReadout, list[tuple[str, str]]]:
     """Fit the pooled readout to the types within the classes; return it and its labels, pairs (class, type).
 
-    A cell of unknown type is divided evenly among the types of its class.
-
-    Args:
-        profiles: Whether reference profiles of the types and of other cells join the datasets, as in the released
-            checkpoint.
+    A cell of unknown type is divided evenly among the types of its class. With `profiles`, reference profiles of the
+    types and of other cells join the datasets, as in the released checkpoint.
     """
     kinds = sorted({pair for part in case.train for pair in zip(part.labels, part.types, strict=True)})
     kinds = [pair for pair in kinds if pair[0] in case.classes]
@@ -311,12 +300,7 @@ def summarise(records: Sequence[dict], truths: dict[str, np.ndarray], key: str =
     """Summarise each system: macro-F1 by dataset, mean, interval, and the lead of our system over it.
 
     Our system is the one with reference profiles, as in the released checkpoint, or else `MODEL`. Resampled cells are
-    the same for both systems of a lead.
-
-    Args:
-        records: Predictions by system and dataset.
-        truths: Dataset -> true classes.
-        key: Field of the predictions in a record.
+    the same for both systems of a lead. `key` is the field of the predictions in a record.
 
     Returns:
         Rows with `system`, `mean`, `by_set`, `interval`, `lead`, `lead_interval` and `lead_by_set` (lead and interval

@@ -105,9 +105,7 @@ def evaluate_descriptions(
     """Score descriptions, and as baselines captions that are looked up instead of generated.
 
     Args:
-        descriptions: Generated text of each cell.
-        references: Reference text of each cell.
-        cell_types: True type of each cell.
+        descriptions, references, cell_types: Generated text, reference text and true type of each cell.
         train_labels: Types of the training cells.
         label_text: Cell type -> caption of the label alone.
         parse: Text and candidate types -> the type that the text names, or None.
@@ -117,7 +115,6 @@ def evaluate_descriptions(
         checks: Metric of `MEASURES` -> function of a text and the position of its cell.
         embed: Sentence embedder, texts -> array `(n, d)`.
         names: Barcode of each cell, for the samples.
-        n_resamples: Bootstrap replicates of the intervals.
         seed: Seed of the bootstrap, the control and the drawn captions.
 
     Returns:
@@ -252,12 +249,9 @@ def _samples(
 
 
 def read_descriptions(path: str, test: LabelledCells) -> tuple[np.ndarray, np.ndarray]:
-    """Read the descriptions of test cells from a `.h5ad` file or a table of `scmmgpt describe`.
+    """Read a `.h5ad` file or a table of `scmmgpt describe`: rows of `test`, and the description of each.
 
     A table has the barcodes in one of `BARCODE_COLUMNS` and the texts in one of `TEXT_COLUMNS`.
-
-    Returns:
-        Rows of `test` that the file describes, and the description of each.
     """
     if str(path).endswith(".h5ad"):
         import anndata
@@ -286,11 +280,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 def evaluate_file(
     args: argparse.Namespace, train: LabelledCells, test: LabelledCells, regression: TypePrediction | None = None
 ) -> dict:
-    """Evaluate the described file.
-
-    Args:
-        regression: Predictions of logistic regression for all test cells; fitted if None.
-    """
+    """Evaluate the described file; logistic regression, if not given for all test cells, is fitted."""
     regression = regression or baselines.regression_on_shared_genes(train, test, seed=args.seed)
     rows, descriptions = read_descriptions(args.descriptions, test)
     predicted = regression.take(rows).labels
@@ -307,12 +297,9 @@ def evaluate_cells(
     others: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
 ) -> dict:
-    """Evaluate descriptions of the test cells against answers drawn from the templates.
+    """Evaluate descriptions of the test cells against answers drawn from the templates (see [`CaptionSampler`]).
 
-    Args:
-        templates: See [`CaptionSampler`].
-        predicted: Type of each test cell by logistic regression.
-        others: System -> text of each test cell, for further methods.
+    `predicted` are the types of the test cells by logistic regression, `others` the texts of further methods.
     """
     from scmmgpt.train.data.captions import CaptionSampler, parse_cell_type
 

@@ -67,9 +67,8 @@ def deletions(cells: Cells, evidence: Evidence, n_draws: int, seed: int) -> dict
 def log_odds(pipeline: ScMMGPTPipeline, cells: Cells, genes: np.ndarray, meant: np.ndarray) -> np.ndarray:
     """Log odds, by `annotate`, of the label of each cell against all other labels, float64 `(n_cells,)`.
 
-    Args:
-        meant: Labels of the checkpoint that the label of a cell means, bool `(n_cells, n_labels)`; a broader type
-            means several labels.
+    `meant` has the labels of the checkpoint that the label of a cell means (a broader type: several), bool `(n_cells,
+    n_labels)`.
     """
     counts = cells.to_csr(int(genes.max()) + 1)[:, genes]
     names = pd.Index([f"cell{i}" for i in range(len(cells))])
@@ -88,9 +87,6 @@ def evaluate_evidence(pipeline: ScMMGPTPipeline, adata: Any, n_draws: int = 5, s
         JSON-able dict: `n_cells` with evidence, `named` (mean number of named genes) and `ways`: kind of deletion ->
         `drop` (mean fall of the log odds), `named_drop_more` (share of cells in which the named genes lower the log
         odds more, averaged over draws) and `label_lost` (share of cells whose log odds fall from above to below 0).
-
-    Raises:
-        ValueError: If no cell has evidence.
     """
     evidence = pipeline.explain(pipeline.annotate(adata))
     labels = adata.uns["scmmgpt"]["annotate"]["labels"].tolist()

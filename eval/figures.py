@@ -150,9 +150,7 @@ def scatter_figure(points: np.ndarray, columns: Mapping[str, np.ndarray]) -> Fig
 def evidence_figure(table: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
     """Draw the evidence for labels, one panel of genes for each label.
 
-    Args:
-        table: Columns of `Evidence.group_rows` for labels: `name`, `rival`, `gene`, `term`, `expressing`.
-        names: Labels to draw.
+    `table` has the columns `name`, `rival`, `gene`, `term` and `expressing` of `Evidence.group_rows`.
     """
     columns = min(len(names), 3)
     rows = -(-len(names) // max(columns, 1))
@@ -242,10 +240,8 @@ def marker_figure(
 ) -> Figure:
     """Draw the mean expression of marker genes, with real held-out cells above generated cells.
 
-    Args:
-        markers: Columns: pairs (type, gene).
-        types: Rows.
-        real, generated: Mean log1p(CP10k), `(n_types, n_markers)`.
+    The columns are the markers, pairs (type, gene), and the rows the types. `real` and `generated` are mean
+    log1p(CP10k), `(n_types, n_markers)`.
     """
     scale = np.maximum(real.max(0), 1e-6)
     with figure_style():

@@ -150,7 +150,6 @@ def evaluate_generation(
         others: System -> role and cells for the same prompts, over all genes of the training cells.
         n_resamples: Bootstrap replicates of the intervals, over all draws.
         n_draws: Draws of halves of the held-out cells and of cells of every system.
-        seed: Seed of all random draws.
 
     Returns:
         JSON-able dict: `measures`, `rows`, `comparisons` (see `results.tabulate`), `per_type` and sizes.
@@ -315,8 +314,7 @@ def score_cells(
 ) -> Scores:
     """Score cells by the measures that need no components.
 
-    Args:
-        prompts: Prompted types of the model's cells. Correlations use the same number of cells of a type in all rows.
+    Correlations use the same number of cells of a type in all rows, from the `prompts` of the model's cells.
     """
     rng = np.random.default_rng(seed)
     top = np.argsort(-np.asarray(train.expression.mean(0)).ravel(), kind="stable")[:NUM_TOP_GENES]
@@ -390,11 +388,9 @@ def score_in_space(cells: GeneratedCells, truth: HeldOutCells, n_resamples: int,
 
 
 def diversity(variances: Mapping[str, Sequence[float]], n: int) -> Scores:
-    """Variance of generated cells divided by the variance of real cells; types without real variance are left out.
+    """Variance of the `n` generated cells divided by that of real cells, from both variances of each type.
 
-    Args:
-        variances: Type -> variance of generated cells, variance of real cells.
-        n: Number of generated cells.
+    Types without real variance are left out.
     """
     varied = {label: pair for label, pair in variances.items() if pair[1] > 1e-9}
     if not varied:
@@ -490,12 +486,10 @@ def align_genes(
 
 
 def read_generated(path: str, *, prompt_key: str | None = None) -> GeneratedCells:
-    """Read generated cells.
+    """Read cells of `scmmgpt generate` from a `.h5ad` file with gene symbols as `var_names`.
 
-    Args:
-        path: File of `scmmgpt generate` (`.h5ad`), with gene symbols as `var_names`. Counts in `layers["counts"]` are
-            normalised by `obs["library_size"]`, as for real cells; without these two, `X` is log1p(CP10k).
-        prompt_key: obs column of the prompted type; default: "label" or "cell_type".
+    Counts in `layers["counts"]` are normalised by `obs["library_size"]`, as for real cells; without these two, `X` is
+    log1p(CP10k). `prompt_key` is the obs column of the prompted type; default: "label" or "cell_type".
     """
     import anndata
 

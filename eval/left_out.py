@@ -170,12 +170,9 @@ def risk_area(score: np.ndarray, right: np.ndarray) -> float:
 def summarise_known(
     sources: Sources, cells: LeftOut, probabilities: np.ndarray, sets: dict[float, np.ndarray]
 ) -> dict[str, Any]:
-    """Calibration, risk and coverage of all known cells together.
+    """Calibration, risk and coverage of all known cells, with probabilities `(n_cells, n_labels)`.
 
-    Args:
-        cells: The known cells of all datasets.
-        probabilities: float `(n_cells, n_labels)`.
-        sets: Error rate -> members of the label sets, bool `(n_cells, n_labels)`.
+    `sets` maps an error rate to the members of the label sets, bool `(n_cells, n_labels)`.
     """
     score, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == cells.targets
     of_datasets = {sources.names[number]: cells.datasets == number for number in np.unique(cells.datasets)}
@@ -323,16 +320,12 @@ def evaluate_left_out(
     Args:
         folder: Folder of the files of `train release`.
         what: `"datasets"` or `"labels"`.
-        together: Names of datasets to leave out together; empty: each dataset in turn.
         n_genes: Annotate each dataset with its most variable genes; None: all genes.
         alone: Annotate each cell without the other cells of its dataset.
 
     Returns:
         JSON-able dict. For datasets: `known` (by dataset), `known_together`, `new` (by dataset and type) and the mean
         `new_together`. For labels: see [`leave_labels_out`].
-
-    Raises:
-        ValueError: If a dataset is unknown, or the folder has fewer than two datasets.
     """
     sources = read_sources(folder)
     missing = set(together) - set(sources.names)

@@ -200,13 +200,9 @@ def train_cell2sentence(
     *,
     seconds: float,
 ) -> CellSentenceModel:
-    """Train the language model of `tune` on both directions in turn, and save the model.
+    """Train the language model of `tune` on both directions in turn, for some CPU seconds, and save it in `output`.
 
     A batch has one direction, because the few tokens of descriptions would hardly count among those of sentences.
-
-    Args:
-        output: Folder of the model.
-        seconds: CPU time of the training.
     """
     sentences, ids = CellSentences.fit(train), hash_names(train.names)
     described: list[tuple[str, str]] = []
@@ -324,12 +320,8 @@ def scvi_cells(prompts: np.ndarray, train: LabelledCells, folder: Path, *, seed:
 def embed_by_genes(cells: Sequence[LabelledCells], gene_texts: str | Path | None) -> list[np.ndarray]:
     """Embed cells as GenePT does, unit length `(n_cells, 384)`.
 
-    Args:
-        cells: Training cells, whose most expressed genes are used, and further sets of cells.
-        gene_texts: Table of summaries, as for `align`; default: approved names of the genes.
-
-    Raises:
-        ValueError: If no gene of the training cells has a text.
+    The first of `cells` are the training cells, whose most expressed genes are used. `gene_texts` is a table of
+    summaries, as for `align`; default: approved names of the genes.
     """
     if gene_texts is None:
         texts = {record.symbol: f"{record.symbol}: {record.name}" for record in load_hgnc() if record.name}

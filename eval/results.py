@@ -87,10 +87,7 @@ def tabulate(
 ) -> dict:
     """Make the rows of a table, and the verdict of each comparison.
 
-    Args:
-        measures: Metric -> definition.
-        systems: System -> role; exactly one system has the role `MODEL`.
-        estimates: `{system: {metric: Estimate}}`; a system may lack a metric.
+    Exactly one system has the role `MODEL`; a system may lack a metric.
 
     Returns:
         JSON-able dict of `measures`, `model`, `rows` (metric, system, role, value, ci, n) and `comparisons` (metric,

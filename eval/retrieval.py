@@ -31,13 +31,9 @@ def evaluate_retrieval(
     *,
     seed: int = 0,
 ) -> dict:
-    """Score the similarities of each system.
+    """Score the similarities `(n_cells, n_texts)` of each system, ours under `results.MODEL_NAME`.
 
-    Args:
-        similarities: System -> similarity of cells and texts, `(n_cells, n_texts)`; ours under `results.MODEL_NAME`.
-        cell_types: Type of each cell.
-        text_types: Type that each text is about.
-        seed: Seed of the bootstrap over queries, and of the system "random order".
+    The seed is that of the bootstrap over queries, and of the system "random order".
 
     Returns:
         JSON-able dict: `measures`, `rows`, `comparisons` (see `results.tabulate`), `n_cells` and `n_texts`.
@@ -60,11 +56,9 @@ def evaluate_retrieval(
 
 
 def score_queries(scores: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:
-    """Compute average precision and recall at k of each query, `(n_queries,)`.
+    """Compute average precision and recall at k of each query, `(n_queries,)`, from scores `(n_queries, n_items)`.
 
-    Args:
-        scores: `(n_queries, n_items)`.
-        right: Whether an item is relevant, bool `(n_queries, n_items)`; every query needs a relevant item.
+    `right` tells which items are relevant, bool `(n_queries, n_items)`; every query needs a relevant item.
 
     >>> scores = np.array([[0.9, 0.5, 0.1], [0.2, 0.2, 0.2]])
     >>> measured = score_queries(scores, np.array([[False, True, True], [True, False, False]]))

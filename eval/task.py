@@ -33,17 +33,9 @@ def run_task(
     evaluate: Callable[[argparse.Namespace, LabelledCells, LabelledCells], dict],
     argv: Sequence[str] | None,
 ) -> int:
-    """Run the command line of one task: print the table of the result, and write the result as JSON.
+    """Run the command line of one task: print the table, write the result as JSON, return the exit status.
 
-    Args:
-        command: Name of the task.
-        description: First line of the help.
-        add_arguments: Adds the arguments of the task to a parser.
-        evaluate: Function of the parsed arguments, the training cells and the test cells of the corpus.
-        argv: Words of the command line; default: `sys.argv[1:]`.
-
-    Returns:
-        Exit status.
+    The task adds its arguments to a parser, and evaluates the training and the test cells of the corpus.
     """
     parser = task_parser(command, description)
     add_arguments(parser)
@@ -87,8 +79,7 @@ def split_rows(labels: np.ndarray, *, test_share: float, seed: int = 0) -> list[
 def read_runs(path: Path, about: dict) -> list[dict]:
     """Read the runs of an earlier call from its `results.json`; empty if the file does not exist.
 
-    Raises:
-        ValueError: If the earlier call had other cells or options than `about`.
+    An earlier call with other cells or options than `about` is refused.
     """
     if not path.is_file():
         return []

@@ -81,11 +81,9 @@ def without_label(readout: ScMMGPTLabelReadout, place: int) -> ScMMGPTLabelReado
 def annotate_file(
     fitted: Fitted, data: Dataset, rows: np.ndarray, profiles: TypeProfiles | None, alone: bool = False
 ) -> dict[str, np.ndarray]:
-    """Annotate `rows` of a dataset as one file.
+    """Annotate `rows` of a dataset as one file; with `alone`, each cell without the other cells.
 
-    Args:
-        profiles: Profiles of all types; profiles of the labels of `fitted` are left out.
-        alone: Annotate each cell without the other cells.
+    `profiles` are those of all types; profiles of the labels of `fitted` are left out.
 
     Returns:
         The columns of `annotate`; `forced`, the Cell Ontology id of the most probable label; and `by_profile`, whether
@@ -128,10 +126,7 @@ def annotate_file(
 def row_of(columns: dict[str, np.ndarray], truth: np.ndarray, term: str) -> dict[str, Any]:
     """Summarise the names of the cells of a type: shares `called_it`, `ancestor`, `unknown`, and their sum `right`.
 
-    Args:
-        columns: Result of [`annotate_file`].
-        truth: Cell Ontology ids of all cells, str `(n_cells,)`.
-        term: Cell Ontology id of the type.
+    `columns` is from [`annotate_file`]; `truth` has the Cell Ontology ids of all cells, `term` that of the type.
     """
     mine = truth == term
     it, unknown = columns["cl_id"][mine] == term, columns["cell_type"][mine] == UNKNOWN

@@ -212,13 +212,10 @@ SYSTEMS: dict[str, Callable[[LeftOutLabel], dict[str, np.ndarray]]] = {
 
 
 def measure(scores: np.ndarray, truth: np.ndarray, left_out: int, steps: np.ndarray) -> dict[str, float]:
-    """Compute the measures of the module's docstring for one left-out label.
+    """Compute the measures of the module's docstring for the left-out label at position `left_out`.
 
-    Args:
-        scores: `(n_test, n_labels)`.
-        truth: Positions of the true labels, `(n_test,)`.
-        left_out: Position of the left-out label.
-        steps: Steps in the Cell Ontology between all pairs of labels, `(n_labels, n_labels)`.
+    Scores are `(n_test, n_labels)`, `truth` the positions of the true labels, and `steps` the steps in the Cell
+    Ontology between all pairs of labels, `(n_labels, n_labels)`.
     """
     predicted, missing = scores.argmax(axis=1), truth == left_out
     unseen = float((predicted[missing] == left_out).mean())
@@ -256,11 +253,7 @@ def table_of(rows: list[dict]) -> str:
 
 
 def describe(names: Sequence[str], ids: Sequence[str | None]) -> LabelTexts:
-    """Make texts and Cell Ontology ids of labels, as in `finetune`.
-
-    Raises:
-        ValueError: If the Cell Ontology lacks a label.
-    """
+    """Make texts and Cell Ontology ids of labels, as in `finetune`; refuse labels that the Cell Ontology lacks."""
     captions = CaptionSampler()
     terms = [ontology.resolve("cell_type", name, term).term_id for name, term in zip(names, ids, strict=True)]
     unknown = [name for name, term in zip(names, terms, strict=True) if term is None]
