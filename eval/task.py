@@ -33,7 +33,7 @@ def run_task(
     evaluate: Callable[[argparse.Namespace, LabelledCells, LabelledCells], dict],
     argv: Sequence[str] | None,
 ) -> int:
-    """Run the command line of one task: print the table, write the result as JSON, return the exit status.
+    """Run the command line of one task: print its table, write its result as JSON, and return the exit status.
 
     The task adds its arguments to a parser, and evaluates the training and the test cells of the corpus.
     """

@@ -112,11 +112,8 @@ class AlignTrainer(ModelLossTrainer):
 def retrieval_recall(similarity: torch.Tensor, own: torch.Tensor) -> dict[str, float]:
     """Recall at k of a cell's own text among all texts, and of the best own cell of a text among all cells.
 
-    Ties are misses, so a model with constant features has recall 0.
-
-    Args:
-        similarity: float `(num_cells, num_texts)`.
-        own: int64 `(num_cells,)`: column of each cell's own text; every text is the own text of a cell.
+    `own` is the column of each cell's own text in `similarity` `(num_cells, num_texts)`, int64 `(num_cells,)`; every
+    text is the own text of a cell. Ties are misses, so a model with constant features has recall 0.
 
     >>> similarity = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.4]])
     >>> scores = retrieval_recall(similarity, torch.tensor([0, 1, 1]))
@@ -163,16 +160,10 @@ def build_processor(
 def build_model(
     corpus: TrainingCells, model_args: AlignModelArguments, **fields: Any
 ) -> tuple[ScMMGPTForCellTextAlignment, PreTrainedTokenizerBase, set[str]]:
-    """Build a stage-1 model for the gene vocabulary of the corpus.
-
-    Args:
-        fields: More fields of `ScMMGPTConfig`.
+    """Build a stage-1 model for the gene vocabulary of the corpus, with further fields of `ScMMGPTConfig`.
 
     Returns:
         The model, the tokenizer of the Q-Former, and the names of the pretrained parameters.
-
-    Raises:
-        ValueError: If the cell model has another number of gene tokens, or a weight does not fit the model.
     """
     cell_model, cell_config = load_cell_model(corpus, model_args)
     settings = dict(model_args.qformer_config)
@@ -231,11 +222,9 @@ def main(
     cells: Mapping[str, Any] | None = None,
     fit_readout: Callable[..., Any] = fit_corpus_readout,
 ) -> None:
-    """Build the model and its batches, train, save.
+    """Build the model and its batches, train, save; `cells`: see [`make_datasets`].
 
-    Args:
-        cells: See [`make_datasets`].
-        fit_readout: Function with the signature of [`fit_corpus_readout`] that fits `model.label_readout`.
+    `fit_readout` has the signature of [`fit_corpus_readout`], and fits `model.label_readout`.
     """
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)

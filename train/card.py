@@ -65,11 +65,11 @@ def write_card(
 ) -> Path:
     """Write `README.md` into the folder of a checkpoint or an adapter; return the path of the file.
 
-    Metrics of a corpus of the Hub are also written in the Hub's format for evaluation results.
+    The card has the last value of every `eval_` metric in the log of the trainer. Metrics of a corpus of the Hub are
+    also written in the Hub's format for evaluation results.
 
     Args:
         command: A key of `TITLES`.
-        log_history: Log of the trainer; the card has the last value of every `eval_` metric.
         repo_id: Name on the Hub; default: name of the folder.
         adapter_base, base_revision: Name and commit of the base, if the folder holds an adapter.
         bases: Part -> the checkpoint that initialised it; `None` for a new part.

@@ -232,10 +232,6 @@ def load_scgpt(folder: str | Path) -> tuple[ScGPTModel, dict[str, int]]:
     """Load a published scGPT folder: the model, and its gene vocabulary (token -> id, in order of id).
 
     The weights are loaded with `weights_only=True`, so no code in them runs.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, or the sizes in the files differ.
     """
     folder = Path(folder)
     for name in ("best_model.pt", "args.json", "vocab.json"):
@@ -313,13 +309,10 @@ def find_source(source: str | Path) -> tuple[str, str | None]:
 
 
 def load_causal_lm(source: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer from a source that [`resolve_source`] takes.
 
-    GGUF weights are dequantised, because quantised GGUF weights can neither be trained nor saved.
-
-    Args:
-        source: See [`resolve_source`].
-        kwargs: Arguments of `from_pretrained`, such as `dtype`.
+    GGUF weights are dequantised, because quantised GGUF weights can neither be trained nor saved. `kwargs` are
+    arguments of `from_pretrained`, such as `dtype`.
     """
     source, gguf_file = find_source(source)
     if gguf_file is None:
@@ -355,13 +348,12 @@ def qformer_from_bert(
     num_layers: int | None = None,
     encoder_hidden_size: int = 512,
 ) -> tuple[Blip2QFormerConfig, dict[str, torch.Tensor], PreTrainedTokenizerBase]:
-    """Make a Q-Former from a BERT.
+    """Make a Q-Former from a BERT: a Hub id, folder, or `package:NAME/FOLDER`.
 
-    The text branch equals the BERT to rounding; the query branch starts with the same weights.
+    The text branch equals the BERT to rounding; the query branch starts with the same weights. A folder written by
+    `convert bert` keeps its `cross_attention_frequency` and `encoder_hidden_size`.
 
     Args:
-        source: Hub id, folder, or `package:NAME/FOLDER` of a BERT. A folder written by `convert bert` keeps its
-            `cross_attention_frequency` and `encoder_hidden_size`.
         cross_attention_frequency: Queries attend to genes in every n-th layer.
         num_layers: Number of first layers to keep; default: all.
         encoder_hidden_size: Width of the cell model.
@@ -369,9 +361,6 @@ def qformer_from_bert(
     Returns:
         The configuration; the weights, named as in a model with a `qformer` (`Blip2QFormerModel`) and `embeddings`
         (`Blip2TextEmbeddings`), without the cross-attention, which starts at random; the tokenizer.
-
-    Raises:
-        ValueError: If the source is not a BERT, or has fewer layers.
     """
     folder, gguf_file = find_source(source)
     config = AutoConfig.from_pretrained(folder) if gguf_file is None else None

@@ -34,16 +34,14 @@ class TrainingCells(Protocol):
 
 @torch.no_grad()
 def standardize(linear: torch.nn.Linear, inputs: torch.Tensor, *, unit: bool = False) -> None:
-    """Set a linear layer to the principal axes of its inputs, centred and scaled.
+    """Set a linear layer to the principal axes of its inputs `(n, linear.in_features)`, centred and scaled.
 
     The states of a BERT hardly differ between texts, and the states of a new Q-Former hardly differ between cells. All
     cosine similarities of a random projection are therefore near 1, and contrastive training collapses to a constant
     solution. `train/LOG.md` has the comparison.
 
-    Args:
-        linear: Layer to change. Outputs beyond the rank of the inputs keep their weights.
-        inputs: float `(n, linear.in_features)`: a sample of the layer's inputs.
-        unit: Whether each output has on average variance one; by default, the variances of all outputs sum to one.
+    With `unit`, each output has on average variance one; otherwise, the variances of all outputs sum to one. Outputs
+    beyond the rank of the inputs keep their weights.
     """
     mean = inputs.mean(dim=0)
     _, scale, axes = torch.linalg.svd(inputs - mean, full_matrices=False)

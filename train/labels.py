@@ -38,11 +38,7 @@ def column_of(obs: Any, name: str) -> np.ndarray:
 
 
 def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
-    """Read the labels of the cells, and their texts: given texts, or else name and definition in the Cell Ontology.
-
-    Raises:
-        ValueError: If there are fewer than two labels, or a text is given for an unknown label.
-    """
+    """Read the labels of the cells, and their texts: given texts, or else name and definition in the Cell Ontology."""
     values = column_of(obs, data_args.label_key)
     rows = np.flatnonzero(values != None)  # noqa: E711 (elementwise)
     unique, targets = np.unique(values[rows].astype(str), return_inverse=True)
@@ -81,16 +77,10 @@ def hold_out(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Divide the labelled cells into a training part and a validation part; with `shots`, the latter is empty.
 
-    Args:
-        groups: Group of every row of the AnnData, `(n_obs,)`; no group is in both parts. None: no groups.
-        data_args: Options `shots`, `validation_share`, `label_key` and `group_key`.
-        seed: Seed of the division.
+    No group is in both parts; `groups` are those of all rows of the AnnData, `(n_obs,)`, or None.
 
     Returns:
         Positions in `labels.rows` of the training part and of the validation part, int64, ascending.
-
-    Raises:
-        ValueError: If there are too few cells, or groups, to hold some out.
     """
     everything = np.arange(len(labels.rows))
     counts = np.bincount(labels.targets)
@@ -121,11 +111,7 @@ def hold_out(
 
 
 def hold_out_rest(labels: Labels, n_train: int, data_args: FinetuneDataArguments) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out the rows from `n_train` on, because the cells come with a validation split; see `hold_out`.
-
-    Raises:
-        ValueError: If `shots` or `group_key` would divide the cells, too.
-    """
+    """Hold out the rows from `n_train` on, because the cells come with a validation split; see `hold_out`."""
     if data_args.shots is not None or data_args.group_key is not None:
         name = "shots" if data_args.shots is not None else "group_key"
         raise ValueError(f"{name} divides cells, but these come with a validation split; leave out one of the two.")

@@ -95,10 +95,6 @@ def load_in_4bit(source: str, device: torch.device) -> tuple[PreTrainedModel, Pr
     """Load a causal language model onto a device, with layers in NF4 as in QLoRA, and its tokenizer.
 
     Embeddings, norms and head are float32; the layers compute in bfloat16.
-
-    Raises:
-        ImportError: If bitsandbytes is missing or does not support the device.
-        ValueError: If the source is a GGUF file.
     """
     if not is_bitsandbytes_available() or device.type not in import_module("bitsandbytes").supported_torch_devices:
         raise ImportError(

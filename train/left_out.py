@@ -112,14 +112,10 @@ def leave_out(
     terms: Sequence[Sequence[int]] = (),
     tests: Sequence[Dataset] | None = None,
 ) -> LeftOut:
-    """Score the cells of the datasets of `group` by readout and novelty of the others.
+    """Score the cells of the datasets of `group` by readout and novelty of the others (see `fit_pooled_readout`).
 
-    Cells of a broad target have no label, and are not scored.
-
-    Args:
-        datasets, meanings: See `fit_pooled_readout`.
-        terms: The labels of broader terms.
-        tests: What is scored in place of the datasets, such as fewer genes of them.
+    Cells of a broad target have no label, and are not scored. `terms` are the labels of broader terms. `tests` are
+    scored in place of the datasets, such as fewer genes of them.
     """
     train, parts = [data for place, data in enumerate(datasets) if place not in group], []
     n_genes = train[0].counts.shape[1]

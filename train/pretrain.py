@@ -114,11 +114,7 @@ def make_parser(prog: str | None = None) -> OptionParser:
 def main(
     arguments: PretrainArguments, training_args: PretrainConfig, *, cells: Mapping[str, Any] | None = None
 ) -> None:
-    """Build the model and its batches, train, save.
-
-    Args:
-        cells: See [`make_datasets`].
-    """
+    """Build the model and its batches, train, save; `cells`: see [`make_datasets`]."""
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(arguments.corpus)
     model, extractor = build_model(corpus, arguments)

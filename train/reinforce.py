@@ -158,11 +158,7 @@ def load_cells(corpus: Corpus, split: str) -> datasets.Dataset:
 
 
 def load_model(checkpoint: str) -> tuple[ScMMGPTForConditionalGeneration, ScMMGPTProcessor]:
-    """Load the model and the processor of a checkpoint of `tune`; the model's name is the absolute path.
-
-    Raises:
-        ValueError: If the checkpoint is not one of `tune`.
-    """
+    """Load the model and the processor of a checkpoint of `tune`; the model's name is the absolute path."""
     config = ScMMGPTForConditionalGeneration.config_class.from_pretrained(checkpoint)
     architecture = (config.architectures or [""])[0]
     if architecture != "ScMMGPTForConditionalGeneration":
@@ -197,9 +193,8 @@ def main(
 ) -> None:
     """Load the checkpoint and its cells, train with GRPO, save.
 
-    Args:
-        cells: Split -> dataset of the library `datasets`, map-style or streamed, that replaces the corpus's cells.
-        reward_funcs: Reward functions of `GRPOTrainer` that replace the option `rewards`.
+    `cells` maps splits to datasets of the library `datasets`, map-style or streamed, that replace the corpus's cells;
+    `reward_funcs`, reward functions of `GRPOTrainer`, replace the option `rewards`.
     """
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)

@@ -17,16 +17,10 @@ RewardFunction: TypeAlias = Callable[..., list[float | None]]
 
 
 def score_type(text: str, cell_type: str | None, term_id: str | None = None) -> float | None:
-    """Score the first cell type that a text names, by [`ontology.depth_share`].
+    """Score the first cell type that a text names, by [`ontology.depth_share`]; `None` without annotation.
 
-    If the annotation is not in the Cell Ontology, only its own name scores.
-
-    Args:
-        cell_type: Annotation of the cell.
-        term_id: Cell Ontology id of the annotation; default: found by name.
-
-    Returns:
-        1 for the annotated type, less for a broader type, 0 for any other type or none; `None` without annotation.
+    The score is 1 for the annotated type, less for a broader type, 0 for any other type or none. If the annotation is
+    not in the Cell Ontology, only its own name scores. An annotation without an id is looked up by name.
 
     >>> score_type("This cell is a B cell.", "B cell"), score_type("This cell is a T cell.", "B cell")
     (1.0, 0.0)
@@ -49,9 +43,7 @@ def score_genes(text: str, expressed: Collection[int], gene_index: GeneIndex) ->
     - Genes in the name of the cell type, such as CD14 in "CD14-positive monocyte", and genes that are not specific to
       types (mitochondrial and ribosomal genes, MALAT1, ...) are left out.
 
-    Args:
-        expressed: Vocabulary ids of the genes with a count above zero.
-        gene_index: Names of the vocabulary's genes.
+    `expressed` has the vocabulary ids of the genes with a count above zero.
 
     >>> index = GeneIndex({"CD19": 3, "LYZ": 4}, {})
     >>> score_genes("A B cell with high levels of CD19 and LYZ.", {3}, index)
@@ -91,10 +83,8 @@ def text_of(completion: Completion) -> str:
 def reward_functions(names: Sequence[str], gene_index: GeneIndex) -> list[RewardFunction]:
     """Make reward functions: completions and columns of the dataset -> a reward for each completion.
 
-    Args:
-        names: `cell_type` needs the columns `cell_type` and `cell_type_ontology_term_id`. `genes` needs the column
-            `expressed_genes` (vocabulary ids), which `CellGRPOTrainer` adds.
-        gene_index: Gene names of the vocabulary.
+    `cell_type` needs the columns `cell_type` and `cell_type_ontology_term_id`; `genes` needs the column
+    `expressed_genes` (vocabulary ids), which `CellGRPOTrainer` adds.
     """
 
     def cell_type(

@@ -129,11 +129,7 @@ def count_targets(batch: dict) -> int:
 def build_model(
     corpus: Corpus, captions: CaptionSampler, model_args: TuneModelArguments, device: torch.device
 ) -> tuple[ScMMGPTForConditionalGeneration, ScMMGPTProcessor]:
-    """Build the model to tune and its processor.
-
-    Raises:
-        ValueError: If `aligned` is not a checkpoint of `align`.
-    """
+    """Build the model to tune from a checkpoint of `align` and a language model, and its processor."""
     language_model, tokenizer = build_language_model(corpus, captions, model_args, device)
     architecture = (
         ScMMGPTForCellTextAlignment.config_class.from_pretrained(model_args.aligned).architectures or [""]
@@ -249,11 +245,7 @@ def main(
     *,
     cells: Mapping[str, Any] | None = None,
 ) -> None:
-    """Join the models, initialise the new parts, train, save.
-
-    Args:
-        cells: See [`make_datasets`].
-    """
+    """Join the models, initialise the new parts, train, save; `cells`: see [`make_datasets`]."""
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
     captions = make_captions(corpus, data_args, training_args)

@@ -208,13 +208,9 @@ class MemoryReader:
 
 
 def table_to_examples(table: pa.Table, columns: list[str] | None = None) -> tuple[Cells, Obs]:
-    """Convert a table with a cell in every row to cells and annotations.
+    """Convert a table with a cell in every row to cells and annotations; refuse rows without a cell.
 
-    Args:
-        columns: Annotations to return; default: all columns except `CELL_COLUMNS`. An absent column becomes all None.
-
-    Raises:
-        ValueError: If a column of `CELL_COLUMNS` other than `total_counts` is absent or has nulls.
+    The default annotations are all columns except `CELL_COLUMNS`. An absent column becomes all None.
     """
     check_columns(table.column_names)
     for name in CELL_COLUMNS[:-1]:

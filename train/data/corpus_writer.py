@@ -68,9 +68,8 @@ class CorpusWriter:
     ) -> Path:
         """Write shard `index`, from 0, of the `n_shards` of a split, unless the shard exists; return its path.
 
-        Args:
-            cells: The cells in the order of the shard, gene ids ascending.
-            obs: Some of `OBS_COLUMNS`, each with one string (or None) per cell. The other columns become null.
+        The cells are in the order of the shard, with ascending gene ids. `obs` has some of `OBS_COLUMNS`, each with
+        one string (or None) per cell. The other columns become null.
         """
         path = self.shard_path(split, index, n_shards)
         if path.exists():

@@ -65,9 +65,6 @@ def open_table(source: str, options: Mapping[str, Any], cells: Mapping[str, Any]
         options: Keyword arguments of [`read_cells`].
         cells: Split -> dataset that replaces the cells of the corpus `source`; see [`open_cells`]. The `gene_ids` of
             the dataset are ids of the corpus's vocabulary. The split "validation" is held out.
-
-    Raises:
-        ValueError: If `cells` has no split "train".
     """
     if cells is None and not Path(source, "manifest.json").is_file():
         return CellTable(read_file(source), options)
