@@ -112,8 +112,7 @@ def regression(budget: LabelBudget) -> np.ndarray:
 def component_regression(budget: LabelBudget, scores: Callable[[AnnData], np.ndarray] | None = None) -> np.ndarray:
     """Logistic regression on principal components of log1p(CP10k) of all training cells.
 
-    Args:
-        scores: Function of an AnnData that returns further features, `(n_obs, n_features)`.
+    `scores` adds further features `(n_obs, n_features)` of an AnnData.
     """
     from sklearn.decomposition import PCA
 

@@ -136,10 +136,8 @@ def labelled_rows(adata: "AnnData", label_key: str) -> tuple["AnnData", np.ndarr
 
 
 def match_names(names: ArrayLike, test: LabelledCells, source: str) -> tuple[np.ndarray, np.ndarray]:
-    """Find the cells of the file `source` in the test split, by barcode.
-
-    Returns:
-        Rows of `test`, and the matching rows of the file, int arrays of equal length.
+    """Find the cells of the file `source` in the test split, by barcode: rows of `test`, and the rows of the file,
+    int.
     """
     index, barcodes = pd.Index(test.names), np.asarray(names).astype(str)
     if not index.is_unique:

@@ -52,8 +52,7 @@ def type_colors(labels: Sequence[str]) -> dict[str, Any]:
 def confusion_figure(confusion: Mapping) -> Figure:
     """Draw counts of true types (rows) x predicted types (columns), shaded by the share of the true type.
 
-    Args:
-        confusion: `labels` of the rows, `columns`, `counts`, and optionally `rows_are`, the title of the rows.
+    `confusion` has `labels` of the rows, `columns`, `counts`, and optionally `rows_are`, the title of the rows.
     """
     counts = np.array(confusion["counts"])
     rows, columns = confusion["labels"], confusion["columns"]
@@ -176,11 +175,7 @@ def evidence_figure(table: Mapping[str, np.ndarray], names: Sequence[str]) -> Fi
 def map_figures(
     real: np.ndarray, real_labels: np.ndarray, generated: np.ndarray, prompts: np.ndarray, colors: Mapping
 ) -> tuple[Figure, Figure]:
-    """Draw maps of real cells `(n_real, 2)` and generated cells `(n_generated, 2)`, coloured by type and by origin.
-
-    Args:
-        colors: Type -> colour.
-    """
+    """Draw maps of real cells `(n_real, 2)` and generated cells `(n_generated, 2)`, coloured by type and by origin."""
     raster = len(real) + len(generated) > MAX_VECTOR_POINTS
     size = float(np.clip(6000 / (len(real) + len(generated)), 3, 26))
 

@@ -146,8 +146,7 @@ def logistic_regression(fold: Fold, seed: int, steps: int) -> Scores:
 def tokenise(data: Dataset, genes: np.ndarray, shares: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokenise cells: `<cls>` and the most expressed of `genes`, with log1p(CP10k) on the whole-transcriptome scale.
 
-    Returns:
-        Ids int64, expression float32 and mask int64, each `(n_cells, 1 + MAX_TOKENS)`.
+    Ids (int64), expression (float32) and mask (int64) are each `(n_cells, 1 + MAX_TOKENS)`.
     """
     values = np.log1p(dense_expression(data, genes, shares))
     top = np.argsort(-values, axis=1, kind="stable")[:, :MAX_TOKENS]

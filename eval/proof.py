@@ -98,13 +98,9 @@ def lineage(name: str) -> frozenset[str]:
 
 
 class Checker:
-    """Checks texts against the counts of a file.
+    """Checks texts, one for each cell, against the counts of a file.
 
-    Args:
-        texts: Description of each cell.
-        counts: Raw counts, `(n_cells, n_genes)`.
-        symbols: Symbol of each gene.
-        sizes: Library sizes, `(n_cells,)`.
+    `counts` are raw counts `(n_cells, n_genes)`, `sizes` the library sizes `(n_cells,)`.
     """
 
     def __init__(self, texts: Sequence[str], counts: csr_matrix, symbols: Sequence[str], sizes: np.ndarray) -> None:
