@@ -12,7 +12,7 @@ import argparse
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -407,9 +407,9 @@ def _compare_samples(
     y = truth.points[rows]
     wx = results.bootstrap_draws(len(x), n_resamples=n_resamples, seed=seed)
     wy = results.bootstrap_draws(len(y), n_resamples=n_resamples, seed=seed + 1)
-    gaussian = functools.partial(knn.gaussian_kernel, bandwidth=truth.bandwidth)
+    gaussian: Callable[..., np.ndarray] = functools.partial(knn.gaussian_kernel, bandwidth=truth.bandwidth)
     measured = {}
-    for name, kernel in {"energy_distance": knn.distance_kernel, "mmd2": gaussian}.items():
+    for name, kernel in (("energy_distance", knn.distance_kernel), ("mmd2", gaussian)):
         kernels = knn.kernel_matrices(kernel, x, y)
         measured[name] = float(knn.discrepancy(*kernels)), knn.discrepancy(*kernels, wx=wx, wy=wy)
     profiles = cells[:, truth.columns], truth.profiles[rows]

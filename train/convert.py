@@ -117,11 +117,7 @@ def scgpt_key_table(num_layers: int, *, use_flag_embedding: bool = False) -> dic
 def convert_scgpt_weights(
     state_dict: dict[str, torch.Tensor], num_layers: int
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Rename scGPT's weights to those of [`ScGPTModel`], split stacked weights, and list the keys that are left out.
-
-    Raises:
-        ValueError: If a key is unknown, missing, or present in two attention layouts.
-    """
+    """Rename scGPT's weights to those of [`ScGPTModel`], split stacked weights, and list the surplus keys."""
     renamed: dict[str, torch.Tensor] = {}
     duplicates = []
     for key, tensor in state_dict.items():
@@ -154,11 +150,7 @@ def convert_scgpt_weights(
 
 
 def scgpt_config(arguments: dict[str, Any], vocabulary: dict[str, int], *, use_flag_embedding: bool) -> ScGPTConfig:
-    """Make the configuration from scGPT's `args.json` and `vocab.json`.
-
-    Raises:
-        ValueError: If `args.json` lacks a field, or values are not embedded as continuous values.
-    """
+    """Make the configuration from scGPT's `args.json` and `vocab.json`."""
     required = ("embsize", "nheads", "d_hid", "nlayers", "dropout", "n_bins", "pad_value", "mask_value")
     if missing := [name for name in required if name not in arguments]:
         raise ValueError(
@@ -209,11 +201,7 @@ def read_gene_vocabulary(path: Path) -> dict[str, int]:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read weights by name from a PyTorch file, without running code in the file.
-
-    Raises:
-        ValueError: If the file is damaged, or holds anything other than tensors by name.
-    """
+    """Read weights by name from a PyTorch file, without running code in the file."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # for damaged files, PyTorch, zipfile and pickle raise errors of several types

@@ -175,11 +175,7 @@ def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, dataset: Ba
 
 @torch.no_grad()
 def start_from_mean_profile(model: ScMMGPTForConditionalGeneration, gene_means: np.ndarray) -> None:
-    """Set the gene biases of the expression head to the mean profile.
-
-    Args:
-        gene_means: Mean share of each gene in a cell's counts, float `(vocab_size,)`; see [`read_gene_means`].
-    """
+    """Set the gene biases of the expression head to the mean profile `(vocab_size,)` of [`read_gene_means`]."""
     rate = torch.from_numpy(np.asarray(gene_means, dtype=np.float32)) * 1e4
     head = model.model.expression_head
     bias = torch.log1p(rate) if head.kind == "mse" else torch.log(rate.clamp(min=1e-4))

@@ -127,8 +127,7 @@ def hold_out_groups(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hold out whole groups, with similar proportions of the labels in both parts; see `hold_out`.
 
-    Args:
-        groups: Group of every labelled cell, `(n_labelled,)`.
+    `groups` are those of the labelled cells, `(n_labelled,)`.
     """
     n_groups = len(np.unique(groups))
     if n_groups < 2:

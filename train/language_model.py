@@ -50,11 +50,7 @@ def build_language_model(
 def new_language_model(
     texts: Sequence[str], sizes: Mapping[str, Any], *, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Make a small Llama with random weights and a tokenizer trained on the texts.
-
-    Args:
-        sizes: Fields of `LlamaConfig`.
-    """
+    """Make a small Llama with random weights (`sizes`: `LlamaConfig`) and a tokenizer trained on the texts."""
     tokenizer = train_tokenizer(texts)
     config = LlamaConfig(
         vocab_size=len(tokenizer) + 1,  # one more for `<cell>`
@@ -139,8 +135,7 @@ def dequantize(model: ScMMGPTForConditionalGeneration) -> None:
 def add_lora(model_args: TuneModelArguments, saved_parts: Sequence[str]) -> LoraConfig | None:
     """Make the PEFT configuration; `None` if the language model is trained in full or frozen.
 
-    Args:
-        saved_parts: Parts that are trained in full and saved with the adapter.
+    `saved_parts` are trained in full and saved with the adapter.
     """
     if model_args.trained.language_model != "lora":
         return None

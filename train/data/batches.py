@@ -98,11 +98,7 @@ class BatchDataset(datasets.IterableDataset, torch.utils.data.IterableDataset):
         return max(self.source.world_size, len(self))
 
     def shard(self, num_shards: int, index: int, contiguous: bool = True) -> "BatchDataset":
-        """Return the share of rank `index` of `num_shards`; a dataset that already is this share returns itself.
-
-        Raises:
-            ValueError: If the dataset is the share of another rank.
-        """
+        """Return the share of rank `index` of `num_shards`; a dataset that already is this share returns itself."""
         own = self.source.rank, self.source.world_size
         if own == (index, num_shards):
             return self
@@ -139,8 +135,7 @@ class BatchDataset(datasets.IterableDataset, torch.utils.data.IterableDataset):
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore a saved position: the next iteration begins with the first batch that was not yet yielded.
 
-        Raises:
-            ValueError: If the position was saved by a stream with other settings or other cells.
+        A position of a stream with other settings or other cells is refused.
         """
         for name, value in self.source.identity().items():
             if state_dict.get(name, value) != value:

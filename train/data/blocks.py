@@ -23,8 +23,7 @@ Obs = dict[str, np.ndarray]  # annotation -> object array of str, None for null
 class CellPool:
     """Buffer for cells in the order of their batches, and for their annotations; `fill` writes into the buffer.
 
-    Args:
-        lengths: Genes of every cell, int `(n_cells,)`.
+    `lengths` are the numbers of genes of the cells, int `(n_cells,)`.
     """
 
     def __init__(self, lengths: np.ndarray, counts_dtype: np.dtype, columns: list[str]) -> None:
@@ -132,13 +131,8 @@ class BlockReader:
 class RowReader:
     """Reads blocks of `ROW_GROUP_SIZE` rows of any map-style dataset; see [`table_to_examples`] and [`read_rows`].
 
-    Args:
-        dataset: A `datasets.Dataset`, or a dataset with `__len__` whose items are rows, one cell each.
-
-    Attributes: Those of [`BlockReader`]; `columns` are all columns except `CELL_COLUMNS`.
-
-    Raises:
-        ValueError: If the dataset has no rows, or gene ids outside the range of a vocabulary.
+    The dataset is a `datasets.Dataset`, or has `__len__` and items that are rows, one cell each. Attributes are those
+    of [`BlockReader`]; `columns` are all columns except `CELL_COLUMNS`.
     """
 
     def __init__(self, dataset: Any) -> None:

@@ -47,13 +47,13 @@ SMALL_SOURCES_BYTES = 2**28  # below this size, one process finishes before work
 class CorpusBuilder:
     """Builds a corpus, or finishes one whose build was interrupted.
 
+    Sources, vocabulary and options determine the bytes of the corpus; `cells_per_partition`, the most cells that a
+    worker holds at once, determines memory alone.
+
     Args:
-        output: Folder of the corpus.
-        sources: Files of cells, or a slice of the Census.
         vocabulary: Gene symbol -> id; default: every approved symbol that a source measures.
         options: `excluded_datasets`, `min_genes`, `fractions`, `split_by`, `split_column`, `seed` and
-            `cells_per_shard`. Sources, vocabulary and options determine the bytes of the corpus.
-        cells_per_partition: Most cells that a worker holds at once: determines memory, not bytes.
+            `cells_per_shard`.
         command: The command line, for the manifest.
     """
 

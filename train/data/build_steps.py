@@ -169,8 +169,7 @@ def map_partition(
 def content_hashes(cells: Cells, common: np.ndarray) -> np.ndarray:
     """Hash the counts of each cell, uint64 `(n_cells,)`; 0 for a cell of fewer than `MIN_COPIED_GENES` genes.
 
-    Args:
-        common: Ids of the genes that all sources measure. Copies of a cell in two sources can differ in other genes.
+    Only the genes `common` to all sources count, because copies of a cell in two sources can differ in other genes.
     """
     kept = np.isin(cells.gene_ids, common)
     bits = cells.counts.astype(np.float32).view(np.uint32).astype(np.uint64)
@@ -301,8 +300,7 @@ def merge_shard(
 def _tell_apart(cells: Cells) -> tuple[np.ndarray, int]:
     """Find exact copies among successive cells with the same id; give the other such cells new ids, in place.
 
-    Returns:
-        Positions of the cells that are not copies, and the number of cells with new ids.
+    Return the positions of the cells that are not copies, and the number of cells with new ids.
     """
     ids = cells.cell_ids.copy()
     kept, renamed = np.ones(len(cells), dtype=bool), 0

@@ -99,12 +99,9 @@ def _to_adata(cells: Cells, obs: pd.DataFrame, corpus: Corpus) -> anndata.AnnDat
 
 @dataclasses.dataclass
 class LabelledCells:
-    """Cells in memory as a source of batches.
+    """Cells in memory, with the index of each cell's label, int64 `(n_cells,)`, as a source of batches.
 
-    Args:
-        targets: Index of each cell's label, int64 `(n_cells,)`.
-        seed: Seed of the order, which differs between epochs; `None` keeps the cells in their order.
-        batch_size, rank, world_size: See [`CellStream`].
+    The seed is that of the order, which differs between epochs; `None` keeps the cells in their order.
     """
 
     cells: Cells
@@ -145,12 +142,7 @@ class LabelledCells:
 
 
 class LabelledBatches(BatchDataset):
-    """Batches of labelled cells as model inputs; every batch also holds the texts of all labels.
-
-    Args:
-        cells, targets, order: See [`LabelledCells`]; `order` needs `batch_size`.
-        texts: Text of every label.
-    """
+    """Batches of [`LabelledCells`] as model inputs; every batch also holds the `texts` of all labels."""
 
     def __init__(
         self, processor: ScMMGPTProcessor, cells: Cells, targets: np.ndarray, texts: Sequence[str], **order: Any

@@ -134,8 +134,7 @@ def term_name(term_id: str) -> str | None:
 def match_label(column: str, label: str) -> tuple[str | None, str]:
     """Match a label to a term: by exact name, then by normalised name, reviewed table and synonym, in that order.
 
-    Returns:
-        `(term_id, how)`, or `(None, "unmatched")`. A synonym of two terms matches neither.
+    Return `(term_id, how)`, or `(None, "unmatched")`. A synonym of two terms matches neither.
     """
     # Most labels equal a name exactly, which saves the normalisation of all names and synonyms.
     for ontology in ONTOLOGIES[column]:

@@ -23,10 +23,9 @@ def push_folder(
     token: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """Upload a folder to a repository of the Hub, which is created if missing; skip files that match `STAYS_HOME`.
+    """Upload a folder to a repository of the Hub, created if missing; return the full name, `owner/name`.
 
-    Returns:
-        Full name of the repository, `owner/name`.
+    Files that match `STAYS_HOME` are skipped.
     """
     api = HfApi(token=token)
     # The browser page is a Gradio app, and `evaluate` loads metrics from Gradio Spaces.
