@@ -193,9 +193,12 @@ class Checker:
             if form == "type":
                 found += [f"{g} is not of {kind}" for g in names if not self.is_higher(g, others, ~others, cell)]
                 found += [f"{names} speak for {name}" for name in self.better_kinds(kind, names)]
-                found += self.lineage_faults(cell, kind, text)
+                mentions = "" if self.is_rare(kind) else text  # of a rare type, a mentioned lineage counts, too
+                against = self.lineages_against(cell, kind).items()
+                found += [f"{g} speak against {kind}" for name, g in against if f"genes of {name}." not in mentions]
             elif form == "against":
-                found += self.against_faults(cell, kind, names, parts["lineage"])
+                if names != self.lineages_against(cell, kind).get(parts["lineage"]):
+                    found.append(f"{names} do not speak against {kind}")
             elif form == "programme":
                 found += self.programme_faults(cell, parts, names, others)
             elif form == "unusual":
@@ -205,24 +208,10 @@ class Checker:
                 if one == other or one not in self.kinds or other not in self.kinds:
                     found.append(f"{one} is not an alternative to {other}")
                     continue
-                pair = self.kinds[one], self.kinds[other]
-                found += [f"{gene} is not of {one}" for gene in names if not self.is_higher(gene, *pair, cell)]
-                found += [
-                    f"{gene} is not of {other}" for gene, _ in more if not self.is_higher(gene, *pair[::-1], cell)
-                ]
+                for mine, theirs, shown in ((one, other, names), (other, one, [gene for gene, _ in more])):
+                    pair = self.kinds[mine], self.kinds[theirs]
+                    found += [f"{gene} is not of {mine}" for gene in shown if not self.is_higher(gene, *pair, cell)]
         return found
-
-    def lineage_faults(self, cell: int, kind: str, text: str) -> list[str]:
-        """List excluded lineages that the cell expresses and the text omits; of a rare type, also mentioned ones."""
-        against = self.lineages_against(cell, kind)
-        mentions = text if not self.is_rare(kind) else ""
-        return [
-            f"{genes} speak against {kind}" for name, genes in against.items() if f"genes of {name}." not in mentions
-        ]
-
-    def against_faults(self, cell: int, kind: str, names: list[str], line: str) -> list[str]:
-        """List the faults of a sentence about an excluded lineage."""
-        return [] if names == self.lineages_against(cell, kind).get(line) else [f"{names} do not speak against {kind}"]
 
     def has(self, cell: int, gene: str, count: float) -> bool:
         """Whether a gene has this count in a cell, and the count is above 0."""
