@@ -294,10 +294,11 @@ class CorpusBuilder:
         dropped["duplicates"] = sum(shard["duplicates"] for shard in merged)
         if dropped["duplicates"]:
             logger.warning("Left out %d copies: cells with the same counts as another cell.", dropped["duplicates"])
-        for scan, spec in zip(scans, specs, strict=True):
-            _warn_of_labels(spec, scan["record"]["labels"].get("cell_type", {}))
         sources, start = [], 0
         for spec, scan in zip(specs, scans, strict=True):
+            without_term = scan["record"]["labels"].get("cell_type", {}).get("unmatched", {})
+            for warning in label_warnings(without_term, f"cell_type of {spec.name}"):
+                logger.warning(warning)
             n_parts = -(-scan["n_cells"] // self.cells_per_partition)
             own, start = parts[start : start + n_parts], start + n_parts
             named = {"name": spec.name, "kind": spec.kind, "path": spec.path}
@@ -328,9 +329,3 @@ class CorpusBuilder:
         columns["mean_share"] = totals["share"][ids] / build_steps.SHARE_UNITS / max(totals["n_train"], 1)
         with whole_file(self.output / "genes.parquet") as temporary:
             pq.write_table(pa.table(columns), temporary)
-
-
-def _warn_of_labels(spec: SourceSpec, report: dict[str, Any]) -> None:
-    """Warn of cell types without a Cell Ontology term that are codes, differ in spelling alone, or have one cell."""
-    for warning in label_warnings(report.get("unmatched", {}), f"cell_type of {spec.name}"):
-        logger.warning(warning)

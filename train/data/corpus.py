@@ -308,16 +308,13 @@ class Corpus:
         pieces: list[tuple[Cells, pa.Table]] = []
         stop, first = self.n_cells(split) if stop is None else stop, 0
         for shard in self.shards(split):
-            if first + shard.n_cells > start and first < stop:
+            begin, last = max(start - first, 0), min(stop - first, shard.n_cells)  # rows of the shard
+            if begin < last:
+                groups = range(begin // shard.row_group_size, -(-last // shard.row_group_size))
                 with self.open_shard(shard) as file:
-                    begin = first
-                    for group in range(file.num_row_groups):
-                        end = begin + file.metadata.row_group(group).num_rows
-                        if end > start and begin < stop:
-                            table = file.read_row_group(group, columns=[*CELL_COLUMNS, *OBS_COLUMNS])
-                            rows = slice(max(start - begin, 0), stop - begin)
-                            pieces.append((table_to_cells(table)[rows], table.select(OBS_COLUMNS)[rows]))
-                        begin = end
+                    table = file.read_row_groups(groups, columns=[*CELL_COLUMNS, *OBS_COLUMNS])
+                rows = slice(begin - groups[0] * shard.row_group_size, last - groups[0] * shard.row_group_size)
+                pieces.append((table_to_cells(table)[rows], table.select(OBS_COLUMNS)[rows]))
             first += shard.n_cells
         return _join(pieces)
 
