@@ -20,8 +20,9 @@ With checkpoints of several seeds, the table has means and standard deviations.
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -47,26 +48,16 @@ GENERATED = {"energy_distance": "generation, E-distance", "two_sample_auc": "gen
 BESIDE = ("mean profile + Poisson", "real training cells")
 
 
-@contextmanager
-def switched_off(module: torch.nn.Module, name: str) -> Iterator[None]:
+def switched_off(module: torch.nn.Module, name: str) -> AbstractContextManager[Any]:
     """Set a submodule to None within the context."""
-    part = module._modules[name]
-    module._modules[name] = None
-    try:
-        yield
-    finally:
-        module._modules[name] = part
+    return mock.patch.dict(module._modules, {name: None})
 
 
-@contextmanager
-def without_places(bridge: ScMMGPTBridgeModel) -> Iterator[None]:
+def without_places(bridge: ScMMGPTBridgeModel) -> AbstractContextManager[Any]:
     """Within the context, ignore the places of labels, which the readout otherwise adds to the embeddings of cells."""
-    stored = bridge.config.label_readout
-    bridge.config.label_readout = {name: value for name, value in (stored or {}).items() if name != "feature_width"}
-    try:
-        yield
-    finally:
-        bridge.config.label_readout = stored
+    stored = bridge.config.label_readout or {}
+    others = {name: value for name, value in stored.items() if name != "feature_width"}
+    return mock.patch.object(bridge.config, "label_readout", others)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -168,18 +169,13 @@ def celltypist_scores(budget: LabelBudget) -> pd.DataFrame:
         return AnnData(expression(adata), obs=adata.obs, var=adata.var)
 
     module: Any = sys.modules["celltypist.train"]  # the package's attribute of that name is a function
-    theirs = module.LogisticRegression
-    if "multi_class" not in inspect.signature(LogisticRegression).parameters:
-        module.LogisticRegression = _OneVersusRest
+    fits = "multi_class" in inspect.signature(LogisticRegression).parameters
+    regression = LogisticRegression if fits else _OneVersusRest
     package.logger.set_level(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = package.train(normalised(budget.adata[budget.shown]), labels=budget.labels[budget.shown], n_jobs=1)
-            annotated = package.annotate(normalised(budget.test), model=model)
-    finally:
-        module.LogisticRegression = theirs
-    return annotated.decision_matrix
+    with mock.patch.object(module, "LogisticRegression", regression), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = package.train(normalised(budget.adata[budget.shown]), labels=budget.labels[budget.shown], n_jobs=1)
+        return package.annotate(normalised(budget.test), model=model).decision_matrix
 
 
 def celltypist(budget: LabelBudget) -> np.ndarray:

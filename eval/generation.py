@@ -378,8 +378,8 @@ def score_in_space(cells: GeneratedCells, truth: HeldOutCells, n_resamples: int,
             by_type[str(label)] = _compare_samples(
                 cells.expression[ours], points[ours], truth, real, n_resamples, seed
             )
-            samples = points[ours], truth.points[real]
-            variances[str(label)] = [realism.variance_along(truth.axes, sample) for sample in samples]
+            along_axes = points[ours] @ truth.axes, truth.points[real] @ truth.axes
+            variances[str(label)] = [float(of.var(axis=0, ddof=1).sum()) for of in along_axes]
     for name in RESAMPLED if by_type else ():
         mean = results.mean_over_types({label: of_type[name][0] for label, of_type in by_type.items()}, n)
         drawn = np.mean([of_type[name][1] for of_type in by_type.values()], axis=0)

@@ -277,20 +277,16 @@ def train_scvi(train: LabelledCells, folder: Path, *, seconds: float, seed: int 
     import lightning
     import scvi
 
-    class Until(lightning.pytorch.Callback):
-        """Stops the training when its time is used."""
+    end = time.process_time() + seconds
 
-        def __init__(self) -> None:
-            self.end = time.process_time() + seconds
-
-        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            """Check the time after each step."""
-            trainer.should_stop = trainer.should_stop or time.process_time() >= self.end
+    def stop_in_time(trainer: Any, *args: Any) -> None:
+        trainer.should_stop = trainer.should_stop or time.process_time() >= end
 
     scvi.settings.seed = seed
     model = scvi.model.SCVI(setup_scvi(train), gene_likelihood="nb")
+    until = lightning.pytorch.callbacks.LambdaCallback(on_train_batch_end=stop_in_time)
     quiet = {"enable_progress_bar": False, "logger": False, "enable_checkpointing": False}
-    model.train(accelerator="cpu", train_size=1.0, callbacks=[Until()], **quiet)
+    model.train(accelerator="cpu", train_size=1.0, callbacks=[until], **quiet)
     model.save(str(folder), overwrite=True)
 
 
