@@ -5,7 +5,7 @@ import io
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -15,9 +15,11 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 
-from scmmgpt.eval.cells import LabelledCells
 from scmmgpt.train.curves import figure_style
 
+
+if TYPE_CHECKING:
+    from scmmgpt.eval.cells import LabelledCells
 
 REAL, GENERATED = "#9aa5b1", "#c2410c"
 MAX_VECTOR_POINTS = 3000  # more points are drawn as pixels inside the SVG, which would otherwise take megabytes
@@ -205,7 +207,7 @@ def map_figures(
     return by_type, by_origin
 
 
-def marker_genes(train: LabelledCells) -> list[tuple[str, str]]:
+def marker_genes(train: "LabelledCells") -> list[tuple[str, str]]:
     """Find three marker genes of each training type (scanpy, Wilcoxon); return pairs (type, gene), each gene once."""
     import anndata
     import pandas as pd
