@@ -28,12 +28,11 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from scmmgpt.commands.errors import number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval import baselines, generation, results
 from scmmgpt.eval.cells import LabelledCells, labelled_rows, ontology_ids, read_splits
 from scmmgpt.eval.results import markdown
-from scmmgpt.eval.task import task_parser
+from scmmgpt.eval.task import SEVERAL, task_parser
 from scmmgpt.modeling_scmmgpt import ScMMGPTBridgeModel
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.query_scmmgpt import standardised
@@ -181,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = task_parser("ablation", "Evaluate the linear parts of a checkpoint, its network, and both.")
     parser.add_argument("--model", nargs="+", required=True, help="checkpoints of `tune`, one for each seed")
     parser.add_argument(
-        "--cells-per-label", type=number(int, 2), default=100, help="generated cells of each type (%(default)s)"
+        "--cells-per-label", type=SEVERAL, default=100, help="generated cells of each type (%(default)s)"
     )
     args = parser.parse_args(argv)
     corpus = open_corpus(args.corpus)

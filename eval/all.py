@@ -54,7 +54,7 @@ from scmmgpt.eval.claims import find_claims, markdown_claims
 from scmmgpt.eval.generation import GeneratedCells
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import embed_texts
 from scmmgpt.eval.provenance import describe_corpus, read_training
-from scmmgpt.eval.task import task_parser
+from scmmgpt.eval.task import COUNT, SEVERAL, task_parser
 from scmmgpt.modeling_scmmgpt import cell_text_similarity
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.train import align, tune
@@ -336,10 +336,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tune-config", default=str(CONFIGS / "tune_tiny.yaml"), help="YAML of stage 2 (%(default)s)")
     parser.add_argument("--gene-texts", help="table of gene summaries for GenePT-style; default: names of the genes")
     parser.add_argument(
-        "--cells-per-label", type=number(int, 2), default=100, help="cells to generate of each type (%(default)s)"
+        "--cells-per-label", type=SEVERAL, default=100, help="cells to generate of each type (%(default)s)"
     )
     parser.add_argument(
-        "--seeds", type=number(int, 1), default=1, help="seeds to run, from --seed on, and to average (%(default)s)"
+        "--seeds", type=COUNT, default=1, help="seeds to run, from --seed on, and to average (%(default)s)"
     )
     parser.add_argument(
         "--time-factor",

@@ -50,7 +50,7 @@ from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import expression, run_finetune
 from scmmgpt.eval.cells import read_labelled
 from scmmgpt.eval.results import markdown
-from scmmgpt.eval.task import split_rows, training_parser
+from scmmgpt.eval.task import COUNT, split_rows, training_parser
 from scmmgpt.evidence_scmmgpt import label_members
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import read_file
@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--share", type=number(float, 0, 0.5, above=True), default=0.05, help="share of wrong labels (%(default)s)"
     )
-    parser.add_argument("--seeds", type=number(int, 1), default=5, help="draws of wrong labels (%(default)s)")
+    parser.add_argument("--seeds", type=COUNT, default=5, help="draws of wrong labels (%(default)s)")
     text = "audit all cells by this checkpoint, `.` for the checkpoint of the package (default: fine-tune a new one)"
     parser.add_argument("--model", metavar="CHECKPOINT", help=text)
     args = parser.parse_args(argv)

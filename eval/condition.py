@@ -37,11 +37,12 @@ from anndata import AnnData
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
-from scmmgpt.commands.errors import OneLineParser, number
+from scmmgpt.commands.errors import OneLineParser
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import expression, quieten, run_finetune
 from scmmgpt.eval.cells import read_labelled
 from scmmgpt.eval.results import Estimate, bootstrap_draws
+from scmmgpt.eval.task import SEVERAL
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
 
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--condition", required=True, help="the condition that the text describes")
     parser.add_argument("--text", required=True, help="text to search for")
     parser.add_argument("--gene-texts", help="table of gene functions, columns symbol and summary")
-    parser.add_argument("--clusters", type=number(int, 2), default=6, help="number of clusters (%(default)s)")
+    parser.add_argument("--clusters", type=SEVERAL, default=6, help="number of clusters (%(default)s)")
     parser.add_argument("--output", required=True, help="JSON file to write")
     args = parser.parse_args(argv)
     quieten()

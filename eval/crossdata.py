@@ -47,12 +47,12 @@ from sklearn.metrics import f1_score
 from sklearn.model_selection import GroupKFold
 
 from scmmgpt.cells_scmmgpt import Cells, log1p_cp10k
-from scmmgpt.commands.errors import OneLineParser, number
+from scmmgpt.commands.errors import OneLineParser
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval import annotators, baselines
 from scmmgpt.eval.annotation import hierarchical_f1, resampled_scores
 from scmmgpt.eval.results import markdown, percentile_interval
-from scmmgpt.eval.task import read_runs
+from scmmgpt.eval.task import COUNT, SHARE, read_runs
 from scmmgpt.labels_scmmgpt import term_of
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
 from scmmgpt.refinement_scmmgpt import refine_by_cells
@@ -378,12 +378,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="folder for results.json and table.md")
     parser.add_argument("--level", choices=("coarse", "fine"), default="coarse", help="labels to score (%(default)s)")
     parser.add_argument("--candidates", choices=("all", "present"), default="all", help="candidate classes")
-    parser.add_argument(
-        "--max-cells", type=number(int, 1), default=100, help="cells of each label of a dataset (%(default)s)"
-    )
+    parser.add_argument("--max-cells", type=COUNT, default=100, help="cells of each label of a dataset (%(default)s)")
     parser.add_argument(
         "--train-share",
-        type=number(float, 0, 1, above=True),
+        type=SHARE,
         default=1.0,
         help="share of the training cells of each label of a dataset, for a learning curve (%(default)s)",
     )

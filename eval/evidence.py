@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 
 from scmmgpt.cells_scmmgpt import Cells, hashes
-from scmmgpt.commands.errors import OneLineParser, number
-from scmmgpt.eval.task import write_result
+from scmmgpt.commands.errors import OneLineParser
+from scmmgpt.eval.task import COUNT, NATURAL, write_result
 from scmmgpt.evidence_scmmgpt import NONE, Evidence
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import read_file
@@ -128,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m scmmgpt.eval evidence", description=__doc__)
     parser.add_argument("--model", required=True, help="checkpoint with a label readout")
     parser.add_argument("--cells", required=True, help="file of held-out cells")
-    parser.add_argument("--draws", type=number(int, 1), default=5, help="draws of random genes (%(default)s)")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the draws (%(default)s)")
+    parser.add_argument("--draws", type=COUNT, default=5, help="draws of random genes (%(default)s)")
+    parser.add_argument("--seed", type=NATURAL, default=0, help="seed of the draws (%(default)s)")
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args(argv)
     pipeline = ScMMGPTPipeline.from_pretrained(args.model)

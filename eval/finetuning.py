@@ -32,13 +32,12 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from scmmgpt.commands.errors import number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import PRETRAINED, LabelBudget, System, make_systems, quieten
 from scmmgpt.eval.cells import read_labelled
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import annotation_scores
 from scmmgpt.eval.results import bootstrap_draws, markdown, percentile_interval
-from scmmgpt.eval.task import read_runs, split_rows, training_parser
+from scmmgpt.eval.task import COUNT, NATURAL, read_runs, split_rows, training_parser
 from scmmgpt.train.curves import figure_style
 
 
@@ -221,13 +220,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = training_parser("finetuning", __doc__.split("\n\n")[0])
     parser.epilog = "After `--`: options of finetune."
-    parser.add_argument(
-        "--shots", type=number(int, 1), nargs="*", default=[1, 3, 5, 10], help="cells per label (%(default)s)"
-    )
-    parser.add_argument("--seeds", type=number(int, 1), default=5, help="repetitions of every setting (%(default)s)")
+    parser.add_argument("--shots", type=COUNT, nargs="*", default=[1, 3, 5, 10], help="cells per label (%(default)s)")
+    parser.add_argument("--seeds", type=COUNT, default=5, help="repetitions of every setting (%(default)s)")
     parser.add_argument(
         "--splits",
-        type=number(int, 0),
+        type=NATURAL,
         default=3,
         help="number of splits for the setting `all`; 0 leaves it out (%(default)s)",
     )

@@ -40,7 +40,7 @@ from scipy.sparse import vstack
 from transformers import get_cosine_schedule_with_warmup
 
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.commands.errors import OneLineParser, number
+from scmmgpt.commands.errors import OneLineParser
 from scmmgpt.commands.files import write_json
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.eval import baselines
@@ -54,6 +54,7 @@ from scmmgpt.eval.crossdata import (
     thin,
 )
 from scmmgpt.eval.results import markdown
+from scmmgpt.eval.task import COUNT, SHARE
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.train.finetune import CellsOfVocabulary
 from scmmgpt.train.initialize import embed_genes_by_coexpression
@@ -324,15 +325,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, help="folder of .h5ad files with tables/label_classes.json")
     parser.add_argument("--sets", nargs="+", required=True, help="datasets to leave out, at least three")
     parser.add_argument("--output", required=True, help="folder for results.json and table.md")
-    parser.add_argument("--max-cells", type=number(int, 1), default=100, help="cells of each label (%(default)s)")
-    parser.add_argument("--steps", type=number(int, 1), default=300, help="steps of the network (%(default)s)")
-    parser.add_argument("--seeds", type=number(int, 1), default=2, help="repetitions (%(default)s)")
+    parser.add_argument("--max-cells", type=COUNT, default=100, help="cells of each label (%(default)s)")
+    parser.add_argument("--steps", type=COUNT, default=300, help="steps of the network (%(default)s)")
+    parser.add_argument("--seeds", type=COUNT, default=2, help="repetitions (%(default)s)")
     parser.add_argument(
-        "--shares",
-        type=number(float, 0, 1, above=True),
-        nargs="+",
-        default=list(SHARES),
-        help="shares of the training cells (%(default)s)",
+        "--shares", type=SHARE, nargs="+", default=list(SHARES), help="shares of the training cells (%(default)s)"
     )
     return parser
 

@@ -39,9 +39,9 @@ from scipy.sparse import csr_matrix
 from scipy.stats import poisson
 from sklearn.naive_bayes import MultinomialNB
 
-from scmmgpt.commands.errors import OneLineParser, number
+from scmmgpt.commands.errors import OneLineParser
 from scmmgpt.commands.results import write_table
-from scmmgpt.eval.task import write_result
+from scmmgpt.eval.task import COUNT, NATURAL, write_result
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.programmes_scmmgpt import LINEAGES, PROGRAMMES
 from scmmgpt.proof_scmmgpt import LINEAGE_FOLD, MIN_LINEAGE_GENES
@@ -429,10 +429,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="checkpoint with a label readout")
     parser.add_argument("--cells", required=True, nargs="+", help="file of cells, or several")
     text = "skip the check, and write this number of descriptions, drawn from all files, for a human reader"
-    parser.add_argument("--sample", type=number(int, 1), metavar="N", help=text)
+    parser.add_argument("--sample", type=COUNT, metavar="N", help=text)
     text = "obs columns of labels to show with the descriptions; the first column in a file is used (%(default)s)"
     parser.add_argument("--label-keys", nargs="+", default=["cell_type"], metavar="COLUMN", help=text)
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the draws (%(default)s)")
+    parser.add_argument("--seed", type=NATURAL, default=0, help="seed of the draws (%(default)s)")
     parser.add_argument("--output", help="JSON file to write; with --sample a table")
     args = parser.parse_args(argv)
     pipeline = ScMMGPTPipeline.from_pretrained(args.model)

@@ -16,13 +16,20 @@ from scmmgpt.eval.cells import LabelledCells, read_splits
 from scmmgpt.eval.results import markdown_table
 
 
+# Types of arguments.
+NATURAL = number(int, 0)
+COUNT = number(int, 1)
+SEVERAL = number(int, 2)
+SHARE = number(float, 0, 1, above=True)
+
+
 def task_parser(command: str, description: str) -> argparse.ArgumentParser:
     """Make a parser with the arguments of all tasks that evaluate on a corpus."""
     parser = OneLineParser(prog=f"python -m scmmgpt.eval {command}", description=description)
     parser.add_argument("--corpus", required=True, help="corpus folder; baselines are fitted to its train split")
     parser.add_argument("--label-key", default="cell_type", help="column of true types in the corpus (%(default)s)")
     parser.add_argument("--output", required=True, help="JSON file to write; for the report: a folder")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of all random draws (%(default)s)")
+    parser.add_argument("--seed", type=NATURAL, default=0, help="seed of all random draws (%(default)s)")
     return parser
 
 
@@ -61,12 +68,7 @@ def training_parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--adata", required=True, help="labelled cells with counts in X, or a corpus")
     parser.add_argument("--label-key", default="cell_type", help="column of obs with the labels (%(default)s)")
     parser.add_argument("--output", required=True, help="folder for results.json, table.md and other results")
-    parser.add_argument(
-        "--test-share",
-        type=number(float, 0, 1, above=True),
-        default=0.25,
-        help="share of the cells to test on (%(default)s)",
-    )
+    parser.add_argument("--test-share", type=SHARE, default=0.25, help="share of the cells to test on (%(default)s)")
     return parser
 
 

@@ -46,13 +46,12 @@ from anndata import AnnData
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
-from scmmgpt.commands.errors import number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import expression, quieten, run_finetune
 from scmmgpt.eval.cells import read_labelled
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import embed_texts
 from scmmgpt.eval.results import markdown, markdown_table
-from scmmgpt.eval.task import read_runs, split_rows, training_parser
+from scmmgpt.eval.task import COUNT, SEVERAL, read_runs, split_rows, training_parser
 from scmmgpt.eval.zeroshot_cells import evaluate_cells, labelled
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.train.data import ontology
@@ -297,12 +296,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Runs in `results.json` of the output folder are reused."""
     parser = training_parser("zeroshot", "Predict labels without training cells from their texts.")
     parser.add_argument("--ontology-key", help="column of obs with Cell Ontology ids; default: matched by label names")
-    parser.add_argument(
-        "--seeds", type=number(int, 1), default=1, help="repetitions, each with its split (%(default)s)"
-    )
+    parser.add_argument("--seeds", type=COUNT, default=1, help="repetitions, each with its split (%(default)s)")
     parser.add_argument("--gene-texts", help="table of gene functions for `finetune`, columns symbol and summary")
     parser.add_argument("--classes", help="label_classes.json of `crossdata`; pools the labels of its column by id")
-    parser.add_argument("--generate", type=number(int, 2), help="generate this number of cells of each label instead")
+    parser.add_argument("--generate", type=SEVERAL, help="generate this number of cells of each label instead")
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS), help="systems (default: all)")
     args = parser.parse_args(argv)
     quieten()
