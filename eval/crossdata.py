@@ -90,6 +90,13 @@ class LabelledSet:
         kept = {name: getattr(self, name)[rows] for name in ("cells", "labels", "types", "tissues")}
         return replace(self, **kept)
 
+    def dataset(self, n_genes: int, targets: Sequence[Any], own: Sequence[Any] | None = None) -> Dataset:
+        """The cells whose label, or else value of `own`, is one of `targets`, over a vocabulary of `n_genes`."""
+        number_of = {target: number for number, target in enumerate(targets)}
+        places = np.array([number_of.get(value, -1) for value in (self.labels if own is None else own)], dtype=int)
+        rows = np.flatnonzero(places >= 0)
+        return Dataset(self.cells[rows].to_csr(n_genes), self.measured, places[rows])
+
 
 @dataclass(frozen=True)
 class LeftOutSet:
@@ -104,13 +111,8 @@ class LeftOutSet:
 
     def datasets(self) -> list[Dataset]:
         """Training cells of the candidate classes, by dataset, with targets in `classes`."""
-        parts = []
-        for part in self.train:
-            rows = np.flatnonzero(np.isin(part.labels, self.classes))
-            if len(rows):
-                targets = np.searchsorted(self.classes, part.labels[rows])
-                parts.append(Dataset(part.cells[rows].to_csr(self.n_genes), part.measured, targets))
-        return parts
+        parts = (part.dataset(self.n_genes, self.classes) for part in self.train)
+        return [data for data in parts if len(data.targets)]
 
 
 def read_sets(folder: str | Path, level: str, max_cells: int) -> tuple[list[LabelledSet], int]:
@@ -213,13 +215,9 @@ def fit_by_types(case: LeftOutSet, profiles: bool) -> tuple[ScMMGPTLabelReadout,
     known = {label for label, kind in kinds if kind}
     types = [pair for pair in kinds if pair[1] or pair[0] not in known]
     meanings = np.array([[own == pair or (not pair[1] and own[0] == pair[0]) for own in types] for pair in kinds])
-    datasets = []
-    for part in case.train:
-        pairs = list(zip(part.labels, part.types, strict=True))
-        rows = np.flatnonzero([pair[0] in case.classes for pair in pairs])
-        if len(rows):
-            targets = np.array([kinds.index(pairs[row]) for row in rows])
-            datasets.append(Dataset(part.cells[rows].to_csr(case.n_genes), part.measured, targets))
+    pairs = [list(zip(part.labels, part.types, strict=True)) for part in case.train]
+    parts = [part.dataset(case.n_genes, kinds, own) for part, own in zip(case.train, pairs, strict=True)]
+    datasets = [data for data in parts if len(data.targets)]
     shares = meanings / meanings.sum(axis=1, keepdims=True)
     if profiles:
         names = [kind or label for label, kind in types]

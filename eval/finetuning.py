@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--splits",
         type=NATURAL,
         default=3,
-        help="number of splits for the setting `all`; 0 leaves it out (%(default)s)",
+        help="splits for the setting `all`; 0 leaves it out (%(default)s)",
     )
     parser.add_argument("--systems", nargs="*", help="names of the systems to run; default: all")
     parser.add_argument("--checkpoint", help="checkpoint trained on other cells; adds the systems that start from it")

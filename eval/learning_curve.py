@@ -96,8 +96,7 @@ class Fold:
 
     def dataset(self, part: LabelledSet) -> Dataset:
         """Convert one part to a [`Dataset`] with targets in `classes`."""
-        targets = np.searchsorted(self.classes, part.labels)
-        return Dataset(part.cells.to_csr(self.n_genes), part.measured, targets)
+        return part.dataset(self.n_genes, self.classes)
 
 
 def make_folds(sets: Sequence[LabelledSet], names: Sequence[str], n_genes: int) -> list[Fold]:

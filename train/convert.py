@@ -306,7 +306,9 @@ def load_causal_lm(source: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, 
         return AutoModelForCausalLM.from_pretrained(source, **kwargs), AutoTokenizer.from_pretrained(source)
     # transformers parses the file three times, for configuration, weights and tokenizer, and makes the map of names
     # for every tensor: 18 s for SmolLM2-135M, 6 s with these caches.
-    cached = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    cached: dict[str, Any] = {
+        name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")
+    }
     with mock.patch.multiple(gguf, **cached):
         model = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=gguf_file, quantization_config=GgufConfig(dequantize=True), **kwargs
