@@ -208,49 +208,34 @@ class EpochOrder:
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
         """`(block, rows)` of the cells `[start, stop)` of the stretches of all ranks."""
-        if self.cells.shuffle or self.cells.batch_size is None or self.cells.world_size == 1:
-            return self._between(start, stop)
-        pieces: list[tuple[int, np.ndarray]] = []
-        for stretch in self._deal(start, stop, self.cells.batch_size):
-            for block, rows in self._between(*stretch):
-                if pieces and pieces[-1][0] == block:  # a block is read once for all its batches
-                    rows = np.concatenate([pieces.pop()[1], rows])
-                pieces.append((block, rows))
-        return pieces
-
-    def _deal(self, start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-        """Stretches of the sequence for `[start, stop)` of the cells of a rank, if ranks take batches in turn.
-
-        The last step divides the remaining cells evenly among the ranks, and repeats some cells if they don't divide.
-        """
-        n_cells, n_ranks = int(self._ends[-1]), self.cells.world_size
-        n_whole, n_left = divmod(n_cells, size * n_ranks)  # steps
-        rank, at = divmod(start, self._share)
-        end = stop - rank * self._share
-        while at < end:
-            step, offset = divmod(at, size)
-            if step < n_whole:
-                first, n = (step * n_ranks + rank) * size + offset, min(size - offset, end - at)
-            else:
-                offset = (rank * (self._share - n_whole * size) + at - n_whole * size) % n_left
-                first, n = n_cells - n_left + offset, min(n_left - offset, end - at)
-            yield first, first + n
-            at += n
-
-    def _between(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
-        """`(block, rows)` of the cells `[start, stop)` of the sequence, which repeats after its end."""
-        pieces = []
-        while start < stop:
-            first = start % int(self._ends[-1])
-            i = int(np.searchsorted(self._ends, first, side="right"))
-            block, begin, end = int(self._blocks[i]), int(self._ends[i - 1]) if i else 0, int(self._ends[i])
-            last = min(first + stop - start, end)
+        positions, pieces = self._positions(start, stop), []
+        places = np.searchsorted(self._ends, positions, side="right")
+        for own in np.split(np.arange(len(positions)), np.flatnonzero(np.diff(places)) + 1):
+            place = places[own[0]]
+            block, begin = int(self._blocks[place]), self._ends[place - 1] if place else 0
             rows = np.arange(self.cells.block_sizes[block])
             if self._repeats is not None:
                 rows = np.repeat(rows, self._repeats[self.cells.starts[block] + rows])
-            pieces.append((block, rows[first - begin : last - begin]))
-            start += last - first
+            pieces.append((block, rows[positions[own] - begin]))
         return pieces
+
+    def _positions(self, start: int, stop: int) -> np.ndarray:
+        """Positions in the sequence of the cells `[start, stop)` of a rank's stretch, `int64 (n_cells,)`.
+
+        The sequence repeats after its end. If the ranks take batches in turn, the last step divides the remaining
+        cells evenly among the ranks, and repeats some cells if they don't divide.
+        """
+        at, n_cells = np.arange(start, stop), int(self._ends[-1])
+        size, n_ranks = self.cells.batch_size, self.cells.world_size
+        if self.cells.shuffle or size is None or n_ranks == 1:
+            return at % n_cells
+        rank = start // self._share
+        at -= rank * self._share
+        n_whole, n_left = divmod(n_cells, size * n_ranks)  # steps of whole batches, and the cells of the last step
+        step, offset = np.divmod(at, size)
+        left = rank * (self._share - n_whole * size) + at - n_whole * size
+        in_turn = (step * n_ranks + rank) * size + offset
+        return np.where(step < n_whole, in_turn, n_cells - n_left + left % max(n_left, 1))
 
     def _lengths(self, pieces: list[tuple[int, np.ndarray]]) -> np.ndarray:
         return np.concatenate([self.cells.lengths[self.cells.starts[block] + rows] for block, rows in pieces])
