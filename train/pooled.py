@@ -101,7 +101,6 @@ def fit_pooled_readout(
     n_labels: int,
     *,
     meanings: np.ndarray | None = None,
-    penalty: float = PENALTY,
 ) -> ScMMGPTLabelReadout:
     """Fit a ridge regression of the labels to the cells of all datasets, stored as statistics of groups.
 
@@ -111,7 +110,6 @@ def fit_pooled_readout(
         meanings: Shares of the labels in each target, `(n_targets, n_labels + n_others)`, rows of sum 1. A cell of a
             broad target ("T cell") is divided among the narrow labels. The last columns are classes of other cells,
             which are not labels. Default: each target is a label.
-        penalty: Ridge penalty, relative to the mean variance of a gene.
     """
     meanings = np.eye(n_labels) if meanings is None else meanings
     n_targets = len(meanings)
@@ -153,7 +151,7 @@ def fit_pooled_readout(
         "centroids": np.where(np.isnan(centroids), typical, centroids),
         "mean": typical,
         "factors": factors,
-        "noise": noise + penalty * variance.mean(),
+        "noise": noise + PENALTY * variance.mean(),
         "shares": shares[genes],
         "temperature": np.array(TEMPERATURE),
         "groups": groups,
