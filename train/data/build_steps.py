@@ -302,24 +302,20 @@ def _tell_apart(cells: Cells) -> tuple[np.ndarray, int]:
 
     Return the positions of the cells that are not copies, and the number of cells with new ids.
     """
-    ids = cells.cell_ids.copy()
-    kept, renamed = np.ones(len(cells), dtype=bool), 0
-
-    def is_copy(i: int, j: int) -> bool:
-        mine, other = (slice(cells.indptr[k], cells.indptr[k + 1]) for k in (i, j))
-        same_genes = np.array_equal(cells.gene_ids[mine], cells.gene_ids[other])
-        return same_genes and np.array_equal(cells.counts[mine], cells.counts[other])
-
-    for i in (np.flatnonzero(ids[1:] == ids[:-1]) + 1).tolist():
-        first = i
-        while first > 0 and ids[first - 1] == ids[i]:
-            first -= 1
-        twins = [j for j in range(first, i) if kept[j]]
-        if any(is_copy(i, j) for j in twins):
+    ids, kept, renamed = cells.cell_ids.copy(), np.ones(len(cells), dtype=bool), 0
+    known: set[tuple] = set()
+    n_known: Counter[int] = Counter()
+    for i in np.flatnonzero(np.isin(ids, ids[1:][ids[1:] == ids[:-1]])).tolist():
+        values, own_id = slice(cells.indptr[i], cells.indptr[i + 1]), int(ids[i])
+        content = own_id, cells.gene_ids[values].tobytes(), cells.counts[values].tobytes()
+        if content in known:
             kept[i] = False
-        else:
+            continue
+        if n := n_known[own_id]:
             renamed += 1
-            cells.cell_ids[i] = cell_keys(ids[i : i + 1], seed=len(twins), epoch=0, stream=RandomStream.DUPLICATE)[0]
+            cells.cell_ids[i] = cell_keys(ids[i : i + 1], seed=n, epoch=0, stream=RandomStream.DUPLICATE)[0]
+        known.add(content)
+        n_known[own_id] += 1
     return np.flatnonzero(kept), renamed
 
 
