@@ -64,11 +64,7 @@ KINDS = ("any", "near")
 
 
 def plant(
-    truth: np.ndarray,
-    share: float,
-    seed: int,
-    nearest: np.ndarray | None = None,
-    same: np.ndarray | None = None,
+    truth: np.ndarray, share: float, seed: int, nearest: np.ndarray | None = None, same: np.ndarray | None = None
 ) -> np.ndarray:
     """Replace a share of the labels `(n_cells,)`, at least one.
 

@@ -223,10 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shots", type=COUNT, nargs="*", default=[1, 3, 5, 10], help="cells per label (%(default)s)")
     parser.add_argument("--seeds", type=COUNT, default=5, help="repetitions of every setting (%(default)s)")
     parser.add_argument(
-        "--splits",
-        type=NATURAL,
-        default=3,
-        help="splits for the setting `all`; 0 leaves it out (%(default)s)",
+        "--splits", type=NATURAL, default=3, help="splits for the setting `all`; 0 leaves it out (%(default)s)"
     )
     parser.add_argument("--systems", nargs="*", help="names of the systems to run; default: all")
     parser.add_argument("--checkpoint", help="checkpoint trained on other cells; adds the systems that start from it")

@@ -76,9 +76,7 @@ MEASURES = {
         "over types, with equal numbers of cells in all rows. The row of the real held-out cells is right.",
     ),
     "largest_eigenvalue": results.Measure(
-        "largest eigenvalue",
-        None,
-        "Largest eigenvalue of the correlation matrix of the same genes and cells.",
+        "largest eigenvalue", None, "Largest eigenvalue of the correlation matrix of the same genes and cells."
     ),
     "zero_fraction": results.Measure("zeros", None, "Share of zeros among the values of a cell, averaged over types."),
     "detected_genes": results.Measure("genes", None, "Genes with a count in a cell, averaged over types."),

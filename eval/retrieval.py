@@ -25,11 +25,7 @@ MEASURES = {
 
 
 def evaluate_retrieval(
-    similarities: Mapping[str, np.ndarray],
-    cell_types: ArrayLike,
-    text_types: ArrayLike,
-    *,
-    seed: int = 0,
+    similarities: Mapping[str, np.ndarray], cell_types: ArrayLike, text_types: ArrayLike, *, seed: int = 0
 ) -> dict:
     """Score the similarities `(n_cells, n_texts)` of each system, ours under `results.MODEL_NAME`.
 

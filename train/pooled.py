@@ -97,10 +97,7 @@ def two_way_means(cells: np.ndarray, known: np.ndarray, n_rounds: int = 10) -> n
 
 
 def fit_pooled_readout(
-    datasets: Sequence[Dataset],
-    n_labels: int,
-    *,
-    meanings: np.ndarray | None = None,
+    datasets: Sequence[Dataset], n_labels: int, *, meanings: np.ndarray | None = None
 ) -> ScMMGPTLabelReadout:
     """Fit a ridge regression of the labels to the cells of all datasets, stored as statistics of groups.
 

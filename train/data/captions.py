@@ -183,11 +183,7 @@ class CaptionSampler:
     """
 
     def __init__(
-        self,
-        templates: str | Path = "default",
-        *,
-        seed: int = 0,
-        gene_means: np.ndarray | None = None,
+        self, templates: str | Path = "default", *, seed: int = 0, gene_means: np.ndarray | None = None
     ) -> None:
         path = Path(templates)
         if path.suffix != ".json":
