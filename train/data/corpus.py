@@ -117,29 +117,20 @@ class Shard:
 
 @dataclasses.dataclass
 class Manifest:
-    """The record of a corpus: contents, sources, splits, and hashes to verify them.
+    """The record of a corpus: contents, sources, splits, and hashes to verify them."""
 
-    Args:
-        vocabulary_hash: `hash_vocabulary` of `vocab.json`.
-        shards: Sorted by path.
-        split_by: The unit that no two splits share: `"dataset"`, `"donor"`, `"cell"`, or `"column"` if obs decided.
-        splits_hash: sha256 of `splits.json`.
-        sources: One mapping per source: name, licence, numbers of cells and genes, and the like.
-        excluded_datasets: Dataset ids that were left out on purpose, such as evaluation sets.
-        dropped: Numbers of dropped cells and genes, by reason.
-        notes: Further JSON-able facts.
-    """
-
-    vocabulary_hash: str
+    vocabulary_hash: str  # `hash_vocabulary` of `vocab.json`
     vocabulary_size: int
-    shards: list[Shard]
-    split_by: str | None = None
-    splits_hash: str | None = None
-    sources: list[dict] = dataclasses.field(default_factory=list)
-    excluded_datasets: list[str] = dataclasses.field(default_factory=list)
-    dropped: dict = dataclasses.field(default_factory=dict)
+    shards: list[Shard]  # sorted by path
+    split_by: str | None = (
+        None  # unit that no two splits share: "dataset", "donor", "cell", or "column" if obs decided
+    )
+    splits_hash: str | None = None  # sha256 of `splits.json`
+    sources: list[dict] = dataclasses.field(default_factory=list)  # name, licence, numbers of cells and genes, ...
+    excluded_datasets: list[str] = dataclasses.field(default_factory=list)  # left out on purpose, for evaluation
+    dropped: dict = dataclasses.field(default_factory=dict)  # numbers of dropped cells and genes, by reason
     command: str | None = None
-    notes: dict = dataclasses.field(default_factory=dict)
+    notes: dict = dataclasses.field(default_factory=dict)  # further JSON-able facts
     schema_version: int = SCHEMA_VERSION
 
     @property

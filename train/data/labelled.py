@@ -30,20 +30,13 @@ READ_AT_ONCE = 4096  # cells per read of a dataset
 
 @dataclasses.dataclass
 class CellTable:
-    """Annotated cells, and the options of [`read_cells`] that turn them into [`Cells`].
-
-    Args:
-        adata: The cells.
-        options: Keyword arguments of [`read_cells`].
-        cell_ids, total_counts: See [`Cells`]; default: the values that [`read_cells`] derives from `adata`.
-        n_train: Number of training rows, which come first; the other rows are held out. `None`: not split.
-    """
+    """Annotated cells, and the keyword arguments of [`read_cells`] that turn them into [`Cells`]."""
 
     adata: anndata.AnnData
     options: Mapping[str, Any]
-    cell_ids: np.ndarray | None = None
-    total_counts: np.ndarray | None = None
-    n_train: int | None = None
+    cell_ids: np.ndarray | None = None  # see `Cells`; default: as `read_cells` derives them from `adata`
+    total_counts: np.ndarray | None = None  # likewise
+    n_train: int | None = None  # number of training rows, which come first; the others are held out. None: not split
 
     def read(self, gene_index: GeneIndex) -> Cells:
         """Convert the cells to raw counts of the genes of `gene_index`."""

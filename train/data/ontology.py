@@ -40,17 +40,12 @@ LABELS_FILE = Path(__file__).parent / "templates" / "labels.json"
 
 @dataclass(frozen=True)
 class Term:
-    """The meaning of a label of one obs column.
+    """The meaning of a label of one obs column."""
 
-    Args:
-        name: Name of the term in the ontology, or the label itself if no term matched; None if unknown.
-        term_id: Ontology id such as `CL:0000236`, or None.
-        how: The rule that found the term: "id", "name", "synonym", "reviewed" (the table `templates/labels.json`),
-            "unmatched" or "missing"; "conflict" if the id decided and the label names another term.
-    """
-
-    name: str | None
-    term_id: str | None
+    name: str | None  # of the term in the ontology, or the label itself if no term matched; None if unknown
+    term_id: str | None  # such as `CL:0000236`
+    # The rule that found the term: "id", "name", "synonym", "reviewed" (the table `templates/labels.json`),
+    # "unmatched" or "missing"; "conflict" if the id decided and the label names another term.
     how: str
 
 

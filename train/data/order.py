@@ -32,56 +32,39 @@ MAX_REPEATS = 10  # most times that balancing draws one cell in an epoch
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Cells that are read together, and how they are cut into batches.
+    """Cells that are read together, and how they are cut into batches."""
 
-    Args:
-        pieces: `(block, rows, places)`: rows to take from a block, and their places in the pool, both
-            `int64 (n_rows,)`.
-        lengths: Genes of every cell by its place in the pool, `uint16 (n_cells,)`.
-        bounds: `[start, stop)` of each batch in the pool, `int64 (n_batches, 2)`, in the order of the batches.
-    """
-
+    # `(block, rows, places)`: rows to take from a block, and their places in the pool, both `int64 (n_rows,)`.
     pieces: list[tuple[int, np.ndarray, np.ndarray]]
-    lengths: np.ndarray
-    bounds: np.ndarray
+    lengths: np.ndarray  # genes of every cell by its place in the pool, `uint16 (n_cells,)`
+    bounds: (
+        np.ndarray
+    )  # `[start, stop)` of each batch in the pool, `int64 (n_batches, 2)`, in the order of the batches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CellOrder:
-    """The order of a split in all its epochs.
+    """The order of a split in all its epochs; give `batch_size` or `token_budget`."""
 
-    Args:
-        block_sizes: Cells of every block, `int64 (n_blocks,)`.
-        lengths: Genes of every cell, `uint16 (n_cells,)`, block after block.
-        batch_size: Cells per batch. Give this or `token_budget`.
-        token_budget: Most tokens per batch, padding included: number of cells times tokens of the longest cell. A
-            cell has one token per gene and `<cls>`, and at most `max_genes` tokens. A batch has cells of similar
-            length.
-        max_genes: Length at which the feature extractor cuts a cell.
-        shuffle: Whether to permute blocks, pools and batches; otherwise cells come in stored order.
-        label_codes: Label of every cell, `int32 (n_cells,)`, for balanced draws. An epoch draws about as many cells as
-            the split has. Cells of rare labels occur up to `MAX_REPEATS` times. Cells of frequent labels are a random
-            subset, drawn again in every epoch. `None` draws every cell once.
-        temperature: A label of `n` cells is drawn in proportion to `n ** (1 / temperature)`: 1 keeps the frequencies,
-            infinity makes them equal.
-        seed: Seed of the order.
-        world_size: Number of ranks.
-        drop_last: Whether to leave out the last batch of an epoch if it is smaller than `batch_size`.
-        pool_size: Cells that are shuffled together. Two pools are in memory at a time, some 50 MB each.
-    """
-
-    block_sizes: np.ndarray
-    lengths: np.ndarray
-    batch_size: int | None = None
+    block_sizes: np.ndarray  # cells of every block, `int64 (n_blocks,)`
+    lengths: np.ndarray  # genes of every cell, `uint16 (n_cells,)`, block after block
+    batch_size: int | None = None  # cells per batch
+    # Most tokens per batch of cells of similar length, padding included: number of cells times tokens of the longest
+    # cell. A cell has one token per gene and `<cls>`, and at most `max_genes` tokens.
     token_budget: int | None = None
-    max_genes: int = 1200
-    shuffle: bool = True
+    max_genes: int = 1200  # length at which the feature extractor cuts a cell
+    shuffle: bool = True  # whether to permute blocks, pools and batches; otherwise cells come in stored order
+    # Label of every cell, `int32 (n_cells,)`, for balanced draws; None draws every cell once. An epoch draws about as
+    # many cells as the split has: cells of rare labels up to `MAX_REPEATS` times, and a random subset of the cells of
+    # frequent labels, drawn again in every epoch.
     label_codes: np.ndarray | None = None
+    # A label of n cells is drawn in proportion to n ** (1 / temperature): 1 keeps the frequencies, infinity makes them
+    # equal.
     temperature: float = float("inf")
     seed: int = 0
-    world_size: int = 1
-    drop_last: bool = False
-    pool_size: int = 8192
+    world_size: int = 1  # number of ranks
+    drop_last: bool = False  # whether to leave out the last batch of an epoch if it is smaller than `batch_size`
+    pool_size: int = 8192  # cells that are shuffled together; two pools, some 50 MB each, are in memory at a time
     _epochs: dict[int, "EpochOrder"] = dataclasses.field(default_factory=dict, init=False, repr=False)
     _n_steps: dict[int, int] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
