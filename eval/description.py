@@ -336,14 +336,14 @@ def _checks(
     test: LabelledCells, term_ids: dict[str, str | None], references: Sequence[str]
 ) -> dict[str, Callable[[str, int], float]]:
     """Make the checks of a text against its cell: of the type, and of genes if the references name genes."""
-    from scmmgpt.train.rewards import agreement, genes_in_text, score_type
+    from scmmgpt.train.rewards import genes_in_text, score_genes, score_type
 
     index = GeneIndex({name: i for i, name in enumerate(test.genes)})
     named = functools.cache(lambda text: genes_in_text(text, index))
     expressed = [set(part.tolist()) for part in np.split(test.counts.indices, test.counts.indptr[1:-1])]
 
     def of_genes(text: str, row: int) -> float:
-        return agreement(named(text), expressed[row])
+        return score_genes(named(text), expressed[row])
 
     def of_type(text: str, row: int) -> float:
         return score_type(text, test.labels[row], term_ids.get(test.labels[row])) or 0.0

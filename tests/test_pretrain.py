@@ -99,7 +99,7 @@ def test_hidden_genes_are_a_share_of_the_expressed_ones(corpus_path):
     corpus = open_corpus(corpus_path)
     cells, _ = corpus.load("train")
     extractor = ScMMGPTFeatureExtractor(pad_token_id=0, cls_token_id=1)
-    batch = pretrain.PretrainCollator(extractor, [0.5])(cells, {}, epoch=1)
+    batch = pretrain.collate_masked(extractor, [0.5], cells, {}, epoch=1)
     hidden, mask = batch["labels"] != -100, batch["cell_attention_mask"].bool()
     assert torch.equal(batch["labels"][hidden], batch["expression"][hidden])
     assert not (hidden & ~mask).any()

@@ -14,12 +14,12 @@ scGPT was trained with a dropout of 0.2 on attention weights too. Here this drop
 attention kernels; `--cell_config '{"attention_dropout": 0.2}'` turns it on.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from transformers import TrainingArguments
 
@@ -66,19 +66,18 @@ class PretrainConfig(StageArguments, TrainingArguments):
     pretrained_learning_rate: float | None = field(default=None, init=False)  # no option of this command
 
 
-class PretrainCollator:
-    """Cells -> inputs of [`ScGPTForPreTraining`]; each cell draws one of `mask_ratios`, shares of genes to hide."""
+def collate_masked(
+    extractor: ScMMGPTFeatureExtractor, mask_ratios: list[float], cells: Cells, obs: Any, *, epoch: int = 0
+) -> dict[str, torch.Tensor]:
+    """Inputs of [`ScGPTForPreTraining`]: tokens, values and `labels`, the values of the hidden genes.
 
-    def __init__(self, feature_extractor: ScMMGPTFeatureExtractor, mask_ratios: list[float]) -> None:
-        self.feature_extractor, self.mask_ratios = feature_extractor, mask_ratios
-
-    def __call__(self, cells: Cells, obs: Mapping[str, np.ndarray], *, epoch: int = 0) -> dict[str, torch.Tensor]:
-        """Tokens, values and `labels`, the values of the hidden genes. Annotations (`obs`) are not used."""
-        batch = dict(self.feature_extractor(cells, epoch=epoch))
-        genes = batch["gene_ids"], batch["cell_attention_mask"], cells.cell_ids
-        hidden = mask_genes(*genes, self.mask_ratios, seed=self.feature_extractor.seed, epoch=epoch)
-        batch["labels"] = batch["expression"].masked_fill(~hidden, IGNORED_LABEL)
-        return batch
+    Each cell draws one of `mask_ratios`, shares of genes to hide. Annotations (`obs`) are not used.
+    """
+    batch = dict(extractor(cells, epoch=epoch))
+    genes = batch["gene_ids"], batch["cell_attention_mask"], cells.cell_ids
+    hidden = mask_genes(*genes, mask_ratios, seed=extractor.seed, epoch=epoch)
+    batch["labels"] = batch["expression"].masked_fill(~hidden, IGNORED_LABEL)
+    return batch
 
 
 def build_model(corpus: Corpus, arguments: PretrainArguments) -> tuple[ScGPTForPreTraining, ScMMGPTFeatureExtractor]:
@@ -121,7 +120,7 @@ def main(
     flag_embedding = model.cell_model.embeddings.flag_embedding
     if "gene_prompt" not in model.objectives and flag_embedding is not None:
         flag_embedding.requires_grad_(False)  # no objective uses it
-    collate = PretrainCollator(extractor, arguments.mask_ratios)
+    collate = functools.partial(collate_masked, extractor, arguments.mask_ratios)
     train_dataset, eval_dataset = make_datasets(
         corpus,
         collate,
