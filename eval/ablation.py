@@ -130,8 +130,7 @@ def generate(
         if parts == "deep":
             stack.enter_context(switched_off(pipeline.model.model, "cell_states"))
         adata = pipeline.generate(prompts, n_cells, seed=seed, do_sample=True)
-    sizes, genes = adata.obs["library_size"].to_numpy(), adata.var_names.to_numpy().astype(str)
-    cells = generation.GeneratedCells(adata.X.toarray(), np.repeat(list(prompts), n_cells), genes, sizes)
+    cells = generation.GeneratedCells.of(adata, list(prompts))
     rows = generation.evaluate_generation(cells, train, test, n_resamples=6, seed=seed)["rows"]
     return {of: {row["system"]: row["value"] for row in rows if row["metric"] == of} for of in GENERATED}
 

@@ -233,10 +233,8 @@ def evaluate_generation(study: Study, trained: Trained) -> dict:
     """
     train, seed, n = study.train, study.args.seed, study.args.cells_per_label
     prompts = trained.pipeline.label_prompts()
-    ours = trained.pipeline.generate(prompts, n, seed=seed)
-    labels = np.repeat(list(prompts), n)
-    sizes = ours.obs["library_size"].to_numpy() if "library_size" in ours.obs else None
-    generated = GeneratedCells(ours.X.toarray(), labels, ours.var_names.to_numpy().astype(str), sizes)
+    generated = GeneratedCells.of(trained.pipeline.generate(prompts, n, seed=seed), list(prompts))
+    labels = generated.prompts
     sentences = trained.sentences.sentences
     real = sentences.write(train, seed=seed)
     texts = np.repeat(list(prompts.values()), n).tolist()

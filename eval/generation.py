@@ -14,7 +14,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.metrics.pairwise import euclidean_distances
@@ -122,6 +122,13 @@ class GeneratedCells(NamedTuple):
     prompts: np.ndarray  # prompted types, `(n_cells,)`
     genes: np.ndarray  # gene symbols, `(n_genes,)`
     library_sizes: np.ndarray | None = None  # `(n_cells,)`; None if the cells are mean profiles
+
+    @classmethod
+    def of(cls, adata: Any, prompts: Sequence[str]) -> "GeneratedCells":
+        """Cells of `ScMMGPTPipeline.generate`, the same number for each prompted type."""
+        sizes = adata.obs["library_size"].to_numpy() if "library_size" in adata.obs else None
+        labels = np.repeat(list(prompts), adata.n_obs // len(prompts))
+        return cls(adata.X.toarray(), labels, adata.var_names.to_numpy().astype(str), sizes)
 
     def take(self, rows: np.ndarray) -> "GeneratedCells":
         """The cells at `rows`, in that order."""

@@ -11,7 +11,6 @@
   installed; cells of a type are drawn from the prior.
 """
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -28,11 +27,11 @@ from peft import LoraConfig
 from scipy import sparse
 from sklearn.linear_model import RidgeClassifierCV
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from scmmgpt.cells_scmmgpt import hash_names, log1p_cp10k
+from scmmgpt.commands.files import write_json
 from scmmgpt.eval import baselines
 from scmmgpt.eval.baselines import TypePrediction
 from scmmgpt.eval.cells import LabelledCells
@@ -108,11 +107,6 @@ class TimedTrainer(SFTTrainer):
         self.seconds, self.start = seconds, time.process_time()
         super().__init__(*args, **kwargs)
         self.add_callback(TimeLimit(self))
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        """Keep the order of the rows, which alternate between both directions."""
-        data: Any = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(data)
 
     @property
     def share(self) -> float:
@@ -199,7 +193,7 @@ def train_cell2sentence(
     output: Path,
     *,
     seconds: float,
-) -> CellSentenceModel:
+) -> None:
     """Train the language model of `tune` on both directions in turn, for some CPU seconds, and save it in `output`.
 
     A batch has one direction, because the few tokens of descriptions would hardly count among those of sentences.
@@ -233,6 +227,7 @@ def train_cell2sentence(
         learning_rate=training_args.learning_rate,
         weight_decay=training_args.weight_decay,
         num_train_epochs=10_000,
+        train_sampling_strategy="sequential",  # the rows alternate between both directions
         seed=training_args.seed,
         max_length=None,
         bf16=training_args.bf16,
@@ -253,8 +248,7 @@ def train_cell2sentence(
     trained.save_pretrained(output)
     tokenizer.save_pretrained(output)
     state = {"steps": trainer.state.global_step, "intercept": sentences.intercept, "slope": sentences.slope}
-    Path(output, "sentences.json").write_text(json.dumps(state), encoding="utf-8")
-    return CellSentenceModel(trained, tokenizer, sentences)
+    write_json(output / "sentences.json", state)
 
 
 def load_cell2sentence(folder: Path, train: LabelledCells) -> CellSentenceModel:
