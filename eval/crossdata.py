@@ -122,7 +122,7 @@ def read_sets(folder: str | Path, level: str, max_cells: int) -> tuple[list[Labe
     """
     from scmmgpt.readers.cell_files import read_file
     from scmmgpt.reading_scmmgpt import choose_input
-    from scmmgpt.train.labels import column_of
+    from scmmgpt.train.labels import column_of, draw_shots
 
     path = Path(folder, "tables", "label_classes.json")
     if not path.is_file():
@@ -136,9 +136,8 @@ def read_sets(folder: str | Path, level: str, max_cells: int) -> tuple[list[Labe
             np.array([(table.get(label) or {}).get(key) or "" for label in own], dtype=object).astype(str)
             for key in (level, "fine")
         )
-        rng = np.random.default_rng(0)
-        of_labels = [np.flatnonzero((own == label) & (classes != "")) for label in sorted(set(own[classes != ""]))]
-        rows = np.sort(np.concatenate([rng.permutation(rows)[:max_cells] for rows in of_labels]))
+        known = np.flatnonzero(classes != "")
+        rows = known[draw_shots(own[known].astype(str), max_cells, np.random.default_rng(0))]
         choice = choose_input(adata, index)
         tissue = reviewed.get(name, {}).get("constants", {}).get("tissue")
         tissues = np.full(len(own), tissue or "", dtype=object)

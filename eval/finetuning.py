@@ -39,6 +39,7 @@ from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import annot
 from scmmgpt.eval.results import bootstrap_draws, markdown, percentile_interval
 from scmmgpt.eval.task import COUNT, NATURAL, read_runs, split_rows, training_parser
 from scmmgpt.train.curves import figure_style
+from scmmgpt.train.labels import draw_shots
 
 
 if TYPE_CHECKING:
@@ -52,13 +53,6 @@ METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 OURS = (PRETRAINED, "finetune", "finetune, unlabelled")
 
 
-def draw_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Draw the rows of `shots` cells of every label (all cells if there are fewer), ascending."""
-    rng = np.random.default_rng([seed, shots])
-    chosen = [rng.permutation(np.flatnonzero(labels == label))[:shots] for label in np.unique(labels)]
-    return np.sort(np.concatenate(chosen))
-
-
 def draw_runs(labels: np.ndarray, *, shots: Sequence[int], seeds: int, splits: int, test_share: float) -> list[dict]:
     """List all runs: `setting`, `seed`, rows `train` and `test`, and `shown`, the labelled positions in `train`."""
     runs = []
@@ -67,7 +61,8 @@ def draw_runs(labels: np.ndarray, *, shots: Sequence[int], seeds: int, splits: i
         everything = np.arange(len(train))
         draws = [(OTHER_SPLITS, split, everything)]
         if split == 0:
-            draws = [(str(n), seed, draw_shots(labels[train], n, seed)) for n in shots for seed in range(seeds)]
+            few = ((n, seed, np.random.default_rng([seed, n])) for n in shots for seed in range(seeds))
+            draws = [(str(n), seed, draw_shots(labels[train], n, rng)) for n, seed, rng in few]
             draws += [(ALL, seed, everything) for seed in range(seeds if splits else 0)]
         rows = {"train": train, "test": test}
         runs += [{"setting": setting, "seed": seed, "shown": shown, **rows} for setting, seed, shown in draws]

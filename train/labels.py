@@ -85,10 +85,7 @@ def hold_out(
     everything = np.arange(len(labels.rows))
     counts = np.bincount(labels.targets)
     if data_args.shots is not None:
-        rng = np.random.default_rng(seed)
-        members = (np.flatnonzero(labels.targets == label) for label in range(len(labels.names)))
-        chosen = [rng.permutation(rows)[: data_args.shots] for rows in members]
-        return np.sort(np.concatenate(chosen)), everything[:0]
+        return draw_shots(labels.targets, data_args.shots, np.random.default_rng(seed)), everything[:0]
     if counts.max() == 1:
         raise ValueError(
             f"Every label of obs[{data_args.label_key!r}] has a single cell, so none can be held out; train on all "
@@ -108,6 +105,12 @@ def hold_out(
     _, held_out = next(split.split(common, labels.targets[common]))
     validation = np.sort(common[held_out])
     return np.setdiff1d(everything, validation), validation
+
+
+def draw_shots(labels: np.ndarray, shots: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw the rows of `shots` cells of every label (all cells if there are fewer), ascending."""
+    chosen = [rng.permutation(np.flatnonzero(labels == label))[:shots] for label in np.unique(labels)]
+    return np.sort(np.concatenate(chosen))
 
 
 def hold_out_rest(labels: Labels, n_train: int, data_args: FinetuneDataArguments) -> tuple[np.ndarray, np.ndarray]:
