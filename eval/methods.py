@@ -11,7 +11,6 @@
   installed; cells of a type are drawn from the prior.
 """
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,8 +40,6 @@ from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.gene_tables import load_gene_texts, load_hgnc
 from scmmgpt.train.language_model import load_causal_lm, new_language_model
 
-
-logger = logging.getLogger(__name__)
 
 SENTENCE_GENES = 100  # genes of a cell sentence, as in the first published models
 VARIANTS = 4  # texts of each cell in training

@@ -14,7 +14,6 @@ counts of the cell (`train/rewards.py`). Only LoRA on the language model is trai
 """
 
 import functools
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,6 @@ from scmmgpt.train.options import OptionParser
 from scmmgpt.train.rewards import reward_functions
 from scmmgpt.train.trainer import CheckpointTrainer, data_seed
 
-
-logger = logging.getLogger(__name__)
 
 TYPE_COLUMNS = ("cell_type", "cell_type_ontology_term_id")
 

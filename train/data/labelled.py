@@ -1,7 +1,6 @@
 """Labelled cells in memory: [`CellTable`], from a file or from datasets, and [`LabelledBatches`] to train on."""
 
 import dataclasses
-import logging
 from collections.abc import Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,6 @@ from scmmgpt.train.data.blocks import Obs
 from scmmgpt.train.data.corpus import Corpus, open_corpus
 from scmmgpt.train.data.streamed import open_cells
 
-
-logger = logging.getLogger(__name__)
 
 READ_AT_ONCE = 4096  # cells per read of a dataset
 
