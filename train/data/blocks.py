@@ -1,9 +1,11 @@
 """Decode row groups of a corpus ([`BlockReader`]), or read rows of a dataset ([`RowReader`]), into a [`CellPool`]."""
 
+import collections
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -15,9 +17,21 @@ from scmmgpt.train.data.cache import is_cached, open_cached
 from scmmgpt.train.data.corpus import CELL_COLUMNS, MAX_VOCABULARY_SIZE, ROW_GROUP_SIZE, Corpus, table_to_cells
 
 
+T = TypeVar("T")
 FLOAT = np.dtype(np.float32)
 OPEN_FILES = 32  # shards that each thread keeps open
 Obs = dict[str, np.ndarray]  # annotation -> object array of str, None for null
+
+
+def results_ahead(executor: Executor, jobs: Iterable[Callable[[], T]], n_ahead: int) -> Iterator[T]:
+    """Yield the results of jobs in order; `n_ahead` jobs are submitted before the first result is taken."""
+    pending: collections.deque[Future[T]] = collections.deque()
+    for job in jobs:
+        pending.append(executor.submit(job))
+        if len(pending) == n_ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 class CellPool:

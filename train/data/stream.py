@@ -14,21 +14,21 @@ its row group straight to its place in the pool; batches are views of the pool. 
 inputs.
 """
 
-import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.train.data.blocks import BlockReader, CellPool, MemoryReader, Obs, RowReader
+from scmmgpt.train.data.blocks import BlockReader, CellPool, MemoryReader, Obs, RowReader, results_ahead
 from scmmgpt.train.data.corpus import OBS_COLUMNS, Corpus, open_corpus
 from scmmgpt.train.data.order import CellOrder, EpochOrder
 
@@ -133,27 +133,24 @@ class CellStream:
         """Yield batches from a step to the end of an epoch of the order, and read one pool ahead."""
         n_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
         assembling, decoding = ThreadPoolExecutor(1), ThreadPoolExecutor(n_threads)
-        pending: collections.deque[tuple[Future, int, int]] = collections.deque()
+        jobs = (functools.partial(self._read_pool, order, decoding, *pool) for pool in order.pools(self.rank, step))
         try:
-            for first, last, begin, end in order.pools(self.rank, step):
-                pending.append((assembling.submit(self._read_pool, order, first, last, decoding), begin, end))
-                if len(pending) == 2:
-                    yield from _cut(*pending.popleft())
-            while pending:
-                yield from _cut(*pending.popleft())
+            for pool, bounds in results_ahead(assembling, jobs, 2):
+                for start, stop in bounds.tolist():
+                    yield pool[start:stop]
         finally:
             for executor in (assembling, decoding):
                 executor.shutdown(wait=True, cancel_futures=True)
 
     def _read_pool(
-        self, order: EpochOrder, first: int, last: int, decoding: ThreadPoolExecutor
+        self, order: EpochOrder, decoding: ThreadPoolExecutor, first: int, last: int, begin: int, end: int
     ) -> tuple[CellPool, np.ndarray]:
-        """Cells of a pool in the order of its batches, and the bounds of the batches."""
+        """Cells of a pool in the order of its batches, and the bounds of the batches `[begin, end)`."""
         pool = order.pool(first, last)
         cells = CellPool(pool.lengths, self.reader.counts_dtype, self.columns)
         for task in [decoding.submit(self.reader.fill, cells, *piece) for piece in pool.pieces]:
             task.result()
-        return cells, pool.bounds
+        return cells, pool.bounds[begin:end]
 
 
 def open_reader(corpus: Any, split: str, columns: list[str] | None, balance: str | None) -> BlockReader | RowReader:
@@ -170,9 +167,3 @@ def open_reader(corpus: Any, split: str, columns: list[str] | None, balance: str
         if name not in OBS_COLUMNS:
             raise ValueError(f"A corpus has no annotation {name!r}; it has {list(OBS_COLUMNS)}.")
     return BlockReader(corpus if isinstance(corpus, Corpus) else open_corpus(corpus), split, wanted)
-
-
-def _cut(future: Future, begin: int, end: int) -> Iterator[tuple[Cells, Obs]]:
-    pool, bounds = future.result()
-    for start, stop in bounds[begin:end].tolist():
-        yield pool[start:stop]
