@@ -162,8 +162,7 @@ def build_model(
 ) -> tuple[ScMMGPTForCellTextAlignment, PreTrainedTokenizerBase, set[str]]:
     """Build a stage-1 model for the gene vocabulary of the corpus, with further fields of `ScMMGPTConfig`.
 
-    Returns:
-        The model, the tokenizer of the Q-Former, and the names of the pretrained parameters.
+    Return also the tokenizer of the Q-Former, and the names of the pretrained parameters.
     """
     cell_model, cell_config = load_cell_model(corpus, model_args)
     settings = dict(model_args.qformer_config)

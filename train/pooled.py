@@ -164,11 +164,9 @@ def fit_pooled_readout(
 def spread_out(
     means: np.ndarray, measured: np.ndarray, mentions: np.ndarray, of_dataset: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Turn means of groups into means of labels in datasets.
+    """Turn means of groups into means of labels in datasets, float64 `(n_labels, n_datasets, n_genes)`.
 
-    Returns:
-        Means, float64 `(n_labels, n_datasets, n_genes)`; and bool of the same shape: whether the dataset has the label
-        and measures the gene.
+    Return also whether the dataset has the label and measures the gene, bool of the same shape.
     """
     n_datasets = of_dataset.max() + 1
     of_label = np.zeros((mentions.shape[1], n_datasets, len(mentions)))

@@ -131,8 +131,7 @@ def _cells_of_gate(
 ) -> tuple[Cells, np.ndarray, np.ndarray]:
     """Sample at most `GATE_CELLS` cells; drop labels with one cell, because the cell equals the mean of its label.
 
-    Returns:
-        The cells, their labels, and the number of cells of each label `(n_labels,)`, 0 for dropped labels.
+    Return also their labels, and the number of cells of each label `(n_labels,)`, 0 for dropped labels.
     """
     if len(cells) > GATE_CELLS:
         rows = np.sort(np.random.default_rng(seed).choice(len(cells), GATE_CELLS, replace=False))

@@ -150,8 +150,7 @@ def distances_by_type(
 ) -> dict[str, dict[str, float]]:
     """Distances between points `(n, d)` and reference points `(m, d)` of each type, with one bandwidth for all types.
 
-    Returns:
-        `{type: {"energy_distance", "mmd2", "sliced_wasserstein"}}` of types with `MIN_CELLS` cells on each side.
+    They are `{type: {"energy_distance", "mmd2", "sliced_wasserstein"}}` of types with `MIN_CELLS` cells on each side.
     """
     of_point, of_reference = np.asarray(labels).astype(str), np.asarray(reference_labels).astype(str)
     gaussian = functools.partial(gaussian_kernel, bandwidth=median_distance(reference_points))
