@@ -58,12 +58,8 @@ class LabelledCells:
         return replace(self, counts=sparse.csr_matrix(counts[:, columns]), genes=np.asarray(genes))
 
 
-def read_splits(corpus: "Corpus | str | Path", *, label_key: str = "cell_type") -> tuple[LabelledCells, LabelledCells]:
-    """Read the training cells and the held-out test cells of a corpus (open, or a path)."""
-    if isinstance(corpus, str | Path):
-        from scmmgpt.train.data.corpus import open_corpus
-
-        corpus = open_corpus(corpus)
+def read_splits(corpus: "Corpus", *, label_key: str = "cell_type") -> tuple[LabelledCells, LabelledCells]:
+    """Read the training cells and the held-out test cells of a corpus."""
     return read_split(corpus, "train", label_key=label_key), read_split(corpus, "test", label_key=label_key)
 
 

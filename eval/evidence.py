@@ -97,8 +97,7 @@ def evaluate_evidence(pipeline: ScMMGPTPipeline, adata: Any, n_draws: int = 5, s
         raise ValueError("No cell got a label that the readout of the checkpoint knows: there is no evidence to test.")
     meant = meant[chosen]
     cells, _ = pipeline.processor.read_cells(adata)
-    choice = pipeline.processor.choose_input(adata)
-    genes = np.sort(choice.match.measured)
+    genes = np.sort(pipeline.processor.choose_input(adata).match.measured)
     ways = deletions(cells, evidence, n_draws, seed)
     cells_chosen = cells[chosen]
     kept = np.isin(cells.rows(), chosen)

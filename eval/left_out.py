@@ -118,10 +118,10 @@ def annotate(
     alone: bool = False,
     tissues: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, np.ndarray]:
-    """Name the cells of one dataset as `annotate` does: the columns of `choose_labels`, and `(n_cells, n_labels)`
-    arrays.
+    """Name the cells of one dataset as `annotate` does: the columns of `choose_labels`, and two arrays by label.
 
-    These are `probabilities`, and `of_sets`, those without the tissue prior, from which label sets are made.
+    These are `probabilities` `(n_cells, n_labels)`, and `of_sets`, those without the tissue prior, from which label
+    sets are made.
     """
     alone = alone or sources.reference is None  # novelty by neighbours needs reference profiles
     unit = settings["lead_unit" if alone else "batch_unit"]

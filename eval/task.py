@@ -44,11 +44,13 @@ def run_task(
 
     The task adds its arguments to a parser, and evaluates the training and the test cells of the corpus.
     """
+    from scmmgpt.train.data.corpus import open_corpus
+
     parser = task_parser(command, description)
     add_arguments(parser)
     args = parser.parse_args(argv)
     with log_if_slow(f"Evaluating on {args.corpus}"):
-        result = evaluate(args, *read_splits(args.corpus, label_key=args.label_key))
+        result = evaluate(args, *read_splits(open_corpus(args.corpus), label_key=args.label_key))
     sys.stdout.write(markdown_table(result))
     write_json(args.output, result)
     return 0

@@ -98,8 +98,7 @@ def read_gene_means(corpus: str | Path) -> np.ndarray:
 
 
 def find_markers(cells: Cells, gene_symbols: Symbols, gene_means: np.ndarray) -> list[list[str]]:
-    """Find, for each cell, at most `NUM_MARKERS` genes with counts far above those of an average cell of its library
-    size.
+    """Find, for each cell, at most `NUM_MARKERS` genes with counts far above those of an average cell of its size.
 
     Genes are ranked by the deviance residual of a negative binomial count with mean library size * mean share, from
     the mean share of each gene in a cell's counts, float `(vocab_size,)`. Mitochondrial, ribosomal and unnamed genes,
