@@ -43,16 +43,8 @@ from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.commands.errors import OneLineParser
 from scmmgpt.commands.files import write_json
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
-from scmmgpt.eval import baselines
-from scmmgpt.eval.crossdata import (
-    LabelledSet,
-    LeftOutSet,
-    macro_f1,
-    new_regression,
-    read_sets,
-    shared_expression,
-    thin,
-)
+from scmmgpt.eval import baselines, crossdata
+from scmmgpt.eval.crossdata import LabelledSet, LeftOutSet, macro_f1, read_sets, shared_expression, thin
 from scmmgpt.eval.results import markdown
 from scmmgpt.eval.task import COUNT, SHARE
 from scmmgpt.modeling_scgpt import ScGPTModel
@@ -137,7 +129,7 @@ def logistic_regression(fold: Fold, seed: int, steps: int) -> Scores:
         kept = np.ones((0, len(fold.classes)), dtype=bool)
         case = LeftOutSet(fold.train, part, fold.classes, fold.n_genes, kept)
         train, labels, test = shared_expression(case, N_GENES)
-        fitted = baselines.fit_quietly(new_regression().set_params(C=INVERSE_PENALTY), train, labels)
+        fitted = baselines.fit_quietly(crossdata.new_regression().set_params(C=INVERSE_PENALTY), train, labels)
         scores.append(fitted.predict_log_proba(test))
     lengths = np.cumsum([len(part.labels) for part in fold.known])[:-1]
     return [*np.split(scores[0], lengths), *scores[1:]]
