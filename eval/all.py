@@ -205,9 +205,8 @@ def evaluate_texts(study: Study, trained: Trained) -> dict[str, dict]:
     )
     adata = trained.pipeline.describe(study.corpus.to_adata("test"), max_new_tokens=MAX_NEW_TOKENS)
     texts = by_name(study, adata, "scmmgpt_description")
-    others_told = {SENTENCES: told}
     of_texts = description.evaluate_cells(
-        texts, trained.templates, train, test, regression.labels, others=others_told, seed=seed
+        texts, trained.templates, train, test, regression.labels, others={SENTENCES: told}, seed=seed
     )
     return {"annotation": annotated, "description": of_texts}
 

@@ -176,21 +176,21 @@ def summarise_known(
     score, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == cells.targets
     of_datasets = {sources.names[number]: cells.datasets == number for number in np.unique(cells.datasets)}
     errors = [expected_calibration_error(score[rows], right[rows]) for rows in of_datasets.values()]
-    label_sets = {}
-    for rate, members in sets.items():
-        covered = members[np.arange(len(score)), cells.targets]
+    by_rate = {}
+    for rate, of_cells in sets.items():
+        covered = of_cells[np.arange(len(score)), cells.targets]
         by_dataset = {name: float(covered[rows].mean()) for name, rows in of_datasets.items()}
-        label_sets[str(rate)] = {
+        by_rate[str(rate)] = {
             "coverage": float(covered.mean()),
             "coverage_by_dataset": {name: round(value, 3) for name, value in by_dataset.items()},
             "coverage_mean_of_datasets": float(np.mean([*by_dataset.values()])),
-            "mean_size": float(members.sum(axis=1).mean()),
+            "mean_size": float(of_cells.sum(axis=1).mean()),
         }
     return {
         "calibration_error": expected_calibration_error(score, right),
         "calibration_error_mean_of_datasets": float(np.mean(errors)),
         "risk_area": risk_area(score, right),
-        "label_sets": label_sets,
+        "label_sets": by_rate,
     }
 
 
