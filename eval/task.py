@@ -42,15 +42,22 @@ def run_task(
 ) -> int:
     """Run the command line of one task: print its table, write its result as JSON, and return the exit status.
 
-    The task adds its arguments to a parser, and evaluates the training and the test cells of the corpus.
+    The task adds its arguments to a parser, and evaluates the training and the held-out cells of the corpus.
     """
     from scmmgpt.train.data.corpus import open_corpus
 
     parser = task_parser(command, description)
     add_arguments(parser)
+    parser.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        default="test",
+        help="held-out cells: choose settings on validation, and look at test once (%(default)s)",
+    )
     args = parser.parse_args(argv)
     with log_if_slow(f"Evaluating on {args.corpus}"):
-        result = evaluate(args, *read_splits(open_corpus(args.corpus), label_key=args.label_key))
+        splits = read_splits(open_corpus(args.corpus), label_key=args.label_key, held_out=args.split)
+        result = evaluate(args, *splits)
     sys.stdout.write(markdown_table(result))
     write_json(args.output, result)
     return 0
