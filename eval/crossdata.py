@@ -439,9 +439,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = f"{markdown_table(rows)}\nCandidates of each cell's tissue:\n\n{markdown_table(restricted)}"
     write_json(path, {**about, "rows": rows, "rows_of_tissue": restricted, "runs": records})
     Path(args.output, "table.md").write_text(table, encoding="utf-8")
-    results = eval_results(
-        rows, f"{args.level} classes, {args.candidates} candidates, {len(truths)} sets left out in turn"
-    )
-    Path(args.output, "eval_results.yaml").write_text(yaml.safe_dump(results, sort_keys=False), encoding="utf-8")
+    notes = f"{args.level} classes, {args.candidates} candidates, {len(truths)} sets left out in turn"
+    entries = yaml.safe_dump(eval_results(rows, notes), sort_keys=False)
+    Path(args.output, "eval_results.yaml").write_text(entries, encoding="utf-8")
     sys.stdout.write(table)
     return 0
