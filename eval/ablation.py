@@ -20,27 +20,25 @@ With checkpoints of several seeds, the table has means and standard deviations.
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from anndata import AnnData
 from sklearn.metrics import roc_auc_score
 
-from scmmgpt.commands.errors import number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval import baselines, generation, results
-from scmmgpt.eval.cells import LabelledCells, ontology_ids, read_splits
+from scmmgpt.eval.cells import LabelledCells, labelled_rows, ontology_ids, read_splits
 from scmmgpt.eval.results import markdown
-from scmmgpt.eval.task import task_parser
+from scmmgpt.eval.task import SEVERAL, task_parser
 from scmmgpt.modeling_scmmgpt import ScMMGPTBridgeModel
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.query_scmmgpt import standardised
 from scmmgpt.scoring_scmmgpt import mean_similarity
 from scmmgpt.train.data.captions import parse_cell_type
 from scmmgpt.train.data.corpus import Corpus, open_corpus
-from scmmgpt.train.labels import column_of
 
 
 PARTS = ("wide", "deep", "both")
@@ -49,26 +47,16 @@ GENERATED = {"energy_distance": "generation, E-distance", "two_sample_auc": "gen
 BESIDE = ("mean profile + Poisson", "real training cells")
 
 
-@contextmanager
-def switched_off(module: torch.nn.Module, name: str) -> Iterator[None]:
+def switched_off(module: torch.nn.Module, name: str) -> AbstractContextManager[Any]:
     """Set a submodule to None within the context."""
-    part = module._modules[name]
-    module._modules[name] = None
-    try:
-        yield
-    finally:
-        module._modules[name] = part
+    return mock.patch.dict(module._modules, {name: None})
 
 
-@contextmanager
-def without_places(bridge: ScMMGPTBridgeModel) -> Iterator[None]:
+def without_places(bridge: ScMMGPTBridgeModel) -> AbstractContextManager[Any]:
     """Within the context, ignore the places of labels, which the readout otherwise adds to the embeddings of cells."""
-    stored = bridge.config.label_readout
-    bridge.config.label_readout = {name: value for name, value in (stored or {}).items() if name != "feature_width"}
-    try:
-        yield
-    finally:
-        bridge.config.label_readout = stored
+    stored = bridge.config.label_readout or {}
+    others = {name: value for name, value in stored.items() if name != "feature_width"}
+    return mock.patch.object(bridge.config, "label_readout", others)
 
 
 @contextmanager
@@ -81,17 +69,9 @@ def silent(layer: torch.nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def labelled_test_cells(corpus: Corpus, label_key: str) -> tuple[AnnData, np.ndarray]:
-    """Read the labelled cells of the test split, and their labels `(n_cells,)`."""
-    adata = corpus.to_adata("test")
-    labels = column_of(adata.obs, label_key)
-    known = labels != None  # noqa: E711 (elementwise)
-    return adata[known].copy(), labels[known].astype(str)
-
-
 def annotate(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str, parts: str) -> float:
     """Accuracy on the test split; `parts` is one of `PARTS`."""
-    bridge, (adata, truth) = pipeline._bridge(), labelled_test_cells(corpus, label_key)
+    bridge, (adata, truth) = pipeline._bridge(), labelled_rows(corpus.to_adata("test"), label_key)
     with ExitStack() as stack:
         if parts == "deep":
             stack.enter_context(without_places(bridge))
@@ -106,7 +86,7 @@ def annotate(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str, parts: s
 
 def search(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str) -> dict[str, float]:
     """AUROC of the cells of a type for its text, mean over types: part -> value."""
-    (adata, truth), config = labelled_test_cells(corpus, label_key), pipeline.model.config
+    (adata, truth), config = labelled_rows(corpus.to_adata("test"), label_key), pipeline.model.config
     if "labels" not in (config.annotation or {}):
         raise ValueError("The checkpoint stores no labels; run `scmmgpt calibrate` on the validation split before.")
     texts = {label: text for label, text in config.annotation["labels"].items() if label in truth}
@@ -131,13 +111,12 @@ def search(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str) -> dict[st
 
 def describe(pipeline: ScMMGPTPipeline, corpus: Corpus, train: LabelledCells, label_key: str, parts: str) -> float:
     """Share of the descriptions of the test split that name the true type."""
-    model, (adata, truth) = pipeline.model.model, labelled_test_cells(corpus, label_key)
+    model, (adata, truth) = pipeline.model.model, labelled_rows(corpus.to_adata("test"), label_key)
     with ExitStack() as stack:
         if parts != "both":
             stack.enter_context(silent(model.label_projection if parts == "deep" else model.language_projection))
         pipeline.describe(adata, max_new_tokens=MAX_NEW_TOKENS)
-    ids = ontology_ids(train)
-    candidates = {label: ids.get(label) for label in sorted(set(train.labels))}
+    candidates = ontology_ids(train)
     named = [parse_cell_type(text, candidates) for text in adata.obs["scmmgpt_description"]]
     return float(np.mean(np.array(named, dtype=object) == truth))
 
@@ -151,8 +130,7 @@ def generate(
         if parts == "deep":
             stack.enter_context(switched_off(pipeline.model.model, "cell_states"))
         adata = pipeline.generate(prompts, n_cells, seed=seed, do_sample=True)
-    sizes, genes = adata.obs["library_size"].to_numpy(), adata.var_names.to_numpy().astype(str)
-    cells = generation.GeneratedCells(adata.X.toarray(), np.repeat(list(prompts), n_cells), genes, sizes)
+    cells = generation.GeneratedCells.of(adata, list(prompts))
     rows = generation.evaluate_generation(cells, train, test, n_resamples=6, seed=seed)["rows"]
     return {of: {row["system"]: row["value"] for row in rows if row["metric"] == of} for of in GENERATED}
 
@@ -201,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = task_parser("ablation", "Evaluate the linear parts of a checkpoint, its network, and both.")
     parser.add_argument("--model", nargs="+", required=True, help="checkpoints of `tune`, one for each seed")
     parser.add_argument(
-        "--cells-per-label", type=number(int, 2), default=100, help="generated cells of each type (%(default)s)"
+        "--cells-per-label", type=SEVERAL, default=100, help="generated cells of each type (%(default)s)"
     )
     args = parser.parse_args(argv)
     corpus = open_corpus(args.corpus)

@@ -14,8 +14,6 @@ With `--data`, no checkpoint is loaded. `eval.left_out` leaves datasets or label
 release`; `eval.candidates` leaves types out of the candidates.
 """
 
-import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,14 +21,14 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from scmmgpt.commands.errors import OneLineParser
-from scmmgpt.commands.files import write_json
 from scmmgpt.eval.candidates import leave_candidates_out
+from scmmgpt.eval.cells import labelled_rows
 from scmmgpt.eval.left_out import evaluate_left_out
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expected_calibration_error
+from scmmgpt.eval.task import write_result
 from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import read_file
-from scmmgpt.train.labels import column_of
 
 
 ERROR_RATES = (0.01, 0.05, 0.1, 0.2)
@@ -43,24 +41,14 @@ UNUSED: dict[str, tuple[str, ...]] = {
 
 
 def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_key: str) -> dict[str, Any]:
-    """Annotate known and new cells, and compare.
+    """Annotate held-out cells of known types and cells of new types by a checkpoint of `finetune` or `calibrate`.
 
-    Args:
-        pipeline: A checkpoint of `finetune` or `calibrate`, which stores the statistics of novelty.
-        known: Held-out cells of known types; cells without a type in `obs[label_key]` are left out.
-        new: Cells of other types.
-
-    Returns:
-        JSON-able dict: `known` and `new`, each with `n_cells` and the measures of the module's docstring.
-
-    Raises:
-        ValueError: If `known` has no such column, or the checkpoint has no novelty score for a file.
+    Known cells without a type in `obs[label_key]` are left out. The result is JSON-able: `known` and `new`, each with
+    `n_cells` and the measures of the module's docstring.
     """
-    truth = column_of(known.obs, label_key)  # cleaned, as `finetune` reads them
-    labelled = truth != None  # noqa: E711 (elementwise)
-    if not labelled.any():
+    known, truth = labelled_rows(known, label_key)
+    if not len(truth):
         raise ValueError(f"No known cell has a {label_key!r}. Name the column of the true types.")
-    known, truth = known[labelled].copy(), truth[labelled].astype(str)
     of_known, of_new = (pipeline.annotate(cells).obs for cells in (known, new))
     for name, obs in (("known", of_known), ("new", of_new)):
         if "scmmgpt_novelty" not in obs or obs["scmmgpt_novelty"].isna().any():
@@ -131,7 +119,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = evaluate_abstention(pipeline, read_file(args.known), read_file(args.new), args.label_key)
     else:
         raise ValueError("Give --model, --known and --new, or --data.")
-    if args.output:
-        write_json(args.output, result)
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    return 0
+    return write_result(result, args.output)

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from anndata import AnnData
 from sklearn.linear_model import RidgeCV
-from sklearn.preprocessing import normalize
+from sklearn.preprocessing import StandardScaler, normalize
 
 from scmmgpt.cells_scmmgpt import hash_names
 from scmmgpt.commands.errors import number
@@ -54,7 +54,7 @@ from scmmgpt.eval.claims import find_claims, markdown_claims
 from scmmgpt.eval.generation import GeneratedCells
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import embed_texts
 from scmmgpt.eval.provenance import describe_corpus, read_training
-from scmmgpt.eval.task import task_parser
+from scmmgpt.eval.task import COUNT, SEVERAL, task_parser
 from scmmgpt.modeling_scmmgpt import cell_text_similarity
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.train import align, tune
@@ -81,10 +81,6 @@ class Study:
     test: LabelledCells
     output: Path
     args: argparse.Namespace
-
-    def adata(self, split: str) -> AnnData:
-        """Read the cells of a split as an AnnData."""
-        return self.corpus.to_adata(split)
 
     @functools.cached_property
     def by_genes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -113,7 +109,7 @@ def calibrate(study: Study, checkpoint: Path) -> ScMMGPTPipeline:
 
     pipeline = ScMMGPTPipeline.from_pretrained(str(checkpoint.absolute()))
     split = "validation" if "validation" in study.corpus.split_names else "train"
-    cells, source = study.adata(split), study.corpus.path
+    cells, source = study.corpus.to_adata(split), study.corpus.path
     calibrate_checkpoint(pipeline, cells, str(checkpoint), source, study.args.label_key, {})
     return pipeline
 
@@ -183,7 +179,7 @@ def train_all(study: Study) -> Trained:
 
 def annotate(study: Study, pipeline: ScMMGPTPipeline) -> TypePrediction:
     """Annotate the test cells by `scmmgpt annotate`: labels and scores."""
-    adata = pipeline.annotate(study.adata("test"))
+    adata = pipeline.annotate(study.corpus.to_adata("test"))
     labels, scores = (by_name(study, adata, f"scmmgpt_{name}") for name in ("cell_type", "score"))
     return TypePrediction(labels.astype(str), scores.astype(float))
 
@@ -193,8 +189,7 @@ def evaluate_texts(study: Study, trained: Trained) -> dict[str, dict]:
     train, test, seed = study.train, study.test, study.args.seed
     regression = baselines.regression_on_shared_genes(train, test, seed=seed)
     told = trained.sentences.describe(test, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
-    ids = ontology_ids(train)
-    candidates = {label: ids.get(label) for label in sorted(set(train.labels))}
+    candidates = ontology_ids(train)
     named = [parse_cell_type(text, candidates) or annotation.UNKNOWN for text in told]
     others = {SENTENCES: TypePrediction(np.array(named)), CONTRAST: annotate(study, trained.contrast)}
     ours = annotate(study, trained.pipeline)
@@ -208,25 +203,19 @@ def evaluate_texts(study: Study, trained: Trained) -> dict[str, dict]:
         others=others | linear_annotation(study),
         seed=seed,
     )
-    adata = trained.pipeline.describe(study.adata("test"), max_new_tokens=MAX_NEW_TOKENS)
+    adata = trained.pipeline.describe(study.corpus.to_adata("test"), max_new_tokens=MAX_NEW_TOKENS)
     texts = by_name(study, adata, "scmmgpt_description")
-    others_told = {SENTENCES: told}
     of_texts = description.evaluate_cells(
-        texts, trained.templates, train, test, regression.labels, others=others_told, seed=seed
+        texts, trained.templates, train, test, regression.labels, others={SENTENCES: told}, seed=seed
     )
     return {"annotation": annotated, "description": of_texts}
-
-
-def standardize(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Standardise the columns of both by the training mean and deviation, because the penalty depends on the scale."""
-    mean, spread = train.mean(axis=0), np.maximum(train.std(axis=0), 1e-12)
-    return (train - mean) / spread, (test - mean) / spread
 
 
 def linear_annotation(study: Study) -> dict[str, TypePrediction]:
     """Annotate the test cells by GenePT's embedding with a linear head, by ridge regression, and by CellTypist."""
     train, test, seed = study.train, study.test, study.args.seed
-    x, y = standardize(*study.by_genes)
+    scaler = StandardScaler().fit(study.by_genes[0])  # the penalty depends on the scale
+    x, y = map(scaler.transform, study.by_genes)
     predictions = {GENES: baselines.logistic_regression(x, train.labels, y, seed=seed)}
     genes = np.intersect1d(train.genes, test.genes)
     both = [cells.select_genes(genes) for cells in (train, test)]
@@ -243,10 +232,8 @@ def evaluate_generation(study: Study, trained: Trained) -> dict:
     """
     train, seed, n = study.train, study.args.seed, study.args.cells_per_label
     prompts = trained.pipeline.label_prompts()
-    ours = trained.pipeline.generate(prompts, n, seed=seed)
-    labels = np.repeat(list(prompts), n)
-    sizes = ours.obs["library_size"].to_numpy() if "library_size" in ours.obs else None
-    generated = GeneratedCells(ours.X.toarray(), labels, ours.var_names.to_numpy().astype(str), sizes)
+    generated = GeneratedCells.of(trained.pipeline.generate(prompts, n, seed=seed), list(prompts))
+    labels = generated.prompts
     sentences = trained.sentences.sentences
     real = sentences.write(train, seed=seed)
     texts = np.repeat(list(prompts.values()), n).tolist()
@@ -309,7 +296,7 @@ def place(study: Study, pipeline: ScMMGPTPipeline, texts: list[str]) -> tuple[np
     The similarities are those of `scmmgpt search` without denials: a caption whose definition denies a marker would
     otherwise have a score on another scale than the other captions of the same cell.
     """
-    adata = study.adata("test")
+    adata = study.corpus.to_adata("test")
     choice = pipeline.processor.choose_input(adata)
     cells, features_of = choice.convert(adata), pipeline.features_of(choice)
     with torch.inference_mode():
@@ -346,10 +333,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tune-config", default=str(CONFIGS / "tune_tiny.yaml"), help="YAML of stage 2 (%(default)s)")
     parser.add_argument("--gene-texts", help="table of gene summaries for GenePT-style; default: names of the genes")
     parser.add_argument(
-        "--cells-per-label", type=number(int, 2), default=100, help="cells to generate of each type (%(default)s)"
+        "--cells-per-label", type=SEVERAL, default=100, help="cells to generate of each type (%(default)s)"
     )
     parser.add_argument(
-        "--seeds", type=number(int, 1), default=1, help="seeds to run, from --seed on, and to average (%(default)s)"
+        "--seeds", type=COUNT, default=1, help="seeds to run, from --seed on, and to average (%(default)s)"
     )
     parser.add_argument(
         "--time-factor",

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import sparse
 
 from scmmgpt.eval import baselines, results
 from scmmgpt.eval.baselines import TypePrediction
@@ -56,14 +57,11 @@ def evaluate_annotation(
     """Score predicted types and the baselines.
 
     Args:
-        predictions: Predicted type of each test cell; a missing value counts as wrong.
-        truth: True type of each test cell.
+        predictions, truth: Predicted and true type of each cell of `test`; a missing prediction counts as wrong.
         train: The training cells of the model, for the baselines.
-        test: The test cells, in the order of `predictions`.
         confidences: Confidence in [0, 1] of each prediction, or `None`.
         regression: Prediction of logistic regression for the test cells; fitted if None.
         others: System -> prediction for the test cells, for further methods.
-        n_resamples: Bootstrap replicates of the intervals.
         seed: Seed of the bootstrap, the shuffled control and the choice of C.
 
     Returns:
@@ -111,14 +109,7 @@ def _estimates(
     predictions: np.ndarray, truth: np.ndarray, confidences: np.ndarray | None, draws: np.ndarray
 ) -> dict[str, results.Estimate]:
     scores = annotation_scores(predictions, truth, confidences)
-    labels = np.unique(truth)
-    # One matrix product sums the draws of cells by entry of the confusion matrix, for all replicates.
-    columns = np.where(np.isin(predictions, labels), np.searchsorted(labels, predictions), len(labels))
-    code = np.searchsorted(labels, truth) * (len(labels) + 1) + columns
-    where = np.zeros((len(truth), len(labels) * (len(labels) + 1)))
-    where[np.arange(len(truth)), code] = 1
-    confusion = (draws @ where).reshape(len(draws), len(labels), len(labels) + 1)
-    replicates = _scores_of_confusions(confusion)
+    replicates = resampled_scores(predictions, truth, draws)
     if confidences is not None:
         replicates["ece"] = _calibration_errors(np.asarray(confidences), predictions == truth, draws)
         replicates["ece"] = results.recentre(scores["ece"], replicates["ece"]).clip(min=0)
@@ -130,9 +121,8 @@ def hierarchical_f1(
 ) -> results.Estimate:
     """F1 between the Cell Ontology terms, with ancestors, of predicted and true labels.
 
-    Args:
-        term_ids: Label -> Cell Ontology id; labels without an id are matched by name.
-        draws: Counts of the cells in bootstrap draws, `(n_draws, n_cells)`.
+    `term_ids` maps labels to Cell Ontology ids; labels without an id are matched by name. `draws` has the counts of
+    the cells in bootstrap draws, `(n_draws, n_cells)`.
     """
     from scmmgpt.train.data import ontology
 
@@ -150,8 +140,15 @@ def hierarchical_f1(
     return results.Estimate(2 * shared.sum() / sizes.sum(), len(truth), 2 * (draws @ shared) / (draws @ sizes))
 
 
-def _scores_of_confusions(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores of confusion matrices `(n, n_types, n_types + 1)`; the last column counts predictions of other types."""
+def resampled_scores(predictions: np.ndarray, truth: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores of bootstrap draws, `(n_draws,)` each; `draws` has the counts of the cells, `(n_draws, n_cells)`."""
+    labels, rows = np.unique(truth), np.arange(len(truth))
+    # One product sums the draws of cells by entry of the confusion matrix, whose last column counts other types.
+    columns = np.where(np.isin(predictions, labels), np.searchsorted(labels, predictions), len(labels))
+    code = np.searchsorted(labels, truth) * (len(labels) + 1) + columns
+    shape = len(truth), len(labels) * (len(labels) + 1)
+    confusion = draws @ sparse.csr_matrix((np.ones(len(truth)), (rows, code)), shape=shape)
+    confusion = confusion.reshape(len(draws), len(labels), len(labels) + 1)
     support = confusion.sum(2)
     hits = np.diagonal(confusion, axis1=1, axis2=2)
     predicted = confusion[:, :, :-1].sum(1)
@@ -206,14 +203,7 @@ def _calibration(confidences: np.ndarray, correct: np.ndarray) -> list[dict]:
 def read_annotated(
     path: str, test: LabelledCells, prediction_key: str, score_key: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Read the predictions for test cells from an annotated `.h5ad` file.
-
-    Returns:
-        Rows of `test`, the predicted labels, and the confidences or None.
-
-    Raises:
-        ValueError: If the file lacks the column of predictions.
-    """
+    """Read an annotated `.h5ad` file: rows of `test`, their predicted labels, and the confidences or None."""
     import anndata
 
     obs = anndata.read_h5ad(path, backed="r").obs
@@ -240,11 +230,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 def evaluate_file(
     args: argparse.Namespace, train: LabelledCells, test: LabelledCells, regression: TypePrediction | None = None
 ) -> dict:
-    """Evaluate the annotated file.
-
-    Args:
-        regression: Predictions of logistic regression for all test cells; fitted if None.
-    """
+    """Evaluate the annotated file; logistic regression, if not given for all test cells, is fitted."""
     regression = regression or baselines.regression_on_shared_genes(train, test, seed=args.seed)
     rows, predictions, scores = read_annotated(args.annotated, test, args.prediction_key, args.score_key)
     test, regression = test.take(rows), regression.take(rows)

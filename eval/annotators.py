@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -49,9 +50,7 @@ def run_finetune(
 ) -> "ScMMGPTPipeline":
     """Run `python -m scmmgpt.train finetune` in this process and return the pipeline of its checkpoint.
 
-    Args:
-        output: Folder for the cells and the checkpoint.
-        options: Further words of the command line.
+    The folder `output` gets the cells and the checkpoint; `options` are further words of the command line.
     """
     from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
     from scmmgpt.train import finetune
@@ -68,11 +67,9 @@ def run_finetune(
 def finetuned(
     budget: LabelBudget, *, label_key: str, options: Sequence[str] = (), unlabelled: bool = False
 ) -> np.ndarray:
-    """Annotate the test cells by our fine-tuning.
+    """Annotate the test cells by our fine-tuning, with further words of the command line (`options`).
 
-    Args:
-        options: Further words of the command line.
-        unlabelled: Whether the file also has the training cells without visible labels.
+    With `unlabelled`, the file also has the training cells without visible labels.
     """
     labels = np.full(budget.adata.n_obs, None, dtype=object)
     labels[budget.shown] = budget.labels[budget.shown]
@@ -116,8 +113,7 @@ def regression(budget: LabelBudget) -> np.ndarray:
 def component_regression(budget: LabelBudget, scores: Callable[[AnnData], np.ndarray] | None = None) -> np.ndarray:
     """Logistic regression on principal components of log1p(CP10k) of all training cells.
 
-    Args:
-        scores: Function of an AnnData that returns further features, `(n_obs, n_features)`.
+    `scores` adds further features `(n_obs, n_features)` of an AnnData.
     """
     from sklearn.decomposition import PCA
 
@@ -173,18 +169,13 @@ def celltypist_scores(budget: LabelBudget) -> pd.DataFrame:
         return AnnData(expression(adata), obs=adata.obs, var=adata.var)
 
     module: Any = sys.modules["celltypist.train"]  # the package's attribute of that name is a function
-    theirs = module.LogisticRegression
-    if "multi_class" not in inspect.signature(LogisticRegression).parameters:
-        module.LogisticRegression = _OneVersusRest
+    fits = "multi_class" in inspect.signature(LogisticRegression).parameters
+    regression = LogisticRegression if fits else _OneVersusRest
     package.logger.set_level(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = package.train(normalised(budget.adata[budget.shown]), labels=budget.labels[budget.shown], n_jobs=1)
-            annotated = package.annotate(normalised(budget.test), model=model)
-    finally:
-        module.LogisticRegression = theirs
-    return annotated.decision_matrix
+    with mock.patch.object(module, "LogisticRegression", regression), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = package.train(normalised(budget.adata[budget.shown]), labels=budget.labels[budget.shown], n_jobs=1)
+        return package.annotate(normalised(budget.test), model=model).decision_matrix
 
 
 def celltypist(budget: LabelBudget) -> np.ndarray:
@@ -199,11 +190,6 @@ def centroid(budget: LabelBudget) -> np.ndarray:
         # With one cell of each label, scikit-learn divides by 0 in a standard deviation that is not used here.
         warnings.simplefilter("ignore", RuntimeWarning)
         return baselines.nearest_centroid(train, budget.labels[budget.shown], expression(budget.test)).labels
-
-
-def majority(budget: LabelBudget) -> np.ndarray:
-    """The most frequent label."""
-    return baselines.majority_class(budget.labels[budget.shown], budget.test.n_obs).labels
 
 
 @dataclass(frozen=True)
@@ -236,7 +222,7 @@ def make_systems(label_key: str, options: Sequence[str], checkpoint: str | None 
         "regression on components": System(component_regression, random=True),
         "CellTypist": System(celltypist),
         "nearest centroid": System(centroid),
-        "majority class": System(majority),
+        "majority class": System(lambda b: baselines.majority_class(b.labels[b.shown], b.test.n_obs).labels),
     }
 
 

@@ -49,7 +49,8 @@ from scmmgpt.commands.errors import number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import expression, run_finetune
 from scmmgpt.eval.cells import read_labelled
-from scmmgpt.eval.task import split_rows, training_parser
+from scmmgpt.eval.results import markdown
+from scmmgpt.eval.task import COUNT, split_rows, training_parser
 from scmmgpt.evidence_scmmgpt import label_members
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import read_file
@@ -63,20 +64,12 @@ KINDS = ("any", "near")
 
 
 def plant(
-    truth: np.ndarray,
-    share: float,
-    seed: int,
-    nearest: np.ndarray | None = None,
-    same: np.ndarray | None = None,
+    truth: np.ndarray, share: float, seed: int, nearest: np.ndarray | None = None, same: np.ndarray | None = None
 ) -> np.ndarray:
-    """Replace a share of the labels.
+    """Replace a share of the labels `(n_cells,)`, at least one.
 
-    Args:
-        truth: Labels, `(n_cells,)`.
-        share: Share of the labels to replace; at least one label is replaced.
-        seed: Seed of the choice of cells and labels.
-        nearest: Replacement for each cell, `(n_cells,)`; default: a random other label.
-        same: Pairs of the sorted labels that don't replace each other, bool `(n_labels, n_labels)`.
+    A replacement is that of `nearest` `(n_cells,)`, or else a random other label. Pairs of the sorted labels in
+    `same`, bool `(n_labels, n_labels)`, don't replace each other.
     """
     given, names = truth.copy(), np.unique(truth)
     same = np.eye(len(names), dtype=bool) if same is None else same
@@ -110,13 +103,7 @@ def marker_scores(train: AnnData, labels: np.ndarray, test: AnnData) -> tuple[np
 
 
 def best_other(values: np.ndarray, names: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """Highest value of another label minus the value of the given label, `(n_cells,)`.
-
-    Args:
-        values: `(n_cells, n_labels)`.
-        names: Labels of the columns.
-        given: Label of each cell.
-    """
+    """Highest of the values `(n_cells, n_labels)` of another label minus that of the given label, `(n_cells,)`."""
     own = names == given[:, None]
     return np.where(own, -np.inf, values).max(axis=1) - np.where(own, values, -np.inf).max(axis=1)
 
@@ -139,13 +126,9 @@ def meanings(pipeline: ScMMGPTPipeline, names: np.ndarray) -> np.ndarray:
 
 
 def overlap(members: np.ndarray, names: np.ndarray) -> np.ndarray:
-    """Pairs of labels that share a type of the checkpoint, bool `(n_names, n_names)`.
+    """Pairs of labels that share a type of the checkpoint, bool `(n_names, n_names)`; `members` is from [`meanings`].
 
-    Args:
-        members: Result of [`meanings`].
-
-    Raises:
-        ValueError: If a label shares a type with every other label, so that no label can replace it.
+    A label that shares a type with every other label is refused, because no label can replace it.
     """
     same: np.ndarray = (members[:, None] & members).any(axis=2) | np.eye(len(names), dtype=bool)
     if same.all(axis=1).any():
@@ -170,13 +153,10 @@ def evaluate_audit(
     """Plant wrong labels in `test`, and rank them by every system.
 
     Args:
-        pipeline: The model.
-        test: Cells to audit.
-        truth: Labels of the cells, `(n_cells,)`.
+        test: Cells to audit; their true labels are `truth`, `(n_cells,)`.
         counts: The same cells with counts in `X`, for the baselines.
         train: Cells with counts, and their labels, for the markers; default: `counts` with the given labels.
-        share: Share of the labels to replace.
-        seeds: Number of draws.
+        share: Share of the labels to replace, in each of `seeds` draws.
 
     Returns:
         JSON-able dict: `n_cells`, `n_planted`, and `kinds`: kind of replacement -> `precision` by system (a list over
@@ -257,17 +237,15 @@ def judge_all(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Format precision at k, mean ± standard deviation over seeds, with one line for each system."""
-    lines = [f"| precision at {result['n_planted']} | {' | '.join(KINDS)} |", "| --- " * (len(KINDS) + 1) + "|"]
-    for system in result["kinds"]["any"]["precision"]:
-        values = [result["kinds"][kind]["precision"][system] for kind in KINDS]
-        lines.append(f"| {system} | " + " | ".join(f"{np.mean(v):.3f} ± {np.std(v):.3f}" for v in values) + " |")
-    verdicts = [result["kinds"][kind][CONTRADICTED] for kind in KINDS]
-    lines.append(
-        "| called contradicted: precision, recall | "
-        + " | ".join(f"{v['precision']:.3f}, {v['recall']:.3f}" for v in verdicts)
-        + " |"
-    )
-    return "\n".join(lines) + "\n"
+    of_kinds = [result["kinds"][kind] for kind in KINDS]
+    rows = []
+    for system in of_kinds[0]["precision"]:
+        values = [of_kind["precision"][system] for of_kind in of_kinds]
+        rows.append([system, *(f"{np.mean(v):.3f} ± {np.std(v):.3f}" for v in values)])
+    verdicts = [of_kind[CONTRADICTED] for of_kind in of_kinds]
+    called = [f"{verdict['precision']:.3f}, {verdict['recall']:.3f}" for verdict in verdicts]
+    rows.append(["called contradicted: precision, recall", *called])
+    return markdown([f"precision at {result['n_planted']}", *KINDS], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -276,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--share", type=number(float, 0, 0.5, above=True), default=0.05, help="share of wrong labels (%(default)s)"
     )
-    parser.add_argument("--seeds", type=number(int, 1), default=5, help="draws of wrong labels (%(default)s)")
+    parser.add_argument("--seeds", type=COUNT, default=5, help="draws of wrong labels (%(default)s)")
     text = "audit all cells by this checkpoint, `.` for the checkpoint of the package (default: fine-tune a new one)"
     parser.add_argument("--model", metavar="CHECKPOINT", help=text)
     args = parser.parse_args(argv)

@@ -72,9 +72,6 @@ def logistic_regression(train: Matrix, train_labels: ArrayLike, test: Matrix, *,
 
     C is chosen on a random fifth of the training cells; the model is then fitted to all training cells. `choices` has
     C and the validation accuracies.
-
-    Raises:
-        ValueError: If there are too few training cells to hold out a part.
     """
     labels = np.asarray(train_labels).astype(str)
     if len(np.unique(labels)) == 1:
@@ -91,11 +88,7 @@ def logistic_regression(train: Matrix, train_labels: ArrayLike, test: Matrix, *,
 
 
 def regression_on_shared_genes(train: LabelledCells, test: LabelledCells, *, seed: int = 0) -> TypePrediction:
-    """Fit [`logistic_regression`] to the genes that both splits share.
-
-    Raises:
-        ValueError: If no gene is shared.
-    """
+    """Fit [`logistic_regression`] to the genes that both splits share."""
     genes = np.intersect1d(train.genes, test.genes)
     if not len(genes):
         raise ValueError(
@@ -179,11 +172,9 @@ def _rows_of(label: str, train_labels: np.ndarray) -> np.ndarray:
 
 def mean_cells(prompts: Sequence[str] | np.ndarray, train: LabelledCells) -> np.ndarray:
     """Mean log1p(CP10k) of the training cells of each prompted type, float32 `(n_cells, n_genes)`."""
-    expression = train.expression
-    means = {}
-    for label in set(prompts):
-        means[label] = np.asarray(expression[_rows_of(label, train.labels)].mean(0)).ravel().astype(np.float32)
-    return np.stack([means[label] for label in prompts])
+    (names, places), expression = np.unique(prompts, return_inverse=True), train.expression
+    means = [np.asarray(expression[_rows_of(name, train.labels)].mean(0)).ravel() for name in names]
+    return np.stack(means).astype(np.float32)[places]
 
 
 def poisson_cells(prompts: Sequence[str] | np.ndarray, train: LabelledCells, *, seed: int = 0) -> np.ndarray:
@@ -218,8 +209,7 @@ def _expected_counts(
     The mean counts are the mean shares of the type times the library size.
     """
     totals = train.total_counts[sample_rows(prompts, train.labels, seed=seed)]
-    shares = {}
-    for label in set(prompts):
-        of_type = _rows_of(label, train.labels)
-        shares[label] = np.asarray(train.counts[of_type].sum(0)).ravel() / train.total_counts[of_type].sum()
-    return totals, np.stack([shares[label] for label in prompts]) * totals[:, None]
+    names, places = np.unique(prompts, return_inverse=True)
+    of_types = [_rows_of(name, train.labels) for name in names]
+    shares = [np.asarray(train.counts[rows].sum(0)).ravel() / train.total_counts[rows].sum() for rows in of_types]
+    return totals, np.stack(shares)[places] * totals[:, None]

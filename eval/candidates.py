@@ -63,9 +63,7 @@ class CandidateCase:
 def cases_of(case: LeftOutSet, types: Sequence[tuple[str, str]]) -> Iterator[CandidateCase]:
     """Yield, for each class with several types, the cases in which one of the types is the only candidate.
 
-    Args:
-        case: The left-out dataset.
-        types: (class, type) of each label of the readout.
+    `types` are the (class, type) of each label of the readout.
     """
     classes, truth = np.array([label for label, _ in types]), case.test.labels
     for label in sorted(set(classes)):
@@ -117,17 +115,11 @@ def named_by_baselines(
 
 
 def leave_candidates_out(folder: str | Path) -> dict[str, Any]:
-    """Leave out candidate types; see the module's docstring.
-
-    Args:
-        folder: Folder of the files, as for `eval.crossdata`.
+    """Leave out candidate types, in the files of `eval.crossdata`; see the module's docstring.
 
     Returns:
         JSON-able dict: `n_cases`, `n_cells` (without a candidate), `cells_of_no_candidate` and `cells_of_candidates`
         (means by system), `by_set` (means over the cases of a dataset) and `cases`.
-
-    Raises:
-        ValueError: If there is no case.
     """
     sets, n_genes = crossdata.read_sets(folder, "coarse", MAX_CELLS)
     found = []

@@ -59,13 +59,9 @@ class LabelledCells:
 
 
 def read_splits(
-    corpus: "Corpus | str | Path", *, label_key: str = "cell_type", held_out: str = "test"
+    corpus: "Corpus", *, label_key: str = "cell_type", held_out: str = "test"
 ) -> tuple[LabelledCells, LabelledCells]:
-    """Read the training cells and the cells of the split `held_out` of a corpus (open, or a path)."""
-    if isinstance(corpus, str | Path):
-        from scmmgpt.train.data.corpus import open_corpus
-
-        corpus = open_corpus(corpus)
+    """Read the training cells and the cells of the split `held_out` of a corpus."""
     return read_split(corpus, "train", label_key=label_key), read_split(corpus, held_out, label_key=label_key)
 
 
@@ -73,9 +69,6 @@ def read_split(corpus: "Corpus", split: str, *, label_key: str) -> LabelledCells
     """Read the labelled cells of a split, at most `MAX_CELLS` at random, over the genes with a count in the split.
 
     Cells without a type in the obs column `label_key` are left out with a warning.
-
-    Raises:
-        ValueError: If the corpus has no such column, or no cell has a type.
     """
     n_cells = corpus.n_cells(split)
     chosen = np.arange(n_cells)
@@ -112,13 +105,8 @@ def read_split(corpus: "Corpus", split: str, *, label_key: str) -> LabelledCells
 
 
 def read_labelled(path: str | Path, label_key: str) -> tuple["AnnData", np.ndarray]:
-    """Read the labelled cells of a corpus or of a file, and their labels, str `(n_obs,)`.
-
-    Raises:
-        ValueError: If `X` does not hold counts.
-    """
+    """Read the labelled cells of a corpus or of a file of counts, and their labels, str `(n_obs,)`."""
     from scmmgpt.readers.cell_files import read_file
-    from scmmgpt.train.labels import column_of
 
     if (Path(path) / "manifest.json").is_file():
         from anndata import concat
@@ -129,23 +117,26 @@ def read_labelled(path: str | Path, label_key: str) -> tuple["AnnData", np.ndarr
         adata: AnnData = concat([corpus.to_adata(split) for split in corpus.split_names])
     else:
         adata = read_file(path)
-    labels = column_of(adata.obs, label_key)
-    known = labels != None  # noqa: E711 (elementwise)
-    adata = adata[known].copy()
+    adata, labels = labelled_rows(adata, label_key)
     values = sparse.csr_matrix(adata.X).data
     if (values < 0).any() or not np.array_equal(values, np.round(values)):
         raise ValueError(f"X of {path} holds no counts. Put counts into X: every system normalises them itself.")
-    return adata, labels[known].astype(str)
+    return adata, labels
+
+
+def labelled_rows(adata: "AnnData", label_key: str) -> tuple["AnnData", np.ndarray]:
+    """Select the cells with a label; return them, and their labels as `finetune` reads them, str `(n_obs,)`."""
+    from scmmgpt.train.labels import column_of
+
+    labels = column_of(adata.obs, label_key)
+    known = np.flatnonzero(labels)  # None where missing, and never empty
+    return adata[known].copy(), labels[known].astype(str)
 
 
 def match_names(names: ArrayLike, test: LabelledCells, source: str) -> tuple[np.ndarray, np.ndarray]:
     """Find the cells of the file `source` in the held-out split, by barcode.
 
-    Returns:
-        Rows of `test`, and the matching rows of the file, int arrays of equal length.
-
-    Raises:
-        ValueError: If barcodes repeat, or none matches.
+    Return rows of `test`, and the matching rows of the file, int arrays of equal length.
     """
     index, barcodes = pd.Index(test.names), np.asarray(names).astype(str)
     if not index.is_unique:
@@ -172,8 +163,7 @@ def match_names(names: ArrayLike, test: LabelledCells, source: str) -> tuple[np.
 
 
 def ontology_ids(cells: LabelledCells) -> dict[str, str | None]:
-    """Cell type -> Cell Ontology id, or None; empty without the obs column of ids."""
-    ids = cells.obs.get("cell_type_ontology_term_id")
-    if ids is None:
-        return {}
-    return {label: None if term != term else term for label, term in zip(cells.labels, ids, strict=True)}
+    """Cell type -> Cell Ontology id, or None; sorted by type."""
+    ids = cells.obs.get("cell_type_ontology_term_id", [None] * len(cells))
+    pairs = sorted(dict(zip(cells.labels, ids, strict=True)).items())
+    return {label: None if term != term else term for label, term in pairs}

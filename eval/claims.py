@@ -23,9 +23,8 @@ FLOORS = {
 def find_claims(tasks: Mapping[str, dict], system: str) -> list[dict]:
     """Compare the claimed margins with those reached against a system.
 
-    Returns:
-        For each claim: `ours`, `theirs`, claimed `margin`, `reached` margin (None if their discrepancy is within
-        chance), `ci`, `missed_by`, largest `possible` margin, and `has_learned`.
+    A claim has `ours`, `theirs`, claimed `margin`, `reached` margin (None if their discrepancy is within chance),
+    `ci`, `missed_by`, largest `possible` margin, and `has_learned`.
     """
     rows = []
     for task, metric, field, margin, title in CLAIMS:

@@ -23,11 +23,12 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_samples, silhouette_score
 from sklearn.neighbors import NearestNeighbors
 
-from scmmgpt.commands.errors import OneLineParser, number
+from scmmgpt.commands.errors import OneLineParser
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval import results
 from scmmgpt.eval.annotators import expression
 from scmmgpt.eval.cells import read_labelled
+from scmmgpt.eval.task import NATURAL
 
 
 logger = logging.getLogger(__name__)
@@ -62,18 +63,10 @@ MEASURES = {
 def evaluate_clustering(
     embeddings: Mapping[str, np.ndarray], types: np.ndarray, batches: np.ndarray | None = None, *, seed: int = 0
 ) -> dict:
-    """Score the embedding of each system.
+    """Score the embedding `(n_cells, width)` of each system, ours under `results.MODEL_NAME`; see `results.tabulate`.
 
-    Intervals are not computed, because clusters of resampled cells have no meaning.
-
-    Args:
-        embeddings: System -> embedding `(n_cells, width)`, ours under `results.MODEL_NAME`.
-        types: Type of each cell.
-        batches: Batch of each cell; measures of batches need at least two batches.
-        seed: Seed of neighbours and clusters.
-
-    Returns:
-        JSON-able dict; see `results.tabulate`.
+    Intervals are not computed, because clusters of resampled cells have no meaning. Measures of batches need at least
+    two batches.
     """
     estimates = {
         system: {
@@ -173,7 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-key", help="obs column of batches; default: batches are not scored")
     parser.add_argument("--model", help="checkpoint that embeds the cells; default: the checkpoint of the package")
     parser.add_argument("--output", required=True, help="JSON file to write")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of components and clusters (%(default)s)")
+    parser.add_argument("--seed", type=NATURAL, default=0, help="seed of components and clusters (%(default)s)")
     return parser
 
 

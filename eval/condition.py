@@ -25,11 +25,10 @@ Systems:
 * `library size`: the number of counts.
 """
 
-import functools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,12 @@ from anndata import AnnData
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
-from scmmgpt.commands.errors import OneLineParser, number
+from scmmgpt.commands.errors import OneLineParser
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import expression, quieten, run_finetune
 from scmmgpt.eval.cells import read_labelled
 from scmmgpt.eval.results import Estimate, bootstrap_draws
+from scmmgpt.eval.task import SEVERAL
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
 
@@ -59,23 +59,13 @@ def find_clusters(adata: AnnData, conditions: np.ndarray, n_clusters: int) -> np
     return KMeans(n_clusters, n_init=10, random_state=0).fit_predict(points)
 
 
-def learn_and_score(
-    adata: AnnData,
-    labels: np.ndarray,
-    cells: AnnData,
-    score: Callable[[ScMMGPTPipeline, AnnData], Any],
-    **options: Any,
-) -> Any:
-    """Fine-tune on `adata` with `labels`, and return `score(pipeline, cells)`.
-
-    Args:
-        options: Fields of `--new_model`.
-    """
+def learn(adata: AnnData, labels: np.ndarray, **options: Any) -> ScMMGPTPipeline:
+    """Fine-tune on `adata` with `labels`; `options` are fields of `--new_model`."""
     adata = adata.copy()
     adata.obs["label"] = labels
     words = ["--new_model", *(f"{name}={value}" for name, value in options.items())] if options else []
     with tempfile.TemporaryDirectory() as folder:
-        return score(run_finetune(adata, folder, label_key="label", options=words), cells.copy())
+        return run_finetune(adata, folder, label_key="label", options=words)
 
 
 def search(pipeline: ScMMGPTPipeline, cells: AnnData, text: str, by: str = "similarity") -> np.ndarray:
@@ -136,21 +126,16 @@ def evaluate(
     learned, searched, differences = (np.zeros(adata.n_obs) for _ in range(3))
     for cluster in range(n_clusters):
         left_out = clusters == cluster
-
-        def score(pipeline: ScMMGPTPipeline, cells: AnnData) -> list[np.ndarray]:
-            return [log_odds(pipeline, cells, condition), search(pipeline, cells, text)]
-
-        results = learn_and_score(adata[~left_out], conditions[~left_out], adata[left_out], score)
-        learned[left_out], searched[left_out] = results
+        pipeline, cells = learn(adata[~left_out], conditions[~left_out]), adata[left_out].copy()
+        learned[left_out] = log_odds(pipeline, cells, condition)
+        searched[left_out] = search(pipeline, cells, text)
         means = [np.asarray(values[~left_out & (truth == side)].mean(axis=0)).ravel() for side in (True, False)]
         differences[left_out] = values[left_out] @ (means[0] - means[1])
     scores = {"label, learned in other clusters": learned, "search, learned in other clusters": searched}
     if gene_texts is not None:
         names = np.array([f"group {cluster}" for cluster in clusters])
-        by_genes = functools.partial(search, text=text, by="genes")
-        scores["search by genes, condition not seen"] = learn_and_score(
-            adata[~truth], names[~truth], adata, by_genes, gene_texts=gene_texts
-        )
+        pipeline = learn(adata[~truth], names[~truth], gene_texts=gene_texts)
+        scores["search by genes, condition not seen"] = search(pipeline, adata.copy(), text, by="genes")
     scores |= {"mean difference, other clusters": differences, "library size": np.asarray(adata.X.sum(axis=1)).ravel()}
     return {name: areas(values, truth, clusters) for name, values in scores.items()}
 
@@ -163,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--condition", required=True, help="the condition that the text describes")
     parser.add_argument("--text", required=True, help="text to search for")
     parser.add_argument("--gene-texts", help="table of gene functions, columns symbol and summary")
-    parser.add_argument("--clusters", type=number(int, 2), default=6, help="number of clusters (%(default)s)")
+    parser.add_argument("--clusters", type=SEVERAL, default=6, help="number of clusters (%(default)s)")
     parser.add_argument("--output", required=True, help="JSON file to write")
     args = parser.parse_args(argv)
     quieten()

@@ -47,12 +47,12 @@ from sklearn.metrics import f1_score
 from sklearn.model_selection import GroupKFold
 
 from scmmgpt.cells_scmmgpt import Cells, log1p_cp10k
-from scmmgpt.commands.errors import OneLineParser, number
+from scmmgpt.commands.errors import OneLineParser
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval import annotators, baselines
-from scmmgpt.eval.annotation import hierarchical_f1
-from scmmgpt.eval.results import percentile_interval
-from scmmgpt.eval.task import read_runs
+from scmmgpt.eval.annotation import hierarchical_f1, resampled_scores
+from scmmgpt.eval.results import markdown, percentile_interval
+from scmmgpt.eval.task import COUNT, SHARE, read_runs
 from scmmgpt.labels_scmmgpt import term_of
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
 from scmmgpt.refinement_scmmgpt import refine_by_cells
@@ -90,6 +90,13 @@ class LabelledSet:
         kept = {name: getattr(self, name)[rows] for name in ("cells", "labels", "types", "tissues")}
         return replace(self, **kept)
 
+    def dataset(self, n_genes: int, targets: Sequence[Any], own: Sequence[Any] | None = None) -> Dataset:
+        """The cells whose label, or else value of `own`, is one of `targets`, over a vocabulary of `n_genes`."""
+        number_of = {target: number for number, target in enumerate(targets)}
+        places = np.array([number_of.get(value, -1) for value in (self.labels if own is None else own)], dtype=int)
+        rows = np.flatnonzero(places >= 0)
+        return Dataset(self.cells[rows].to_csr(n_genes), self.measured, places[rows])
+
 
 @dataclass(frozen=True)
 class LeftOutSet:
@@ -104,29 +111,18 @@ class LeftOutSet:
 
     def datasets(self) -> list[Dataset]:
         """Training cells of the candidate classes, by dataset, with targets in `classes`."""
-        parts = []
-        for part in self.train:
-            rows = np.flatnonzero(np.isin(part.labels, self.classes))
-            if len(rows):
-                targets = np.searchsorted(self.classes, part.labels[rows])
-                parts.append(Dataset(part.cells[rows].to_csr(self.n_genes), part.measured, targets))
-        return parts
+        parts = (part.dataset(self.n_genes, self.classes) for part in self.train)
+        return [data for data in parts if len(data.targets)]
 
 
 def read_sets(folder: str | Path, level: str, max_cells: int) -> tuple[list[LabelledSet], int]:
     """Read the datasets of `label_classes.json`; return them and the size of the gene vocabulary.
 
-    Args:
-        folder: See the module's docstring.
-        level: `coarse` or `fine`.
-        max_cells: Most cells of a label of a file, drawn at random.
-
-    Raises:
-        FileNotFoundError: If the folder has no table of classes.
+    The level is `coarse` or `fine`. At most `max_cells` cells of a label of a file are drawn at random.
     """
     from scmmgpt.readers.cell_files import read_file
     from scmmgpt.reading_scmmgpt import choose_input
-    from scmmgpt.train.labels import column_of
+    from scmmgpt.train.labels import column_of, draw_shots
 
     path = Path(folder, "tables", "label_classes.json")
     if not path.is_file():
@@ -140,9 +136,8 @@ def read_sets(folder: str | Path, level: str, max_cells: int) -> tuple[list[Labe
             np.array([(table.get(label) or {}).get(key) or "" for label in own], dtype=object).astype(str)
             for key in (level, "fine")
         )
-        rng = np.random.default_rng(0)
-        of_labels = [np.flatnonzero((own == label) & (classes != "")) for label in sorted(set(own[classes != ""]))]
-        rows = np.sort(np.concatenate([rng.permutation(rows)[:max_cells] for rows in of_labels]))
+        known = np.flatnonzero(classes != "")
+        rows = known[draw_shots(own[known].astype(str), max_cells, np.random.default_rng(0))]
         choice = choose_input(adata, index)
         tissue = reviewed.get(name, {}).get("constants", {}).get("tissue")
         tissues = np.full(len(own), tissue or "", dtype=object)
@@ -188,20 +183,6 @@ def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
     return float(f1_score(truth, predicted, average="macro", labels=np.unique(truth), zero_division=0))
 
 
-def resampled_f1(truth: np.ndarray, predicted: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """[`macro_f1`] of bootstrap draws, `(n_draws,)`; `draws` has row numbers, `(n_draws, n_cells)`."""
-    labels, codes = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
-    true, named = codes[: len(truth)], codes[len(truth) :]
-
-    def counts(of_cells: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        return np.stack([np.bincount(of_cells[rows[kept[rows]]], minlength=len(labels)) for rows in draws])
-
-    everything = np.ones(len(truth), bool)
-    support, hits = counts(true, everything), counts(true, true == named)
-    scores = 2 * hits / np.maximum(support + counts(named, everything), 1)
-    return (scores * (support > 0)).sum(axis=1) / (support > 0).sum(axis=1)
-
-
 def pooled(case: LeftOutSet) -> np.ndarray:
     """Scores of the pooled readout, refined by the cells of the left-out dataset, `(n_cells, n_classes)`."""
     readout = fit_pooled_readout(case.datasets(), len(case.classes))
@@ -212,9 +193,7 @@ def pooled(case: LeftOutSet) -> np.ndarray:
 def pooled_by_types(case: LeftOutSet, *, alone: bool = False, profiles: bool = False) -> np.ndarray:
     """Class probabilities of the pooled readout of types, `(n_cells, n_classes)`; types of a class are summed.
 
-    Args:
-        alone: Skip the refinement by the other cells.
-        profiles: See [`fit_by_types`].
+    With `alone`, the other cells do not refine the readout. `profiles`: see [`fit_by_types`].
     """
     readout, types = fit_by_types(case, profiles)
     panel = readout.for_genes(case.test.measured)
@@ -227,24 +206,17 @@ def pooled_by_types(case: LeftOutSet, *, alone: bool = False, profiles: bool = F
 def fit_by_types(case: LeftOutSet, profiles: bool) -> tuple[ScMMGPTLabelReadout, list[tuple[str, str]]]:
     """Fit the pooled readout to the types within the classes; return it and its labels, pairs (class, type).
 
-    A cell of unknown type is divided evenly among the types of its class.
-
-    Args:
-        profiles: Whether reference profiles of the types and of other cells join the datasets, as in the released
-            checkpoint.
+    A cell of unknown type is divided evenly among the types of its class. With `profiles`, reference profiles of the
+    types and of other cells join the datasets, as in the released checkpoint.
     """
     kinds = sorted({pair for part in case.train for pair in zip(part.labels, part.types, strict=True)})
     kinds = [pair for pair in kinds if pair[0] in case.classes]
     known = {label for label, kind in kinds if kind}
     types = [pair for pair in kinds if pair[1] or pair[0] not in known]
     meanings = np.array([[own == pair or (not pair[1] and own[0] == pair[0]) for own in types] for pair in kinds])
-    datasets = []
-    for part in case.train:
-        pairs = list(zip(part.labels, part.types, strict=True))
-        rows = np.flatnonzero([pair[0] in case.classes for pair in pairs])
-        if len(rows):
-            targets = np.array([kinds.index(pairs[row]) for row in rows])
-            datasets.append(Dataset(part.cells[rows].to_csr(case.n_genes), part.measured, targets))
+    pairs = [list(zip(part.labels, part.types, strict=True)) for part in case.train]
+    parts = [part.dataset(case.n_genes, kinds, own) for part, own in zip(case.train, pairs, strict=True)]
+    datasets = [data for data in parts if len(data.targets)]
     shares = meanings / meanings.sum(axis=1, keepdims=True)
     if profiles:
         names = [kind or label for label, kind in types]
@@ -325,12 +297,7 @@ def summarise(records: Sequence[dict], truths: dict[str, np.ndarray], key: str =
     """Summarise each system: macro-F1 by dataset, mean, interval, and the lead of our system over it.
 
     Our system is the one with reference profiles, as in the released checkpoint, or else `MODEL`. Resampled cells are
-    the same for both systems of a lead.
-
-    Args:
-        records: Predictions by system and dataset.
-        truths: Dataset -> true classes.
-        key: Field of the predictions in a record.
+    the same for both systems of a lead. `key` is the field of the predictions in a record.
 
     Returns:
         Rows with `system`, `mean`, `by_set`, `interval`, `lead`, `lead_interval` and `lead_by_set` (lead and interval
@@ -341,11 +308,12 @@ def summarise(records: Sequence[dict], truths: dict[str, np.ndarray], key: str =
         of_system.setdefault(record["system"], {})[record["set"]] = np.asarray(record[key])
     draws = {}
     for place, (name, truth) in enumerate(truths.items()):
-        rng = np.random.default_rng([0, place])
-        draws[name] = rng.integers(len(truth), size=(N_RESAMPLES, len(truth)))
+        drawn = np.random.default_rng([0, place]).integers(len(truth), size=(N_RESAMPLES, len(truth)))
+        draws[name] = np.stack([np.bincount(cells, minlength=len(truth)) for cells in drawn])
 
     def replicates(predicted: dict[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
-        return np.mean([resampled_f1(truths[name], predicted[name], draws[name]) for name in names], axis=0)
+        scores = [resampled_scores(predicted[name], truths[name], draws[name]) for name in names]
+        return np.mean([of_set["macro_f1"] for of_set in scores], axis=0)
 
     own = WITH_PROFILES if WITH_PROFILES in of_system else MODEL
     rows, ours = [], of_system.get(own, {})
@@ -362,35 +330,31 @@ def summarise(records: Sequence[dict], truths: dict[str, np.ndarray], key: str =
             row["lead_by_set"] = {n: [means[n], percentile_interval(leads[n])] for n in names}
         ids = {label: label for name in names for label in truths[name] if label.startswith("CL:")}
         if ids:
-            row["hierarchical"] = {name: hierarchical(truths[name], predicted[name], ids) for name in names}
+            of_sets = {name: hierarchical_f1(predicted[name], truths[name], ids, draws[name]) for name in names}
+            row["hierarchical"] = {name: estimate.value for name, estimate in of_sets.items()}
         rows.append(row)
     return rows
-
-
-def hierarchical(truth: np.ndarray, predicted: np.ndarray, ids: Mapping[str, str]) -> float:
-    """See [`hierarchical_f1`]."""
-    return hierarchical_f1(predicted, truth, ids, np.ones((1, len(truth)))).value
 
 
 def markdown_table(rows: Sequence[dict]) -> str:
     """Format a Markdown table of systems x datasets, macro-F1 x 100."""
     names = list(rows[0]["by_set"])
-    lines = [f"| | mean | lead of ours | {' | '.join(names)} |", "| --- |" + " --- |" * (len(names) + 2)]
+
+    def with_interval(value: str, interval: Sequence[float]) -> str:
+        return f"{value} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+    def by_set(scores: Mapping[str, float]) -> list[str]:
+        return [f"{100 * scores[name]:.0f}" if name in scores else "" for name in names]
+
+    lines = []
     for row in rows:
-        low, high = (100 * end for end in row["interval"])
-        lead = ""
-        if "lead" in row:
-            ends = [100 * end for end in row["lead_interval"]]
-            lead = f"{100 * row['lead']:+.1f} [{ends[0]:.1f}, {ends[1]:.1f}]"
-        values = [f"{100 * row['by_set'][name]:.0f}" if name in row["by_set"] else "" for name in names]
-        mean = f"{100 * row['mean']:.1f} [{low:.1f}, {high:.1f}]"
-        lines.append(f"| {row['system']} | {mean} | {lead} | {' | '.join(values)} |")
-        if "hierarchical" in row:
-            f1 = row["hierarchical"]
-            values = [f"{100 * f1[name]:.0f}" if name in f1 else "" for name in names]
+        mean = with_interval(f"{100 * row['mean']:.1f}", row["interval"])
+        lead = with_interval(f"{100 * row['lead']:+.1f}", row["lead_interval"]) if "lead" in row else ""
+        lines.append([row["system"], mean, lead, *by_set(row["by_set"])])
+        if f1 := row.get("hierarchical"):
             mean = f"{100 * np.mean(list(f1.values())):.1f}"
-            lines.append(f"| {row['system']}, hierarchical F1 | {mean} | | {' | '.join(values)} |")
-    return "\n".join(lines) + "\n"
+            lines.append([f"{row['system']}, hierarchical F1", mean, "", *by_set(f1)])
+    return markdown(["", "mean", "lead of ours", *names], lines)
 
 
 def eval_results(rows: Sequence[dict], notes: str) -> list[dict[str, Any]]:
@@ -411,12 +375,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="folder for results.json and table.md")
     parser.add_argument("--level", choices=("coarse", "fine"), default="coarse", help="labels to score (%(default)s)")
     parser.add_argument("--candidates", choices=("all", "present"), default="all", help="candidate classes")
-    parser.add_argument(
-        "--max-cells", type=number(int, 1), default=100, help="cells of each label of a dataset (%(default)s)"
-    )
+    parser.add_argument("--max-cells", type=COUNT, default=100, help="cells of each label of a dataset (%(default)s)")
     parser.add_argument(
         "--train-share",
-        type=number(float, 0, 1, above=True),
+        type=SHARE,
         default=1.0,
         help="share of the training cells of each label of a dataset, for a learning curve (%(default)s)",
     )
@@ -477,9 +439,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = f"{markdown_table(rows)}\nCandidates of each cell's tissue:\n\n{markdown_table(restricted)}"
     write_json(path, {**about, "rows": rows, "rows_of_tissue": restricted, "runs": records})
     Path(args.output, "table.md").write_text(table, encoding="utf-8")
-    results = eval_results(
-        rows, f"{args.level} classes, {args.candidates} candidates, {len(truths)} sets left out in turn"
-    )
-    Path(args.output, "eval_results.yaml").write_text(yaml.safe_dump(results, sort_keys=False), encoding="utf-8")
+    notes = f"{args.level} classes, {args.candidates} candidates, {len(truths)} sets left out in turn"
+    entries = yaml.safe_dump(eval_results(rows, notes), sort_keys=False)
+    Path(args.output, "eval_results.yaml").write_text(entries, encoding="utf-8")
     sys.stdout.write(table)
     return 0

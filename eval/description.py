@@ -18,7 +18,12 @@ from scmmgpt.cells_scmmgpt import Cells, hash_names
 from scmmgpt.eval import baselines, results
 from scmmgpt.eval.baselines import TypePrediction
 from scmmgpt.eval.cells import LabelledCells, match_names, ontology_ids
-from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import discrepancy, gaussian_kernel, median_distance
+from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import (
+    discrepancy,
+    gaussian_kernel,
+    kernel_matrices,
+    median_distance,
+)
 from scmmgpt.eval.metrics.text_discrepancy import text_discrepancy as metric
 from scmmgpt.eval.task import run_task
 from scmmgpt.genes_scmmgpt import GeneIndex
@@ -100,9 +105,7 @@ def evaluate_descriptions(
     """Score descriptions, and as baselines captions that are looked up instead of generated.
 
     Args:
-        descriptions: Generated text of each cell.
-        references: Reference text of each cell.
-        cell_types: True type of each cell.
+        descriptions, references, cell_types: Generated text, reference text and true type of each cell.
         train_labels: Types of the training cells.
         label_text: Cell type -> caption of the label alone.
         parse: Text and candidate types -> the type that the text names, or None.
@@ -112,7 +115,6 @@ def evaluate_descriptions(
         checks: Metric of `MEASURES` -> function of a text and the position of its cell.
         embed: Sentence embedder, texts -> array `(n, d)`.
         names: Barcode of each cell, for the samples.
-        n_resamples: Bootstrap replicates of the intervals.
         seed: Seed of the bootstrap, the control and the drawn captions.
 
     Returns:
@@ -195,8 +197,7 @@ def _estimates(
     n = len(truths)
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     cosine = (x * y).sum(1) / np.maximum(norms, 1e-12)
-    bandwidth = median_distance(y)
-    kernels = [gaussian_kernel(a, b, bandwidth) for a, b in ((x, x), (y, y), (x, y))]
+    kernels = kernel_matrices(functools.partial(gaussian_kernel, bandwidth=median_distance(y)), x, y)
     mmd2 = float(discrepancy(*kernels))
     rouge = metric.rouge_f(texts, truths)[:, metric.ROUGE_TYPES.index("rougeL")]
     bleu = sacrebleu.corpus_bleu(texts, [truths]).score
@@ -248,12 +249,9 @@ def _samples(
 
 
 def read_descriptions(path: str, test: LabelledCells) -> tuple[np.ndarray, np.ndarray]:
-    """Read the descriptions of test cells from a `.h5ad` file or a table of `scmmgpt describe`.
+    """Read a `.h5ad` file or a table of `scmmgpt describe`: rows of `test`, and the description of each.
 
     A table has the barcodes in one of `BARCODE_COLUMNS` and the texts in one of `TEXT_COLUMNS`.
-
-    Returns:
-        Rows of `test` that the file describes, and the description of each.
     """
     if str(path).endswith(".h5ad"):
         import anndata
@@ -282,11 +280,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 def evaluate_file(
     args: argparse.Namespace, train: LabelledCells, test: LabelledCells, regression: TypePrediction | None = None
 ) -> dict:
-    """Evaluate the described file.
-
-    Args:
-        regression: Predictions of logistic regression for all test cells; fitted if None.
-    """
+    """Evaluate the described file; logistic regression, if not given for all test cells, is fitted."""
     regression = regression or baselines.regression_on_shared_genes(train, test, seed=args.seed)
     rows, descriptions = read_descriptions(args.descriptions, test)
     predicted = regression.take(rows).labels
@@ -303,12 +297,9 @@ def evaluate_cells(
     others: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
 ) -> dict:
-    """Evaluate descriptions of the test cells against answers drawn from the templates.
+    """Evaluate descriptions of the test cells against answers drawn from the templates (see [`CaptionSampler`]).
 
-    Args:
-        templates: See [`CaptionSampler`].
-        predicted: Type of each test cell by logistic regression.
-        others: System -> text of each test cell, for further methods.
+    `predicted` are the types of the test cells by logistic regression, `others` the texts of further methods.
     """
     from scmmgpt.train.data.captions import CaptionSampler, parse_cell_type
 
@@ -345,14 +336,14 @@ def _checks(
     test: LabelledCells, term_ids: dict[str, str | None], references: Sequence[str]
 ) -> dict[str, Callable[[str, int], float]]:
     """Make the checks of a text against its cell: of the type, and of genes if the references name genes."""
-    from scmmgpt.train.rewards import agreement, genes_in_text, score_type
+    from scmmgpt.train.rewards import genes_in_text, score_genes, score_type
 
     index = GeneIndex({name: i for i, name in enumerate(test.genes)})
     named = functools.cache(lambda text: genes_in_text(text, index))
     expressed = [set(part.tolist()) for part in np.split(test.counts.indices, test.counts.indptr[1:-1])]
 
     def of_genes(text: str, row: int) -> float:
-        return agreement(named(text), expressed[row])
+        return score_genes(named(text), expressed[row])
 
     def of_type(text: str, row: int) -> float:
         return score_type(text, test.labels[row], term_ids.get(test.labels[row])) or 0.0

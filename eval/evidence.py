@@ -10,8 +10,6 @@ with the highest counts, or of expressed genes with the largest weights of the l
 label against all other labels. No true labels are needed.
 """
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,8 +19,8 @@ import numpy as np
 import pandas as pd
 
 from scmmgpt.cells_scmmgpt import Cells, hashes
-from scmmgpt.commands.errors import OneLineParser, number
-from scmmgpt.commands.files import write_json
+from scmmgpt.commands.errors import OneLineParser
+from scmmgpt.eval.task import COUNT, NATURAL, write_result
 from scmmgpt.evidence_scmmgpt import NONE, Evidence
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import read_file
@@ -69,9 +67,8 @@ def deletions(cells: Cells, evidence: Evidence, n_draws: int, seed: int) -> dict
 def log_odds(pipeline: ScMMGPTPipeline, cells: Cells, genes: np.ndarray, meant: np.ndarray) -> np.ndarray:
     """Log odds, by `annotate`, of the label of each cell against all other labels, float64 `(n_cells,)`.
 
-    Args:
-        meant: Labels of the checkpoint that the label of a cell means, bool `(n_cells, n_labels)`; a broader type
-            means several labels.
+    `meant` has the labels of the checkpoint that the label of a cell means (a broader type: several), bool `(n_cells,
+    n_labels)`.
     """
     counts = cells.to_csr(int(genes.max()) + 1)[:, genes]
     names = pd.Index([f"cell{i}" for i in range(len(cells))])
@@ -90,9 +87,6 @@ def evaluate_evidence(pipeline: ScMMGPTPipeline, adata: Any, n_draws: int = 5, s
         JSON-able dict: `n_cells` with evidence, `named` (mean number of named genes) and `ways`: kind of deletion ->
         `drop` (mean fall of the log odds), `named_drop_more` (share of cells in which the named genes lower the log
         odds more, averaged over draws) and `label_lost` (share of cells whose log odds fall from above to below 0).
-
-    Raises:
-        ValueError: If no cell has evidence.
     """
     evidence = pipeline.explain(pipeline.annotate(adata))
     labels = adata.uns["scmmgpt"]["annotate"]["labels"].tolist()
@@ -103,8 +97,7 @@ def evaluate_evidence(pipeline: ScMMGPTPipeline, adata: Any, n_draws: int = 5, s
         raise ValueError("No cell got a label that the readout of the checkpoint knows: there is no evidence to test.")
     meant = meant[chosen]
     cells, _ = pipeline.processor.read_cells(adata)
-    choice = pipeline.processor.choose_input(adata)
-    genes = np.sort(choice.match.measured)
+    genes = np.sort(pipeline.processor.choose_input(adata).match.measured)
     ways = deletions(cells, evidence, n_draws, seed)
     cells_chosen = cells[chosen]
     kept = np.isin(cells.rows(), chosen)
@@ -134,13 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m scmmgpt.eval evidence", description=__doc__)
     parser.add_argument("--model", required=True, help="checkpoint with a label readout")
     parser.add_argument("--cells", required=True, help="file of held-out cells")
-    parser.add_argument("--draws", type=number(int, 1), default=5, help="draws of random genes (%(default)s)")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the draws (%(default)s)")
+    parser.add_argument("--draws", type=COUNT, default=5, help="draws of random genes (%(default)s)")
+    parser.add_argument("--seed", type=NATURAL, default=0, help="seed of the draws (%(default)s)")
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args(argv)
     pipeline = ScMMGPTPipeline.from_pretrained(args.model)
     result = evaluate_evidence(pipeline, read_file(args.cells), args.draws, args.seed)
-    if args.output:
-        write_json(args.output, result)
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    return 0
+    return write_result(result, args.output)

@@ -5,7 +5,7 @@ import io
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -15,9 +15,11 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 
-from scmmgpt.eval.cells import LabelledCells
 from scmmgpt.train.curves import figure_style
 
+
+if TYPE_CHECKING:
+    from scmmgpt.eval.cells import LabelledCells
 
 REAL, GENERATED = "#9aa5b1", "#c2410c"
 MAX_VECTOR_POINTS = 3000  # more points are drawn as pixels inside the SVG, which would otherwise take megabytes
@@ -52,8 +54,7 @@ def type_colors(labels: Sequence[str]) -> dict[str, Any]:
 def confusion_figure(confusion: Mapping) -> Figure:
     """Draw counts of true types (rows) x predicted types (columns), shaded by the share of the true type.
 
-    Args:
-        confusion: `labels` of the rows, `columns`, `counts`, and optionally `rows_are`, the title of the rows.
+    `confusion` has `labels` of the rows, `columns`, `counts`, and optionally `rows_are`, the title of the rows.
     """
     counts = np.array(confusion["counts"])
     rows, columns = confusion["labels"], confusion["columns"]
@@ -150,9 +151,7 @@ def scatter_figure(points: np.ndarray, columns: Mapping[str, np.ndarray]) -> Fig
 def evidence_figure(table: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
     """Draw the evidence for labels, one panel of genes for each label.
 
-    Args:
-        table: Columns of `Evidence.group_rows` for labels: `name`, `rival`, `gene`, `term`, `expressing`.
-        names: Labels to draw.
+    `table` has the columns `name`, `rival`, `gene`, `term` and `expressing` of `Evidence.group_rows`.
     """
     columns = min(len(names), 3)
     rows = -(-len(names) // max(columns, 1))
@@ -178,11 +177,7 @@ def evidence_figure(table: Mapping[str, np.ndarray], names: Sequence[str]) -> Fi
 def map_figures(
     real: np.ndarray, real_labels: np.ndarray, generated: np.ndarray, prompts: np.ndarray, colors: Mapping
 ) -> tuple[Figure, Figure]:
-    """Draw maps of real cells `(n_real, 2)` and generated cells `(n_generated, 2)`, coloured by type and by origin.
-
-    Args:
-        colors: Type -> colour.
-    """
+    """Draw maps of real cells `(n_real, 2)` and generated cells `(n_generated, 2)`, coloured by type and by origin."""
     raster = len(real) + len(generated) > MAX_VECTOR_POINTS
     size = float(np.clip(6000 / (len(real) + len(generated)), 3, 26))
 
@@ -212,7 +207,7 @@ def map_figures(
     return by_type, by_origin
 
 
-def marker_genes(train: LabelledCells) -> list[tuple[str, str]]:
+def marker_genes(train: "LabelledCells") -> list[tuple[str, str]]:
     """Find three marker genes of each training type (scanpy, Wilcoxon); return pairs (type, gene), each gene once."""
     import anndata
     import pandas as pd
@@ -242,10 +237,8 @@ def marker_figure(
 ) -> Figure:
     """Draw the mean expression of marker genes, with real held-out cells above generated cells.
 
-    Args:
-        markers: Columns: pairs (type, gene).
-        types: Rows.
-        real, generated: Mean log1p(CP10k), `(n_types, n_markers)`.
+    The columns are the markers, pairs (type, gene), and the rows the types. `real` and `generated` are mean
+    log1p(CP10k), `(n_types, n_markers)`.
     """
     scale = np.maximum(real.max(0), 1e-6)
     with figure_style():

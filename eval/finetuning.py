@@ -32,14 +32,14 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from scmmgpt.commands.errors import number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import PRETRAINED, LabelBudget, System, make_systems, quieten
 from scmmgpt.eval.cells import read_labelled
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import annotation_scores
 from scmmgpt.eval.results import bootstrap_draws, markdown, percentile_interval
-from scmmgpt.eval.task import read_runs, split_rows, training_parser
+from scmmgpt.eval.task import COUNT, NATURAL, read_runs, split_rows, training_parser
 from scmmgpt.train.curves import figure_style
+from scmmgpt.train.labels import draw_shots
 
 
 if TYPE_CHECKING:
@@ -53,13 +53,6 @@ METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 OURS = (PRETRAINED, "finetune", "finetune, unlabelled")
 
 
-def draw_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Draw the rows of `shots` cells of every label (all cells if there are fewer), ascending."""
-    rng = np.random.default_rng([seed, shots])
-    chosen = [rng.permutation(np.flatnonzero(labels == label))[:shots] for label in np.unique(labels)]
-    return np.sort(np.concatenate(chosen))
-
-
 def draw_runs(labels: np.ndarray, *, shots: Sequence[int], seeds: int, splits: int, test_share: float) -> list[dict]:
     """List all runs: `setting`, `seed`, rows `train` and `test`, and `shown`, the labelled positions in `train`."""
     runs = []
@@ -68,7 +61,8 @@ def draw_runs(labels: np.ndarray, *, shots: Sequence[int], seeds: int, splits: i
         everything = np.arange(len(train))
         draws = [(OTHER_SPLITS, split, everything)]
         if split == 0:
-            draws = [(str(n), seed, draw_shots(labels[train], n, seed)) for n in shots for seed in range(seeds)]
+            few = ((n, seed, np.random.default_rng([seed, n])) for n in shots for seed in range(seeds))
+            draws = [(str(n), seed, draw_shots(labels[train], n, rng)) for n, seed, rng in few]
             draws += [(ALL, seed, everything) for seed in range(seeds if splits else 0)]
         rows = {"train": train, "test": test}
         runs += [{"setting": setting, "seed": seed, "shown": shown, **rows} for setting, seed, shown in draws]
@@ -115,17 +109,13 @@ def evaluate(
 
 def summarise(records: list[dict]) -> list[dict]:
     """Mean and standard deviation (`None` for a single run) of each metric over seeds, by setting and system."""
-    groups: dict[tuple, list[dict]] = {}
-    for record in records:
-        groups.setdefault((record["setting"], record["system"]), []).append(record)
     rows = []
-    for (setting, system), group in groups.items():
+    for (setting, system), group in pd.DataFrame(records).groupby(["setting", "system"], sort=False):
         row: dict[str, Any] = {"setting": setting, "system": system, "runs": len(group)}
-        row["seconds"] = round(float(np.mean([record["seconds"] for record in group])), 1)
+        row["seconds"] = round(float(group["seconds"].mean()), 1)
         for metric in METRICS:
-            values = [record[metric] for record in group]
-            row[metric] = round(float(np.mean(values)), 4)
-            row[f"{metric}_sd"] = round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else None
+            row[metric] = round(float(group[metric].mean()), 4)
+            row[f"{metric}_sd"] = round(float(group[metric].std()), 4) if len(group) > 1 else None
         rows.append(row)
     return rows
 
@@ -225,15 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = training_parser("finetuning", __doc__.split("\n\n")[0])
     parser.epilog = "After `--`: options of finetune."
+    parser.add_argument("--shots", type=COUNT, nargs="*", default=[1, 3, 5, 10], help="cells per label (%(default)s)")
+    parser.add_argument("--seeds", type=COUNT, default=5, help="repetitions of every setting (%(default)s)")
     parser.add_argument(
-        "--shots", type=number(int, 1), nargs="*", default=[1, 3, 5, 10], help="cells per label (%(default)s)"
-    )
-    parser.add_argument("--seeds", type=number(int, 1), default=5, help="repetitions of every setting (%(default)s)")
-    parser.add_argument(
-        "--splits",
-        type=number(int, 0),
-        default=3,
-        help="number of splits for the setting `all`; 0 leaves it out (%(default)s)",
+        "--splits", type=NATURAL, default=3, help="splits for the setting `all`; 0 leaves it out (%(default)s)"
     )
     parser.add_argument("--systems", nargs="*", help="names of the systems to run; default: all")
     parser.add_argument("--checkpoint", help="checkpoint trained on other cells; adds the systems that start from it")

@@ -9,11 +9,12 @@ has its mean and its spread over the draws. The row "real training cells" shows 
 """
 
 import argparse
+import functools
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.metrics.pairwise import euclidean_distances
@@ -75,9 +76,7 @@ MEASURES = {
         "over types, with equal numbers of cells in all rows. The row of the real held-out cells is right.",
     ),
     "largest_eigenvalue": results.Measure(
-        "largest eigenvalue",
-        None,
-        "Largest eigenvalue of the correlation matrix of the same genes and cells.",
+        "largest eigenvalue", None, "Largest eigenvalue of the correlation matrix of the same genes and cells."
     ),
     "zero_fraction": results.Measure("zeros", None, "Share of zeros among the values of a cell, averaged over types."),
     "detected_genes": results.Measure("genes", None, "Genes with a count in a cell, averaged over types."),
@@ -113,6 +112,9 @@ MEASURES = {
 RESAMPLED = ("energy_distance", "mmd2", "profile_correlation")  # averages over types with bootstrap replicates
 
 
+Scores = dict[str, results.Estimate]  # measure -> estimate in one draw
+
+
 class GeneratedCells(NamedTuple):
     """Generated cells."""
 
@@ -120,6 +122,13 @@ class GeneratedCells(NamedTuple):
     prompts: np.ndarray  # prompted types, `(n_cells,)`
     genes: np.ndarray  # gene symbols, `(n_genes,)`
     library_sizes: np.ndarray | None = None  # `(n_cells,)`; None if the cells are mean profiles
+
+    @classmethod
+    def of(cls, adata: Any, prompts: Sequence[str]) -> "GeneratedCells":
+        """Cells of `ScMMGPTPipeline.generate`, the same number for each prompted type."""
+        sizes = adata.obs["library_size"].to_numpy() if "library_size" in adata.obs else None
+        labels = np.repeat(list(prompts), adata.n_obs // len(prompts))
+        return cls(adata.X.toarray(), labels, adata.var_names.to_numpy().astype(str), sizes)
 
     def take(self, rows: np.ndarray) -> "GeneratedCells":
         """The cells at `rows`, in that order."""
@@ -146,7 +155,6 @@ def evaluate_generation(
         others: System -> role and cells for the same prompts, over all genes of the training cells.
         n_resamples: Bootstrap replicates of the intervals, over all draws.
         n_draws: Draws of halves of the held-out cells and of cells of every system.
-        seed: Seed of all random draws.
 
     Returns:
         JSON-able dict: `measures`, `rows`, `comparisons` (see `results.tabulate`), `per_type` and sizes.
@@ -306,26 +314,12 @@ class HeldOutCells:
         return cls(space, points, compared.labels, bandwidth, axes, near, columns, profiles, mean[columns])
 
 
-@dataclass(frozen=True)
-class Score:
-    """A value of a measure, with bootstrap replicates (or None) and values by type (or None)."""
-
-    value: float
-    n: int
-    replicates: np.ndarray | None = None
-    by_type: Mapping[str, float] | None = None
-
-
-Scores = dict[str, Score]
-
-
 def score_cells(
     cells: GeneratedCells, prompts: np.ndarray, train: LabelledCells, test: LabelledCells, seed: int
 ) -> Scores:
     """Score cells by the measures that need no components.
 
-    Args:
-        prompts: Prompted types of the model's cells. Correlations use the same number of cells of a type in all rows.
+    Correlations use the same number of cells of a type in all rows, from the `prompts` of the model's cells.
     """
     rng = np.random.default_rng(seed)
     top = np.argsort(-np.asarray(train.expression.mean(0)).ravel(), kind="stable")[:NUM_TOP_GENES]
@@ -342,8 +336,7 @@ def score_cells(
             chosen = cells.expression[rng.permutation(rows)[:n]][:, top]
             mean, largest = realism.gene_correlation(chosen)
             measured["gene_correlation"][label], measured["largest_eigenvalue"][label] = mean, largest
-    n = len(cells.prompts)
-    return {name: Score(float(np.mean([*of.values()])), n, None, of) for name, of in measured.items()}
+    return {name: results.mean_over_types(of, len(cells.prompts)) for name, of in measured.items()}
 
 
 def score_all_genes(cells: GeneratedCells, test: LabelledCells, seed: int) -> Scores:
@@ -354,18 +347,16 @@ def score_all_genes(cells: GeneratedCells, test: LabelledCells, seed: int) -> Sc
         ours, real = (rng.permutation(side)[:CELLS_PER_DRAW] for side in sides)
         if len(ours) >= 2 and len(real) >= knn.MIN_CELLS:
             x, y = cells.expression[ours], test.expression[real].toarray()
-            kernels = (-euclidean_distances(a, b) for a, b in ((x, x), (y, y), (x, y)))  # faster than `cdist` here
-            by_type[str(label)] = float(knn.discrepancy(*kernels))
-    if not by_type:
-        return {}
-    return {"energy_distance_all_genes": Score(float(np.mean([*by_type.values()])), len(cells.prompts), None, by_type)}
+            distances = knn.kernel_matrices(euclidean_distances, x, y)  # faster than `cdist` here
+            by_type[str(label)] = -float(knn.discrepancy(*distances))
+    return {"energy_distance_all_genes": results.mean_over_types(by_type, len(cells.prompts))} if by_type else {}
 
 
-def nearest_score(points: np.ndarray, labels: np.ndarray, truth: HeldOutCells) -> Score:
+def nearest_score(points: np.ndarray, labels: np.ndarray, truth: HeldOutCells) -> results.Estimate:
     """Mean distance of points `(n, n_components)` to the nearest training cell, averaged over the types `(n,)`."""
     near = realism.nearest_distances(points, truth.training_points)
     by_type = {str(label): float(near[labels == label].mean()) for label in np.unique(labels)}
-    return Score(float(np.mean([*by_type.values()])), len(points), None, by_type)
+    return results.mean_over_types(by_type, len(points))
 
 
 def score_in_space(cells: GeneratedCells, truth: HeldOutCells, n_resamples: int, seed: int) -> Scores:
@@ -374,10 +365,9 @@ def score_in_space(cells: GeneratedCells, truth: HeldOutCells, n_resamples: int,
     scores = {"nearest_training_cell": nearest_score(points, labels, truth)}
     mine, theirs = realism.match_proportions(labels, truth.labels, np.random.default_rng(seed))
     if len(mine) >= knn.MIN_CELLS:
-        auc = realism.two_sample_auc(points[mine], truth.points[theirs], seed=seed)
-        scores["two_sample_auc"] = Score(auc, len(mine))
-        matched = realism.gromov_wasserstein(points[mine], truth.points[theirs])
-        scores["gromov_wasserstein"] = Score(matched, len(mine))
+        pair = points[mine], truth.points[theirs]
+        scores["two_sample_auc"] = results.Estimate(realism.two_sample_auc(*pair, seed=seed), len(mine))
+        scores["gromov_wasserstein"] = results.Estimate(realism.gromov_wasserstein(*pair), len(mine))
     ks = [k for k in knn.KS if k <= len(truth.points)]
     hits = knn.knn_accuracy(points, labels, truth.points, truth.labels, ks=ks) if ks else {}
     _, types, sizes = np.unique(labels, return_inverse=True, return_counts=True)
@@ -385,7 +375,7 @@ def score_in_space(cells: GeneratedCells, truth: HeldOutCells, n_resamples: int,
     for k, hit in hits.items():
         estimate = results.mean_estimate(hit, draws, weights=1 / sizes[types])  # all types have equal weight
         shares = {str(label): float(hit[labels == label].mean()) for label in np.unique(labels)}
-        scores[f"knn_accuracy_{k}"] = Score(estimate.value, n, estimate.replicates, shares)
+        scores[f"knn_accuracy_{k}"] = replace(estimate, by_type=shares)
     by_type, variances = {}, {}
     for label in np.unique(labels):
         ours, real = (np.flatnonzero(of == label)[:MAX_PER_TYPE] for of in (labels, truth.labels))
@@ -393,28 +383,26 @@ def score_in_space(cells: GeneratedCells, truth: HeldOutCells, n_resamples: int,
             by_type[str(label)] = _compare_samples(
                 cells.expression[ours], points[ours], truth, real, n_resamples, seed
             )
-            pair = [realism.variance_along(truth.axes, sample) for sample in (points[ours], truth.points[real])]
-            variances[str(label)] = pair[0], pair[1]
+            along_axes = points[ours] @ truth.axes, truth.points[real] @ truth.axes
+            variances[str(label)] = [float(of.var(axis=0, ddof=1).sum()) for of in along_axes]
     for name in RESAMPLED if by_type else ():
-        measured = {label: of_type[name] for label, of_type in by_type.items()}
-        value = float(np.mean([value for value, _ in measured.values()]))
-        replicates = results.recentre(value, np.mean([replicates for _, replicates in measured.values()], axis=0))
-        scores[name] = Score(value, n, replicates, {label: value for label, (value, _) in measured.items()})
+        mean = results.mean_over_types({label: of_type[name][0] for label, of_type in by_type.items()}, n)
+        drawn = np.mean([of_type[name][1] for of_type in by_type.values()], axis=0)
+        scores[name] = replace(mean, replicates=results.recentre(mean.value, drawn))
     return scores | diversity(variances, n)
 
 
-def diversity(variances: Mapping[str, tuple[float, float]], n: int) -> Scores:
-    """Variance of generated cells divided by the variance of real cells; types without real variance are left out.
+def diversity(variances: Mapping[str, Sequence[float]], n: int) -> Scores:
+    """Variance of the `n` generated cells divided by that of real cells, from both variances of each type.
 
-    Args:
-        variances: Type -> variance of generated cells, variance of real cells.
-        n: Number of generated cells.
+    Types without real variance are left out.
     """
     varied = {label: pair for label, pair in variances.items() if pair[1] > 1e-9}
     if not varied:
         return {}
     ours, real = np.sum([*varied.values()], axis=0)
-    return {"diversity": Score(float(ours / real), n, None, {label: x / y for label, (x, y) in varied.items()})}
+    by_type = {label: x / y for label, (x, y) in varied.items()}
+    return {"diversity": results.Estimate(float(ours / real), n, by_type=by_type)}
 
 
 def _compare_samples(
@@ -424,12 +412,11 @@ def _compare_samples(
     y = truth.points[rows]
     wx = results.bootstrap_draws(len(x), n_resamples=n_resamples, seed=seed)
     wy = results.bootstrap_draws(len(y), n_resamples=n_resamples, seed=seed + 1)
-    pairs = ((x, x), (y, y), (x, y))
-    kernels = {
-        "energy_distance": [knn.distance_kernel(a, b) for a, b in pairs],
-        "mmd2": [knn.gaussian_kernel(a, b, truth.bandwidth) for a, b in pairs],
-    }
-    measured = {name: (float(knn.discrepancy(*k)), knn.discrepancy(*k, wx=wx, wy=wy)) for name, k in kernels.items()}
+    gaussian: Callable[..., np.ndarray] = functools.partial(knn.gaussian_kernel, bandwidth=truth.bandwidth)
+    measured = {}
+    for name, kernel in (("energy_distance", knn.distance_kernel), ("mmd2", gaussian)):
+        kernels = knn.kernel_matrices(kernel, x, y)
+        measured[name] = float(knn.discrepancy(*kernels)), knn.discrepancy(*kernels, wx=wx, wy=wy)
     profiles = cells[:, truth.columns], truth.profiles[rows]
     return measured | {"profile_correlation": _profile_correlation(*profiles, truth.center, wx, wy)}
 
@@ -504,12 +491,10 @@ def align_genes(
 
 
 def read_generated(path: str, *, prompt_key: str | None = None) -> GeneratedCells:
-    """Read generated cells.
+    """Read cells of `scmmgpt generate` from a `.h5ad` file with gene symbols as `var_names`.
 
-    Args:
-        path: File of `scmmgpt generate` (`.h5ad`), with gene symbols as `var_names`. Counts in `layers["counts"]` are
-            normalised by `obs["library_size"]`, as for real cells; without these two, `X` is log1p(CP10k).
-        prompt_key: obs column of the prompted type; default: "label" or "cell_type".
+    Counts in `layers["counts"]` are normalised by `obs["library_size"]`, as for real cells; without these two, `X` is
+    log1p(CP10k). `prompt_key` is the obs column of the prompted type; default: "label" or "cell_type".
     """
     import anndata
 

@@ -37,16 +37,16 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.sparse import vstack
-from sklearn.linear_model import LogisticRegression
 from transformers import get_cosine_schedule_with_warmup
 
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.commands.errors import OneLineParser, number
+from scmmgpt.commands.errors import OneLineParser
 from scmmgpt.commands.files import write_json
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
-from scmmgpt.eval import baselines
+from scmmgpt.eval import baselines, crossdata
 from scmmgpt.eval.crossdata import LabelledSet, LeftOutSet, macro_f1, read_sets, shared_expression, thin
 from scmmgpt.eval.results import markdown
+from scmmgpt.eval.task import COUNT, SHARE
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.train.finetune import CellsOfVocabulary
 from scmmgpt.train.initialize import embed_genes_by_coexpression
@@ -88,8 +88,7 @@ class Fold:
 
     def dataset(self, part: LabelledSet) -> Dataset:
         """Convert one part to a [`Dataset`] with targets in `classes`."""
-        targets = np.searchsorted(self.classes, part.labels)
-        return Dataset(part.cells.to_csr(self.n_genes), part.measured, targets)
+        return part.dataset(self.n_genes, self.classes)
 
 
 def make_folds(sets: Sequence[LabelledSet], names: Sequence[str], n_genes: int) -> list[Fold]:
@@ -128,13 +127,9 @@ def logistic_regression(fold: Fold, seed: int, steps: int) -> Scores:
     scores: Scores = []
     for part in (known, *fold.new):
         kept = np.ones((0, len(fold.classes)), dtype=bool)
-        train, labels, test = shared_expression(
-            LeftOutSet(fold.train, part, fold.classes, fold.n_genes, kept), N_GENES
-        )
-        model = LogisticRegression(
-            C=INVERSE_PENALTY, class_weight="balanced", max_iter=baselines.MAX_ITERATIONS, tol=1e-3
-        )
-        fitted = baselines.fit_quietly(model, train, labels)
+        case = LeftOutSet(fold.train, part, fold.classes, fold.n_genes, kept)
+        train, labels, test = shared_expression(case, N_GENES)
+        fitted = baselines.fit_quietly(crossdata.new_regression().set_params(C=INVERSE_PENALTY), train, labels)
         scores.append(fitted.predict_log_proba(test))
     lengths = np.cumsum([len(part.labels) for part in fold.known])[:-1]
     return [*np.split(scores[0], lengths), *scores[1:]]
@@ -143,8 +138,7 @@ def logistic_regression(fold: Fold, seed: int, steps: int) -> Scores:
 def tokenise(data: Dataset, genes: np.ndarray, shares: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokenise cells: `<cls>` and the most expressed of `genes`, with log1p(CP10k) on the whole-transcriptome scale.
 
-    Returns:
-        Ids int64, expression float32 and mask int64, each `(n_cells, 1 + MAX_TOKENS)`.
+    Ids (int64), expression (float32) and mask (int64) are each `(n_cells, 1 + MAX_TOKENS)`.
     """
     values = np.log1p(dense_expression(data, genes, shares))
     top = np.argsort(-values, axis=1, kind="stable")[:, :MAX_TOKENS]
@@ -322,15 +316,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, help="folder of .h5ad files with tables/label_classes.json")
     parser.add_argument("--sets", nargs="+", required=True, help="datasets to leave out, at least three")
     parser.add_argument("--output", required=True, help="folder for results.json and table.md")
-    parser.add_argument("--max-cells", type=number(int, 1), default=100, help="cells of each label (%(default)s)")
-    parser.add_argument("--steps", type=number(int, 1), default=300, help="steps of the network (%(default)s)")
-    parser.add_argument("--seeds", type=number(int, 1), default=2, help="repetitions (%(default)s)")
+    parser.add_argument("--max-cells", type=COUNT, default=100, help="cells of each label (%(default)s)")
+    parser.add_argument("--steps", type=COUNT, default=300, help="steps of the network (%(default)s)")
+    parser.add_argument("--seeds", type=COUNT, default=2, help="repetitions (%(default)s)")
     parser.add_argument(
-        "--shares",
-        type=number(float, 0, 1, above=True),
-        nargs="+",
-        default=list(SHARES),
-        help="shares of the training cells (%(default)s)",
+        "--shares", type=SHARE, nargs="+", default=list(SHARES), help="shares of the training cells (%(default)s)"
     )
     return parser
 

@@ -24,7 +24,7 @@ trained on the left-out dataset.
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def read_sources(folder: str | Path) -> Sources:
 
 
 def calibrated(sources: Sources, cells: LeftOut) -> dict[str, Any]:
-    """Apply `train.left_out.calibrate`, and raise a `ValueError` if the known cells are too few."""
+    """Apply `train.left_out.calibrate`; refuse too few known cells."""
     if not (settings := left_out.calibrate(cells, sources.reference is not None)):
         raise ValueError(f"{int(cells.known.sum())} cells of known types are too few to calibrate on.")
     return settings
@@ -118,11 +118,10 @@ def annotate(
     alone: bool = False,
     tissues: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, np.ndarray]:
-    """Name the cells of one dataset as `annotate` does.
+    """Name the cells of one dataset as `annotate` does: the columns of `choose_labels`, and two arrays by label.
 
-    Returns:
-        The columns of `choose_labels`; `probabilities` `(n_cells, n_labels)`; and `of_sets`, the probabilities without
-        the tissue prior, from which label sets are made.
+    These are `probabilities` `(n_cells, n_labels)`, and `of_sets`, those without the tissue prior, from which label
+    sets are made.
     """
     alone = alone or sources.reference is None  # novelty by neighbours needs reference profiles
     unit = settings["lead_unit" if alone else "batch_unit"]
@@ -170,36 +169,28 @@ def risk_area(score: np.ndarray, right: np.ndarray) -> float:
 def summarise_known(
     sources: Sources, cells: LeftOut, probabilities: np.ndarray, sets: dict[float, np.ndarray]
 ) -> dict[str, Any]:
-    """Calibration, risk and coverage of all known cells together.
+    """Calibration, risk and coverage of all known cells, with probabilities `(n_cells, n_labels)`.
 
-    Args:
-        cells: The known cells of all datasets.
-        probabilities: float `(n_cells, n_labels)`.
-        sets: Error rate -> members of the label sets, bool `(n_cells, n_labels)`.
+    `sets` maps an error rate to the members of the label sets, bool `(n_cells, n_labels)`.
     """
     score, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == cells.targets
-    rows = np.arange(len(score))
-    rows_of_set = [rows[cells.datasets == i] for i in np.unique(cells.datasets)]
+    of_datasets = {sources.names[number]: cells.datasets == number for number in np.unique(cells.datasets)}
+    errors = [expected_calibration_error(score[rows], right[rows]) for rows in of_datasets.values()]
+    by_rate = {}
+    for rate, of_cells in sets.items():
+        covered = of_cells[np.arange(len(score)), cells.targets]
+        by_dataset = {name: float(covered[rows].mean()) for name, rows in of_datasets.items()}
+        by_rate[str(rate)] = {
+            "coverage": float(covered.mean()),
+            "coverage_by_dataset": {name: round(value, 3) for name, value in by_dataset.items()},
+            "coverage_mean_of_datasets": float(np.mean([*by_dataset.values()])),
+            "mean_size": float(of_cells.sum(axis=1).mean()),
+        }
     return {
         "calibration_error": expected_calibration_error(score, right),
-        "calibration_error_mean_of_datasets": float(
-            np.mean([expected_calibration_error(score[i], right[i]) for i in rows_of_set])
-        ),
+        "calibration_error_mean_of_datasets": float(np.mean(errors)),
         "risk_area": risk_area(score, right),
-        "label_sets": {
-            str(rate): {
-                "coverage": float(members[rows, cells.targets].mean()),
-                "coverage_by_dataset": {
-                    sources.names[i]: round(float(members[rows, cells.targets][cells.datasets == i].mean()), 3)
-                    for i in np.unique(cells.datasets)
-                },
-                "coverage_mean_of_datasets": float(
-                    np.mean([members[i, cells.targets[i]].mean() for i in rows_of_set])
-                ),
-                "mean_size": float(members.sum(axis=1).mean()),
-            }
-            for rate, members in sets.items()
-        },
+        "label_sets": by_rate,
     }
 
 
@@ -254,14 +245,9 @@ def leave_datasets_out(
             logger.info("%s left out", sources.names[number])
     if not kept:
         return {"known": {}, "known_together": {}, "new": new_rows}
-    of_known = [np.concatenate([getattr(c, f.name) for c in kept]) for f in fields(LeftOut)]
-    of_all = summarise_known(
-        sources,
-        LeftOut(*of_known),
-        np.concatenate(parts),
-        {rate: np.concatenate(found) for rate, found in sets.items()},
-    )
-    return {"known": known_rows, "known_together": weighted(known_rows.values()) | of_all, "new": new_rows}
+    of_rates = {rate: np.concatenate(found) for rate, found in sets.items()}
+    of_all = summarise_known(sources, LeftOut.join(kept), np.concatenate(parts), of_rates)
+    return {"known": known_rows, "known_together": untrained.weighted(known_rows.values()) | of_all, "new": new_rows}
 
 
 def members(probabilities: np.ndarray, settings: dict[str, Any], rate: float) -> np.ndarray:
@@ -309,7 +295,7 @@ def leave_labels_out(sources: Sources, cells: LeftOut, alone: bool = False) -> d
                 found[part].append(untrained.row_of(columns, truth, term))
         logger.info("labels left out of %s", name)
     means = {part: untrained.mean_of_labels(rows) for part, rows in found.items()}
-    return {**means, "known": known, "known_cells": weighted(known.values())}
+    return {**means, "known": known, "known_cells": untrained.weighted(known.values())}
 
 
 def fit_for_file(sources: Sources, left: int | None, settings: dict[str, Any]) -> untrained.Fitted:
@@ -319,14 +305,6 @@ def fit_for_file(sources: Sources, left: int | None, settings: dict[str, Any]) -
     novelty = fit_pooled_novelty(train, train[0].counts.shape[1]) or {}
     tissues = sources.tissues_without(() if left is None else (left,))
     return untrained.Fitted(readout, [sources.types[label] for label in own], novelty, settings, tissues)
-
-
-def weighted(rows: Any) -> dict[str, float]:
-    """Means of the float columns of rows, weighted by `n_cells`."""
-    rows = list(rows)
-    sizes = [row["n_cells"] for row in rows]
-    names = [n for n in rows[0] if all(isinstance(row.get(n), float) for row in rows)] if rows else []
-    return {"n_cells": sum(sizes)} | {n: float(np.average([row[n] for row in rows], weights=sizes)) for n in names}
 
 
 def evaluate_left_out(
@@ -341,36 +319,29 @@ def evaluate_left_out(
     Args:
         folder: Folder of the files of `train release`.
         what: `"datasets"` or `"labels"`.
-        together: Names of datasets to leave out together; empty: each dataset in turn.
         n_genes: Annotate each dataset with its most variable genes; None: all genes.
         alone: Annotate each cell without the other cells of its dataset.
 
     Returns:
         JSON-able dict. For datasets: `known` (by dataset), `known_together`, `new` (by dataset and type) and the mean
         `new_together`. For labels: see [`leave_labels_out`].
-
-    Raises:
-        ValueError: If a dataset is unknown, or the folder has fewer than two datasets.
     """
     sources = read_sources(folder)
     missing = set(together) - set(sources.names)
     if missing:
         raise ValueError(f"There are no datasets {sorted(missing)}; there are {sources.names}.")
-    cells = left_out.leave_each_out(sources.datasets, sources.meanings, sources.reference, sources.in_terms)
+    data, others = (sources.datasets, sources.meanings), (sources.reference, sources.in_terms)
+    cells = left_out.leave_each_out(*data, *others)
     if cells is None:
         raise ValueError(f"{folder} has one dataset of the table; two are needed.")
     if what == "labels":
         return leave_labels_out(sources, cells, alone)
+    groups, judged = [[number] for number in range(len(sources.names))], None
     if together:
-        group = [sources.names.index(name) for name in together]
-        own = left_out.leave_out(sources.datasets, sources.meanings, group, sources.reference, sources.in_terms)
-        result = leave_datasets_out(sources, cells, [group], own, alone)
-    else:
-        judged = None
-        if n_genes:
-            narrow = [most_variable(data, n_genes) for data in sources.datasets]
-            judged = left_out.leave_each_out(
-                sources.datasets, sources.meanings, sources.reference, sources.in_terms, narrow
-            )
-        result = leave_datasets_out(sources, cells, [[i] for i in range(len(sources.names))], judged, alone)
-    return result | {"new_together": weighted(result["new"])}
+        groups = [[sources.names.index(name) for name in together]]
+        judged = left_out.leave_out(*data, groups[0], *others)
+    elif n_genes:
+        narrow = [most_variable(part, n_genes) for part in sources.datasets]
+        judged = left_out.leave_each_out(*data, *others, narrow)
+    result = leave_datasets_out(sources, cells, groups, judged, alone)
+    return result | {"new_together": untrained.weighted(result["new"])}

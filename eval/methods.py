@@ -11,8 +11,6 @@
   installed; cells of a type are drawn from the prior.
 """
 
-import json
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,11 +26,11 @@ from peft import LoraConfig
 from scipy import sparse
 from sklearn.linear_model import RidgeClassifierCV
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from scmmgpt.cells_scmmgpt import hash_names, log1p_cp10k
+from scmmgpt.commands.files import write_json
 from scmmgpt.eval import baselines
 from scmmgpt.eval.baselines import TypePrediction
 from scmmgpt.eval.cells import LabelledCells
@@ -42,8 +40,6 @@ from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.gene_tables import load_gene_texts, load_hgnc
 from scmmgpt.train.language_model import load_causal_lm, new_language_model
 
-
-logger = logging.getLogger(__name__)
 
 SENTENCE_GENES = 100  # genes of a cell sentence, as in the first published models
 VARIANTS = 4  # texts of each cell in training
@@ -108,11 +104,6 @@ class TimedTrainer(SFTTrainer):
         self.seconds, self.start = seconds, time.process_time()
         super().__init__(*args, **kwargs)
         self.add_callback(TimeLimit(self))
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        """Keep the order of the rows, which alternate between both directions."""
-        data: Any = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(data)
 
     @property
     def share(self) -> float:
@@ -199,14 +190,10 @@ def train_cell2sentence(
     output: Path,
     *,
     seconds: float,
-) -> CellSentenceModel:
-    """Train the language model of `tune` on both directions in turn, and save the model.
+) -> None:
+    """Train the language model of `tune` on both directions in turn, for some CPU seconds, and save it in `output`.
 
     A batch has one direction, because the few tokens of descriptions would hardly count among those of sentences.
-
-    Args:
-        output: Folder of the model.
-        seconds: CPU time of the training.
     """
     sentences, ids = CellSentences.fit(train), hash_names(train.names)
     described: list[tuple[str, str]] = []
@@ -237,6 +224,7 @@ def train_cell2sentence(
         learning_rate=training_args.learning_rate,
         weight_decay=training_args.weight_decay,
         num_train_epochs=10_000,
+        train_sampling_strategy="sequential",  # the rows alternate between both directions
         seed=training_args.seed,
         max_length=None,
         bf16=training_args.bf16,
@@ -257,8 +245,7 @@ def train_cell2sentence(
     trained.save_pretrained(output)
     tokenizer.save_pretrained(output)
     state = {"steps": trainer.state.global_step, "intercept": sentences.intercept, "slope": sentences.slope}
-    Path(output, "sentences.json").write_text(json.dumps(state), encoding="utf-8")
-    return CellSentenceModel(trained, tokenizer, sentences)
+    write_json(output / "sentences.json", state)
 
 
 def load_cell2sentence(folder: Path, train: LabelledCells) -> CellSentenceModel:
@@ -281,20 +268,16 @@ def train_scvi(train: LabelledCells, folder: Path, *, seconds: float, seed: int 
     import lightning
     import scvi
 
-    class Until(lightning.pytorch.Callback):
-        """Stops the training when its time is used."""
+    end = time.process_time() + seconds
 
-        def __init__(self) -> None:
-            self.end = time.process_time() + seconds
-
-        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            """Check the time after each step."""
-            trainer.should_stop = trainer.should_stop or time.process_time() >= self.end
+    def stop_in_time(trainer: Any, *args: Any) -> None:
+        trainer.should_stop = trainer.should_stop or time.process_time() >= end
 
     scvi.settings.seed = seed
     model = scvi.model.SCVI(setup_scvi(train), gene_likelihood="nb")
+    until = lightning.pytorch.callbacks.LambdaCallback(on_train_batch_end=stop_in_time)
     quiet = {"enable_progress_bar": False, "logger": False, "enable_checkpointing": False}
-    model.train(accelerator="cpu", train_size=1.0, callbacks=[Until()], **quiet)
+    model.train(accelerator="cpu", train_size=1.0, callbacks=[until], **quiet)
     model.save(str(folder), overwrite=True)
 
 
@@ -324,12 +307,8 @@ def scvi_cells(prompts: np.ndarray, train: LabelledCells, folder: Path, *, seed:
 def embed_by_genes(cells: Sequence[LabelledCells], gene_texts: str | Path | None) -> list[np.ndarray]:
     """Embed cells as GenePT does, unit length `(n_cells, 384)`.
 
-    Args:
-        cells: Training cells, whose most expressed genes are used, and further sets of cells.
-        gene_texts: Table of summaries, as for `align`; default: approved names of the genes.
-
-    Raises:
-        ValueError: If no gene of the training cells has a text.
+    The first of `cells` are the training cells, whose most expressed genes are used. `gene_texts` is a table of
+    summaries, as for `align`; default: approved names of the genes.
     """
     if gene_texts is None:
         texts = {record.symbol: f"{record.symbol}: {record.name}" for record in load_hgnc() if record.name}

@@ -27,7 +27,6 @@ from several files for a human reader, with the genes that stand out in each cel
 """
 
 import functools
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -40,9 +39,9 @@ from scipy.sparse import csr_matrix
 from scipy.stats import poisson
 from sklearn.naive_bayes import MultinomialNB
 
-from scmmgpt.commands.errors import OneLineParser, number
-from scmmgpt.commands.files import write_json
+from scmmgpt.commands.errors import OneLineParser
 from scmmgpt.commands.results import write_table
+from scmmgpt.eval.task import COUNT, NATURAL, write_result
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.programmes_scmmgpt import LINEAGES, PROGRAMMES
 from scmmgpt.proof_scmmgpt import LINEAGE_FOLD, MIN_LINEAGE_GENES
@@ -99,13 +98,9 @@ def lineage(name: str) -> frozenset[str]:
 
 
 class Checker:
-    """Checks texts against the counts of a file.
+    """Checks texts, one for each cell, against the counts of a file.
 
-    Args:
-        texts: Description of each cell.
-        counts: Raw counts, `(n_cells, n_genes)`.
-        symbols: Symbol of each gene.
-        sizes: Library sizes, `(n_cells,)`.
+    `counts` are raw counts `(n_cells, n_genes)`, `sizes` the library sizes `(n_cells,)`.
     """
 
     def __init__(self, texts: Sequence[str], counts: csr_matrix, symbols: Sequence[str], sizes: np.ndarray) -> None:
@@ -198,9 +193,12 @@ class Checker:
             if form == "type":
                 found += [f"{g} is not of {kind}" for g in names if not self.is_higher(g, others, ~others, cell)]
                 found += [f"{names} speak for {name}" for name in self.better_kinds(kind, names)]
-                found += self.lineage_faults(cell, kind, text)
+                mentions = "" if self.is_rare(kind) else text  # of a rare type, a mentioned lineage counts, too
+                against = self.lineages_against(cell, kind).items()
+                found += [f"{g} speak against {kind}" for name, g in against if f"genes of {name}." not in mentions]
             elif form == "against":
-                found += self.against_faults(cell, kind, names, parts["lineage"])
+                if names != self.lineages_against(cell, kind).get(parts["lineage"]):
+                    found.append(f"{names} do not speak against {kind}")
             elif form == "programme":
                 found += self.programme_faults(cell, parts, names, others)
             elif form == "unusual":
@@ -210,24 +208,10 @@ class Checker:
                 if one == other or one not in self.kinds or other not in self.kinds:
                     found.append(f"{one} is not an alternative to {other}")
                     continue
-                pair = self.kinds[one], self.kinds[other]
-                found += [f"{gene} is not of {one}" for gene in names if not self.is_higher(gene, *pair, cell)]
-                found += [
-                    f"{gene} is not of {other}" for gene, _ in more if not self.is_higher(gene, *pair[::-1], cell)
-                ]
+                for mine, theirs, shown in ((one, other, names), (other, one, [gene for gene, _ in more])):
+                    pair = self.kinds[mine], self.kinds[theirs]
+                    found += [f"{gene} is not of {mine}" for gene in shown if not self.is_higher(gene, *pair, cell)]
         return found
-
-    def lineage_faults(self, cell: int, kind: str, text: str) -> list[str]:
-        """List excluded lineages that the cell expresses and the text omits; of a rare type, also mentioned ones."""
-        against = self.lineages_against(cell, kind)
-        mentions = text if not self.is_rare(kind) else ""
-        return [
-            f"{genes} speak against {kind}" for name, genes in against.items() if f"genes of {name}." not in mentions
-        ]
-
-    def against_faults(self, cell: int, kind: str, names: list[str], line: str) -> list[str]:
-        """List the faults of a sentence about an excluded lineage."""
-        return [] if names == self.lineages_against(cell, kind).get(line) else [f"{names} do not speak against {kind}"]
 
     def has(self, cell: int, gene: str, count: float) -> bool:
         """Whether a gene has this count in a cell, and the count is above 0."""
@@ -445,10 +429,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="checkpoint with a label readout")
     parser.add_argument("--cells", required=True, nargs="+", help="file of cells, or several")
     text = "skip the check, and write this number of descriptions, drawn from all files, for a human reader"
-    parser.add_argument("--sample", type=number(int, 1), metavar="N", help=text)
+    parser.add_argument("--sample", type=COUNT, metavar="N", help=text)
     text = "obs columns of labels to show with the descriptions; the first column in a file is used (%(default)s)"
     parser.add_argument("--label-keys", nargs="+", default=["cell_type"], metavar="COLUMN", help=text)
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the draws (%(default)s)")
+    parser.add_argument("--seed", type=NATURAL, default=0, help="seed of the draws (%(default)s)")
     parser.add_argument("--output", help="JSON file to write; with --sample a table")
     args = parser.parse_args(argv)
     pipeline = ScMMGPTPipeline.from_pretrained(args.model)
@@ -460,7 +444,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     by_file = {Path(path).stem: evaluate_proof(pipeline, read_file(path), args.seed) for path in args.cells}
     result = by_file if len(by_file) > 1 else next(iter(by_file.values()))
-    if args.output:
-        write_json(args.output, result)
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    return 0
+    return write_result(result, args.output)

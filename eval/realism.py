@@ -87,11 +87,6 @@ def variation_axes(points: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.linalg.svd(centred, full_matrices=False)[2][:NUM_AXES].T
 
 
-def variance_along(axes: np.ndarray, points: np.ndarray) -> float:
-    """Variance of the points `(n, d)` of one type, summed over the axes `(d, n_axes)`."""
-    return float((points @ axes).var(axis=0, ddof=1).sum())
-
-
 def nearest_distances(points: np.ndarray, training_points: np.ndarray) -> np.ndarray:
     """Distance of each point `(n, d)` to the nearest of the training points `(m, d)`, `(n,)`: 0 for a copy."""
     if len(points) * len(training_points) <= 10_000_000:

@@ -114,15 +114,7 @@ def table(result: dict) -> dict:
 
 
 def render(results: dict[str, dict], pictures: dict, provenance: dict, *, title: str, note: str | None = None) -> str:
-    """Render the HTML page.
-
-    Args:
-        results: Task -> result of its `evaluate_*` function.
-        pictures: Task -> name -> picture; "training" -> list of pictures.
-        provenance: Result of `describe_evaluation`.
-        title: Heading of the page.
-        note: Remark on the checkpoint, or None.
-    """
+    """Render the HTML page from the result of each task, its pictures by name, and those of training (a list)."""
     return render_page(
         "report.html",
         title=title,
@@ -137,12 +129,7 @@ def render(results: dict[str, dict], pictures: dict, provenance: dict, *, title:
 
 
 def write_report(args: argparse.Namespace, argv: Sequence[str]) -> dict:
-    """Evaluate all given files, write `report.html` and `metrics.json`, and return the result of each task.
-
-    Raises:
-        ValueError: If no file is given.
-        FileNotFoundError: If a file does not exist.
-    """
+    """Evaluate all given files, write `report.html` and `metrics.json`, and return the result of each task."""
     from scmmgpt.train.data.corpus import open_corpus
 
     outputs = {"annotation": args.annotated, "description": args.descriptions, "generation": args.generated}

@@ -36,6 +36,7 @@ class Estimate:
     n: int  # number of cells (or pairs)
     replicates: np.ndarray | None = None  # values on resampled cells, `(n_resamples,)`; `None`: no interval
     spread: float | None = None  # standard deviation over several draws of the cells, if there are several
+    by_type: Mapping[str, float] | None = None  # values of single cell types, if the value is an average over types
 
     @property
     def interval(self) -> list[float] | None:
@@ -66,6 +67,11 @@ def mean_estimate(values: np.ndarray, draws: np.ndarray, *, weights: np.ndarray 
     return Estimate(float(np.average(values, weights=weights)), len(values), replicates)
 
 
+def mean_over_types(by_type: Mapping[str, float], n: int) -> Estimate:
+    """The mean of values of cell types, equally weighted; `n` is the number of their cells."""
+    return Estimate(float(np.mean([*by_type.values()])), n, by_type=by_type)
+
+
 def recentre(value: float, replicates: np.ndarray) -> np.ndarray:
     """Shift replicates so that their mean equals the value; width and shape of the interval do not change.
 
@@ -81,10 +87,7 @@ def tabulate(
 ) -> dict:
     """Make the rows of a table, and the verdict of each comparison.
 
-    Args:
-        measures: Metric -> definition.
-        systems: System -> role; exactly one system has the role `MODEL`.
-        estimates: `{system: {metric: Estimate}}`; a system may lack a metric.
+    Exactly one system has the role `MODEL`; a system may lack a metric.
 
     Returns:
         JSON-able dict of `measures`, `model`, `rows` (metric, system, role, value, ci, n) and `comparisons` (metric,

@@ -25,19 +25,11 @@ MEASURES = {
 
 
 def evaluate_retrieval(
-    similarities: Mapping[str, np.ndarray],
-    cell_types: ArrayLike,
-    text_types: ArrayLike,
-    *,
-    seed: int = 0,
+    similarities: Mapping[str, np.ndarray], cell_types: ArrayLike, text_types: ArrayLike, *, seed: int = 0
 ) -> dict:
-    """Score the similarities of each system.
+    """Score the similarities `(n_cells, n_texts)` of each system, ours under `results.MODEL_NAME`.
 
-    Args:
-        similarities: System -> similarity of cells and texts, `(n_cells, n_texts)`; ours under `results.MODEL_NAME`.
-        cell_types: Type of each cell.
-        text_types: Type that each text is about.
-        seed: Seed of the bootstrap over queries, and of the system "random order".
+    The seed is that of the bootstrap over queries, and of the system "random order".
 
     Returns:
         JSON-able dict: `measures`, `rows`, `comparisons` (see `results.tabulate`), `n_cells` and `n_texts`.
@@ -46,19 +38,12 @@ def evaluate_retrieval(
     rng = np.random.default_rng(seed)
     first = next(iter(similarities.values()))
     systems = {**similarities, "random order": rng.random(first.shape)}
-    draws = {
-        "cell_to_text": results.bootstrap_draws(right.shape[0], seed=seed),
-        "text_to_cell": results.bootstrap_draws(right.shape[1], seed=seed),
-    }
-    estimates: dict[str, dict[str, results.Estimate]] = {}
-    for system, scores in systems.items():
-        estimates[system] = {}
-        for direction, (of, truth) in {
-            "cell_to_text": (scores, right),
-            "text_to_cell": (scores.T, right.T),
-        }.items():
-            for name, values in score_queries(of, truth).items():
-                estimates[system][f"{direction}_{name}"] = results.mean_estimate(values, draws[direction])
+    estimates: dict[str, dict[str, results.Estimate]] = {system: {} for system in systems}
+    for direction, truth in zip(DIRECTIONS, (right, right.T), strict=True):
+        draws = results.bootstrap_draws(len(truth), seed=seed)
+        for system, scores in systems.items():
+            for name, values in score_queries(scores if truth is right else scores.T, truth).items():
+                estimates[system][f"{direction}_{name}"] = results.mean_estimate(values, draws)
     roles = dict.fromkeys(systems, results.BASELINE) | {results.MODEL_NAME: results.MODEL}
     roles["random order"] = results.CONTROL
     result = {"task": "retrieval"} | results.tabulate(MEASURES, roles, estimates)
@@ -67,11 +52,9 @@ def evaluate_retrieval(
 
 
 def score_queries(scores: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:
-    """Compute average precision and recall at k of each query, `(n_queries,)`.
+    """Compute average precision and recall at k of each query, `(n_queries,)`, from scores `(n_queries, n_items)`.
 
-    Args:
-        scores: `(n_queries, n_items)`.
-        right: Whether an item is relevant, bool `(n_queries, n_items)`; every query needs a relevant item.
+    `right` tells which items are relevant, bool `(n_queries, n_items)`; every query needs a relevant item.
 
     >>> scores = np.array([[0.9, 0.5, 0.1], [0.2, 0.2, 0.2]])
     >>> measured = score_queries(scores, np.array([[False, True, True], [True, False, False]]))

@@ -16,13 +16,20 @@ from scmmgpt.eval.cells import LabelledCells, read_splits
 from scmmgpt.eval.results import markdown_table
 
 
+# Types of arguments.
+NATURAL = number(int, 0)
+COUNT = number(int, 1)
+SEVERAL = number(int, 2)
+SHARE = number(float, 0, 1, above=True)
+
+
 def task_parser(command: str, description: str) -> argparse.ArgumentParser:
     """Make a parser with the arguments of all tasks that evaluate on a corpus."""
     parser = OneLineParser(prog=f"python -m scmmgpt.eval {command}", description=description)
     parser.add_argument("--corpus", required=True, help="corpus folder; baselines are fitted to its train split")
     parser.add_argument("--label-key", default="cell_type", help="column of true types in the corpus (%(default)s)")
     parser.add_argument("--output", required=True, help="JSON file to write; for the report: a folder")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of all random draws (%(default)s)")
+    parser.add_argument("--seed", type=NATURAL, default=0, help="seed of all random draws (%(default)s)")
     return parser
 
 
@@ -33,18 +40,12 @@ def run_task(
     evaluate: Callable[[argparse.Namespace, LabelledCells, LabelledCells], dict],
     argv: Sequence[str] | None,
 ) -> int:
-    """Run the command line of one task: print the table of the result, and write the result as JSON.
+    """Run the command line of one task: print its table, write its result as JSON, and return the exit status.
 
-    Args:
-        command: Name of the task.
-        description: First line of the help.
-        add_arguments: Adds the arguments of the task to a parser.
-        evaluate: Function of the parsed arguments, the training cells and the held-out cells of the corpus.
-        argv: Words of the command line; default: `sys.argv[1:]`.
-
-    Returns:
-        Exit status.
+    The task adds its arguments to a parser, and evaluates the training and the held-out cells of the corpus.
     """
+    from scmmgpt.train.data.corpus import open_corpus
+
     parser = task_parser(command, description)
     add_arguments(parser)
     parser.add_argument(
@@ -55,9 +56,18 @@ def run_task(
     )
     args = parser.parse_args(argv)
     with log_if_slow(f"Evaluating on {args.corpus}"):
-        result = evaluate(args, *read_splits(args.corpus, label_key=args.label_key, held_out=args.split))
+        splits = read_splits(open_corpus(args.corpus), label_key=args.label_key, held_out=args.split)
+        result = evaluate(args, *splits)
     sys.stdout.write(markdown_table(result))
     write_json(args.output, result)
+    return 0
+
+
+def write_result(result: dict, output: str | None) -> int:
+    """Write a result as JSON to the standard output and, if given, to the file `output`; return the exit status."""
+    if output:
+        write_json(output, result)
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
     return 0
 
 
@@ -67,12 +77,7 @@ def training_parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--adata", required=True, help="labelled cells with counts in X, or a corpus")
     parser.add_argument("--label-key", default="cell_type", help="column of obs with the labels (%(default)s)")
     parser.add_argument("--output", required=True, help="folder for results.json, table.md and other results")
-    parser.add_argument(
-        "--test-share",
-        type=number(float, 0, 1, above=True),
-        default=0.25,
-        help="share of the cells to test on (%(default)s)",
-    )
+    parser.add_argument("--test-share", type=SHARE, default=0.25, help="share of the cells to test on (%(default)s)")
     return parser
 
 
@@ -85,8 +90,7 @@ def split_rows(labels: np.ndarray, *, test_share: float, seed: int = 0) -> list[
 def read_runs(path: Path, about: dict) -> list[dict]:
     """Read the runs of an earlier call from its `results.json`; empty if the file does not exist.
 
-    Raises:
-        ValueError: If the earlier call had other cells or options than `about`.
+    An earlier call with other cells or options than `about` is refused.
     """
     if not path.is_file():
         return []

@@ -20,7 +20,7 @@ label is right if it gets the label, an ancestor, or `Unknown`.
 The settings of `train.left_out.calibrate` are fitted to the other datasets, with readouts of all labels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,11 +81,9 @@ def without_label(readout: ScMMGPTLabelReadout, place: int) -> ScMMGPTLabelReado
 def annotate_file(
     fitted: Fitted, data: Dataset, rows: np.ndarray, profiles: TypeProfiles | None, alone: bool = False
 ) -> dict[str, np.ndarray]:
-    """Annotate `rows` of a dataset as one file.
+    """Annotate `rows` of a dataset as one file; with `alone`, each cell without the other cells.
 
-    Args:
-        profiles: Profiles of all types; profiles of the labels of `fitted` are left out.
-        alone: Annotate each cell without the other cells.
+    `profiles` are those of all types; profiles of the labels of `fitted` are left out.
 
     Returns:
         The columns of `annotate`; `forced`, the Cell Ontology id of the most probable label; and `by_profile`, whether
@@ -128,10 +126,7 @@ def annotate_file(
 def row_of(columns: dict[str, np.ndarray], truth: np.ndarray, term: str) -> dict[str, Any]:
     """Summarise the names of the cells of a type: shares `called_it`, `ancestor`, `unknown`, and their sum `right`.
 
-    Args:
-        columns: Result of [`annotate_file`].
-        truth: Cell Ontology ids of all cells, str `(n_cells,)`.
-        term: Cell Ontology id of the type.
+    `columns` is from [`annotate_file`]; `truth` has the Cell Ontology ids of all cells, `term` that of the type.
     """
     mine = truth == term
     it, unknown = columns["cl_id"][mine] == term, columns["cell_type"][mine] == UNKNOWN
@@ -154,15 +149,18 @@ def lost_of(columns: dict[str, np.ndarray], truth: Sequence[str], known: np.ndar
     }
 
 
+def weighted(rows: Collection[dict[str, Any]]) -> dict[str, float]:
+    """Means of the float columns of rows, weighted by `n_cells`, and the sum of `n_cells`."""
+    sizes = [row["n_cells"] for row in rows]
+    names = [n for n in next(iter(rows), {}) if all(isinstance(row.get(n), float) for row in rows)]
+    return {"n_cells": sum(sizes)} | {n: float(np.average([row[n] for row in rows], weights=sizes)) for n in names}
+
+
 def mean_of_labels(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Average rows over labels; the rows of a label in several datasets are weighted by `n_cells`."""
     by_label: dict[str, Any] = {}
     for kind in sorted({row["type"] for row in rows}):
-        mine = [row for row in rows if row["type"] == kind]
-        sizes = [row["n_cells"] for row in mine]
-        shares = [name for name, value in mine[0].items() if isinstance(value, float)]
-        by_label[kind] = {n: float(np.average([row[n] for row in mine], weights=sizes)) for n in shares}
-        by_label[kind] |= {"n_cells": sum(sizes)}
+        by_label[kind] = weighted([row for row in rows if row["type"] == kind])
     names = [name for name in next(iter(by_label.values()), {}) if name != "n_cells"]
     named, wrongly = (sum(row[name] for row in rows) for name in ("by_profile", "wrongly"))
     mean = {name: float(np.mean([row[name] for row in by_label.values()])) for name in names}

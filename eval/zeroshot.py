@@ -46,13 +46,12 @@ from anndata import AnnData
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
-from scmmgpt.commands.errors import number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import expression, quieten, run_finetune
 from scmmgpt.eval.cells import read_labelled
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import embed_texts
 from scmmgpt.eval.results import markdown, markdown_table
-from scmmgpt.eval.task import read_runs, split_rows, training_parser
+from scmmgpt.eval.task import COUNT, SEVERAL, read_runs, split_rows, training_parser
 from scmmgpt.eval.zeroshot_cells import evaluate_cells, labelled
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.train.data import ontology
@@ -211,19 +210,11 @@ SYSTEMS: dict[str, Callable[[LeftOutLabel], dict[str, np.ndarray]]] = {
 }
 
 
-def ontology_steps(ids: Sequence[str]) -> np.ndarray:
-    """Steps in the Cell Ontology between all pairs of terms, `(n, n)`."""
-    return np.array([[ontology.distance(a, b) for b in ids] for a in ids], dtype=float)
-
-
 def measure(scores: np.ndarray, truth: np.ndarray, left_out: int, steps: np.ndarray) -> dict[str, float]:
-    """Compute the measures of the module's docstring for one left-out label.
+    """Compute the measures of the module's docstring for the left-out label at position `left_out`.
 
-    Args:
-        scores: `(n_test, n_labels)`.
-        truth: Positions of the true labels, `(n_test,)`.
-        left_out: Position of the left-out label.
-        steps: Result of [`ontology_steps`].
+    Scores are `(n_test, n_labels)`, `truth` the positions of the true labels, and `steps` the steps in the Cell
+    Ontology between all pairs of labels, `(n_labels, n_labels)`.
     """
     predicted, missing = scores.argmax(axis=1), truth == left_out
     unseen = float((predicted[missing] == left_out).mean())
@@ -261,11 +252,7 @@ def table_of(rows: list[dict]) -> str:
 
 
 def describe(names: Sequence[str], ids: Sequence[str | None]) -> LabelTexts:
-    """Make texts and Cell Ontology ids of labels, as in `finetune`.
-
-    Raises:
-        ValueError: If the Cell Ontology lacks a label.
-    """
+    """Make texts and Cell Ontology ids of labels, as in `finetune`; refuse labels that the Cell Ontology lacks."""
     captions = CaptionSampler()
     terms = [ontology.resolve("cell_type", name, term).term_id for name, term in zip(names, ids, strict=True)]
     unknown = [name for name, term in zip(names, terms, strict=True) if term is None]
@@ -309,12 +296,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Runs in `results.json` of the output folder are reused."""
     parser = training_parser("zeroshot", "Predict labels without training cells from their texts.")
     parser.add_argument("--ontology-key", help="column of obs with Cell Ontology ids; default: matched by label names")
-    parser.add_argument(
-        "--seeds", type=number(int, 1), default=1, help="repetitions, each with its split (%(default)s)"
-    )
+    parser.add_argument("--seeds", type=COUNT, default=1, help="repetitions, each with its split (%(default)s)")
     parser.add_argument("--gene-texts", help="table of gene functions for `finetune`, columns symbol and summary")
     parser.add_argument("--classes", help="label_classes.json of `crossdata`; pools the labels of its column by id")
-    parser.add_argument("--generate", type=number(int, 2), help="generate this number of cells of each label instead")
+    parser.add_argument("--generate", type=SEVERAL, help="generate this number of cells of each label instead")
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS), help="systems (default: all)")
     args = parser.parse_args(argv)
     quieten()
@@ -326,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     labels = describe([str(name) for name in names], ids)
     if args.generate:
         return generate_left_out(args, adata, truth, labels)
-    steps = ontology_steps(labels.ids)
+    steps = np.array([[ontology.distance(a, b) for b in labels.ids] for a in labels.ids], dtype=float)
     about: dict[str, Any] = {"task": "zeroshot", "adata": Path(args.adata).name, "label_key": args.label_key}
     about |= {"texts": dict(zip(labels.names, labels.texts, strict=True)), "test_share": args.test_share}
     about |= {"gene_texts": args.gene_texts and Path(args.gene_texts).name}

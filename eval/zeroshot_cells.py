@@ -89,15 +89,8 @@ def evaluate_cells(
 ) -> dict:
     """Leave out each label in turn, generate cells from its text, and evaluate the cells of all labels together.
 
-    Args:
-        train, test: Cells of all labels, over the same genes.
-        names: The labels.
-        texts: Unit-length embeddings of the texts of the labels, float64 `(n_labels, width)`.
-        n_cells: Cells to generate for each label.
-        seed: Seed of all random draws.
-
-    Returns:
-        As [`generation.evaluate_generation`].
+    Both splits have cells of all labels (`names`) over the same genes. `texts` are unit-length embeddings of the texts
+    of the labels, float64 `(n_labels, width)`. The result is that of [`generation.evaluate_generation`].
     """
     targets = np.array([list(names).index(label) for label in train.labels])
     parts: dict[str, list[Cells]] = {system: [] for system in SYSTEMS}

@@ -115,8 +115,10 @@ def test_unknown_annotations_are_refused(tmp_path):
 def test_another_model_vocabulary_is_refused(corpus_path):
     swapped = {**VOCABULARY, "G3": 4, "G4": 3}
     with pytest.raises(ValueError, match=r"2 with another id \['G3', 'G4'\]"):
-        open_corpus(corpus_path, vocabulary=swapped)
-    open_corpus(corpus_path, vocabulary=dict(reversed(VOCABULARY.items())))  # the order of entries means nothing
+        open_corpus(corpus_path).check_vocabulary(swapped, "the model")
+    open_corpus(corpus_path).check_vocabulary(
+        dict(reversed(VOCABULARY.items())), "the model"
+    )  # the order of entries means nothing
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "splits.json"])

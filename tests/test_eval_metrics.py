@@ -1,5 +1,6 @@
 """Metrics against scikit-learn, SciPy and POT, and the properties that a reader would expect of them."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -24,13 +25,12 @@ from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import (
     discrepancy,
     distance_kernel,
     distances_by_type,
-    energy_distance,
     fit_cell_space,
     gaussian_kernel,
     generated_cell_scores,
+    kernel_matrices,
     knn_accuracy,
     median_distance,
-    mmd_squared,
 )
 from scmmgpt.eval.metrics.text_discrepancy import text_discrepancy
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import (
@@ -196,6 +196,10 @@ def test_calibration_error_refuses_percentages():
 # Distances
 
 
+def mmd_squared(x, y, bandwidth):
+    return discrepancy(*kernel_matrices(functools.partial(gaussian_kernel, bandwidth=bandwidth), x, y))
+
+
 def test_mmd_equals_means_of_sklearns_kernel_over_pairs_of_different_points(rng):
     x, y = rng.normal(size=(20, 3)), rng.normal(1, size=(30, 3))
     k_xx, k_yy, k_xy = (rbf_kernel(a, b, gamma=1 / (2 * 1.5**2)) for a, b in ((x, x), (y, y), (x, y)))
@@ -213,7 +217,8 @@ def test_energy_distance_equals_scipys_in_one_dimension_but_for_pairs_of_a_point
     x, y = rng.normal(size=25), rng.normal(0.5, 2, size=40)
     within_x, within_y = (np.abs(a[:, None] - a[None, :]).mean() for a in (x, y))  # biased: over all n^2 pairs
     theirs = scipy.stats.energy_distance(x, y) ** 2 - within_x / 24 - within_y / 39
-    assert energy_distance(x[:, None], y[:, None]) == pytest.approx(theirs)
+    ours = discrepancy(*kernel_matrices(distance_kernel, x[:, None], y[:, None]))
+    assert ours == pytest.approx(theirs)
 
 
 @pytest.mark.parametrize("m", [12, 2100])
@@ -248,7 +253,7 @@ def test_median_distance_of_coinciding_points_is_usable():
 
 def test_samples_of_different_width_are_refused():
     with pytest.raises(ValueError, match=r"\(3, 2\).*\(3, 4\).*same width"):
-        energy_distance(np.zeros((3, 2)), np.zeros((3, 4)))
+        kernel_matrices(distance_kernel, np.zeros((3, 2)), np.zeros((3, 4)))
 
 
 def test_sliced_wasserstein_in_one_dimension_is_the_exact_distance(rng):

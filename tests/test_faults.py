@@ -1,6 +1,7 @@
 """What goes wrong while a corpus is built or kept: nothing may be lost, nothing may be silently wrong."""
 
 import errno
+import functools
 import json
 import multiprocessing
 import os
@@ -186,7 +187,7 @@ def test_a_build_goes_on_with_smaller_partitions(sources, whole, tmp_path, monke
     """After running out of memory, say."""
     merge, output = build_steps.merge_shard, tmp_path / "corpus"
     shards = iter(range(3))
-    monkeypatch.setattr(build_steps, "merge_shard", lambda task: merge(task) if next(shards) < 2 else 1 / 0)
+    monkeypatch.setattr(build_steps, "merge_shard", lambda *a, **b: merge(*a, **b) if next(shards) < 2 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare.main(arguments(sources, output))
     assert len(shard_bytes(output)) == 2
@@ -197,7 +198,7 @@ def test_a_build_goes_on_with_smaller_partitions(sources, whole, tmp_path, monke
 
 def test_a_worker_that_the_system_ends_is_said_clearly():
     with pytest.raises(ValueError, match="ended a worker process"), start_workers(2) as run:
-        run(os._exit, [1], "ended")
+        run([functools.partial(os._exit, 1)], "ended")
 
 
 def test_a_truncated_shard_is_refused_until_it_is_deleted_and_built_again(sources, copy, whole):
@@ -331,10 +332,10 @@ def test_shards_of_unknown_origin_are_not_adopted(sources, copy):
 def test_workers_end_with_a_killed_builder():
     """A killed builder leaves no process behind that works on for nobody."""
     program = """
-import operator, os, time
+import os, time
 from scmmgpt.train.data.workers import start_workers
 with start_workers(2) as run:
-    print(*run(operator.call, [os.getpid], "asked"), flush=True)
+    print(*run([os.getpid], "asked"), flush=True)
     time.sleep(60)
 """
     builder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)

@@ -80,7 +80,7 @@ def test_a_type_without_a_term_is_right_by_its_name_alone():
     ],
 )
 def test_genes_count_by_the_share_of_mentions_that_are_true_and_new(text, expressed, score):
-    assert score_genes(text, expressed, GENES) == score
+    assert score_genes(genes_in_text(text, GENES), expressed) == score
 
 
 def test_genes_of_a_text_come_with_what_the_text_says_of_them():

@@ -48,7 +48,7 @@ def demo(tmp_path_factory):
         splits[split] = (Cells.from_csr(part.X, ids, cell_ids=hash_names(part.obs_names)), obs)
     write_corpus(folder / "corpus", vocabulary, splits, split_by="cell", sources=[{"name": "synthetic"}])
 
-    train, test = read_splits(folder / "corpus")
+    train, test = read_splits(open_corpus(folder / "corpus"))
     names = pd.Index(test.names, name="barcode")
     obs = pd.DataFrame({"scmmgpt_cell_type": test.labels, "scmmgpt_score": 0.9}, index=names)
     settings = {"annotate": {"matching_weight": 0.25, "labels": np.unique(test.labels)}}
@@ -198,7 +198,7 @@ def test_generated_cells_are_compared_with_some_datasets_of_a_split(demo, tmp_pa
 
 
 def test_cells_are_matched_by_barcode_in_any_order(demo):
-    _, test = read_splits(demo / "corpus")
+    _, test = read_splits(open_corpus(demo / "corpus"))
     shuffled = test.take(np.random.default_rng(0).permutation(len(test)))
     keys = "scmmgpt_cell_type", "scmmgpt_score"
     rows, predictions, _ = annotation.read_annotated(str(demo / "annotated.h5ad"), shuffled, *keys)
@@ -230,7 +230,7 @@ def test_a_report_of_nothing_is_refused(demo, tmp_path, capsys):
 
 
 def test_a_missing_column_is_named(demo, tmp_path):
-    _, test = read_splits(demo / "corpus")
+    _, test = read_splits(open_corpus(demo / "corpus"))
     (tmp_path / "texts.csv").write_text("cell,words\nx,y\n")
     with pytest.raises(ValueError, match=r"none of the columns \['scmmgpt_description', 'description'\].*'words'"):
         description.read_descriptions(str(tmp_path / "texts.csv"), test)

@@ -124,6 +124,7 @@ def test_the_folder_of_a_space_runs_as_it_is(tiny_pipeline, tmp_path):
         "runpy.run_path('app.py', run_name='__main__')\n"
         "print(gradio.Blocks.return_value.__enter__.return_value.launch.call_args)\n"
         "print(sys.modules['scmmgpt'].__file__)\n"
+        "import scmmgpt.eval.figures\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)

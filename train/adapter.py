@@ -36,9 +36,7 @@ def save_base(
 ) -> None:
     """Save the joined model in `OUTPUT_DIR/base`, and name the model by this path, so that adapters refer to it.
 
-    Args:
-        resumed: Whether the run is resumed; an existing base is then kept.
-        writes: Whether this process writes the files.
+    A resumed run keeps an existing base. One process `writes`.
     """
     base = Path(output_dir, "base").absolute()
     if writes and not (resumed and base.exists()):

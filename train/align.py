@@ -32,7 +32,7 @@ from scmmgpt.train.corpus_readout import choose_places, fit_corpus_readout, plac
 from scmmgpt.train.curves import save_curves
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.collate import AlignmentCollator
-from scmmgpt.train.data.corpus import Corpus, open_corpus
+from scmmgpt.train.data.corpus import Corpus, first_groups, open_corpus
 from scmmgpt.train.data.sharing import push_folder
 from scmmgpt.train.initialize import TrainingCells, embed_genes_by_coexpression, standardize_projections
 from scmmgpt.train.options import OptionParser
@@ -81,13 +81,11 @@ class AlignTrainer(ModelLossTrainer):
         dataset = self.eval_dataset.of_all_ranks()
         collate: Any = dataset.collate
         feature_pieces, type_pieces, captions = [], [], []
-        for cells, obs, _ in dataset.source.batches():
+        for cells, obs, _ in first_groups(dataset.source.batches(), MAX_VALIDATION_CELLS):
             inputs = collate.processor(cells=cells).to(self.args.device)
             feature_pieces.append(model.get_cell_features(**inputs))
             type_pieces.append(obs["cell_type"])
             captions += self.captions.caption(obs, cells, collate.gene_symbols)
-            if sum(map(len, type_pieces)) >= MAX_VALIDATION_CELLS:
-                break
         features, types = torch.cat(feature_pieces), np.concatenate(type_pieces)
 
         def similarity_to(texts: list[str]) -> torch.Tensor:
@@ -114,11 +112,8 @@ class AlignTrainer(ModelLossTrainer):
 def retrieval_recall(similarity: torch.Tensor, own: torch.Tensor) -> dict[str, float]:
     """Recall at k of a cell's own text among all texts, and of the best own cell of a text among all cells.
 
-    Ties are misses, so a model with constant features has recall 0.
-
-    Args:
-        similarity: float `(num_cells, num_texts)`.
-        own: int64 `(num_cells,)`: column of each cell's own text; every text is the own text of a cell.
+    `own` is the column of each cell's own text in `similarity` `(num_cells, num_texts)`, int64 `(num_cells,)`; every
+    text is the own text of a cell. Ties are misses, so a model with constant features has recall 0.
 
     >>> similarity = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.4]])
     >>> scores = retrieval_recall(similarity, torch.tensor([0, 1, 1]))
@@ -165,16 +160,9 @@ def build_processor(
 def build_model(
     corpus: TrainingCells, model_args: AlignModelArguments, **fields: Any
 ) -> tuple[ScMMGPTForCellTextAlignment, PreTrainedTokenizerBase, set[str]]:
-    """Build a stage-1 model for the gene vocabulary of the corpus.
+    """Build a stage-1 model for the gene vocabulary of the corpus, with further fields of `ScMMGPTConfig`.
 
-    Args:
-        fields: More fields of `ScMMGPTConfig`.
-
-    Returns:
-        The model, the tokenizer of the Q-Former, and the names of the pretrained parameters.
-
-    Raises:
-        ValueError: If the cell model has another number of gene tokens, or a weight does not fit the model.
+    Return also the tokenizer of the Q-Former, and the names of the pretrained parameters.
     """
     cell_model, cell_config = load_cell_model(corpus, model_args)
     settings = dict(model_args.qformer_config)
@@ -233,11 +221,9 @@ def main(
     cells: Mapping[str, Any] | None = None,
     fit_readout: Callable[..., Any] = fit_corpus_readout,
 ) -> None:
-    """Build the model and its batches, train, save.
+    """Build the model and its batches, train, save; `cells`: see [`make_datasets`].
 
-    Args:
-        cells: See [`make_datasets`].
-        fit_readout: Function with the signature of [`fit_corpus_readout`] that fits `model.label_readout`.
+    `fit_readout` has the signature of [`fit_corpus_readout`], and fits `model.label_readout`.
     """
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)

@@ -65,11 +65,11 @@ def write_card(
 ) -> Path:
     """Write `README.md` into the folder of a checkpoint or an adapter; return the path of the file.
 
-    Metrics of a corpus of the Hub are also written in the Hub's format for evaluation results.
+    The card has the last value of every `eval_` metric in the log of the trainer. Metrics of a corpus of the Hub are
+    also written in the Hub's format for evaluation results.
 
     Args:
         command: A key of `TITLES`.
-        log_history: Log of the trainer; the card has the last value of every `eval_` metric.
         repo_id: Name on the Hub; default: name of the folder.
         adapter_base, base_revision: Name and commit of the base, if the folder holds an adapter.
         bases: Part -> the checkpoint that initialised it; `None` for a new part.
@@ -103,7 +103,10 @@ def write_card(
     else:
         use = ADAPTER_USE.format(name=name, base=adapter_base, base_revision=base_revision or "main")
         sections += ["## Use", use]
-    sections += ["## Data", describe_data(manifest, cells), "## Started from", describe_bases(bases)]
+    sections += ["## Data", describe_data(manifest, cells), "## Started from"]
+    # Licences of the bases are not recorded.
+    sections.append("\n".join(f"- {part.replace('_', ' ')}: {base or 'new'}" for part, base in bases.items()))
+    sections.append("Parts that are not new keep their licences.")
     sections += ["## Measured", describe_metrics(metrics, manifest, cells), "## Limits", LIMITS]
     if corpus.repo_id is not None and metrics:
         entries = [EvalResultEntry(dataset, name, value, notes="validation split") for name, value in metrics.items()]
@@ -148,12 +151,6 @@ def describe_data(manifest: Manifest, cells: Counter[str]) -> str:
         f"Vocabulary `{manifest.vocabulary_hash[:16]}`, splits `{(manifest.splits_hash or 'none')[:16]}` (sha256).",
     ]
     return "\n".join(lines)
-
-
-def describe_bases(bases: dict[str, str | None]) -> str:
-    """List the origin of each part, without licences, which are not recorded."""
-    lines = [f"- {part.replace('_', ' ')}: {base or 'new'}" for part, base in bases.items()]
-    return "\n".join([*lines, "", "Parts that are not new keep their licences."])
 
 
 def describe_metrics(metrics: dict[str, float], manifest: Manifest, cells: Counter[str]) -> str:

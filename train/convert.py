@@ -17,14 +17,13 @@ weights in a Python package.
 """
 
 import argparse
-import contextlib
 import functools
 import importlib.util
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import gguf
 import torch
@@ -117,11 +116,7 @@ def scgpt_key_table(num_layers: int, *, use_flag_embedding: bool = False) -> dic
 def convert_scgpt_weights(
     state_dict: dict[str, torch.Tensor], num_layers: int
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Rename scGPT's weights to those of [`ScGPTModel`], split stacked weights, and list the keys that are left out.
-
-    Raises:
-        ValueError: If a key is unknown, missing, or present in two attention layouts.
-    """
+    """Rename scGPT's weights to those of [`ScGPTModel`], split stacked weights, and list the surplus keys."""
     renamed: dict[str, torch.Tensor] = {}
     duplicates = []
     for key, tensor in state_dict.items():
@@ -154,11 +149,7 @@ def convert_scgpt_weights(
 
 
 def scgpt_config(arguments: dict[str, Any], vocabulary: dict[str, int], *, use_flag_embedding: bool) -> ScGPTConfig:
-    """Make the configuration from scGPT's `args.json` and `vocab.json`.
-
-    Raises:
-        ValueError: If `args.json` lacks a field, or values are not embedded as continuous values.
-    """
+    """Make the configuration from scGPT's `args.json` and `vocab.json`."""
     required = ("embsize", "nheads", "d_hid", "nlayers", "dropout", "n_bins", "pad_value", "mask_value")
     if missing := [name for name in required if name not in arguments]:
         raise ValueError(
@@ -209,11 +200,7 @@ def read_gene_vocabulary(path: Path) -> dict[str, int]:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read weights by name from a PyTorch file, without running code in the file.
-
-    Raises:
-        ValueError: If the file is damaged, or holds anything other than tensors by name.
-    """
+    """Read weights by name from a PyTorch file, without running code in the file."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # for damaged files, PyTorch, zipfile and pickle raise errors of several types
@@ -232,10 +219,6 @@ def load_scgpt(folder: str | Path) -> tuple[ScGPTModel, dict[str, int]]:
     """Load a published scGPT folder: the model, and its gene vocabulary (token -> id, in order of id).
 
     The weights are loaded with `weights_only=True`, so no code in them runs.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, or the sizes in the files differ.
     """
     folder = Path(folder)
     for name in ("best_model.pt", "args.json", "vocab.json"):
@@ -313,39 +296,24 @@ def find_source(source: str | Path) -> tuple[str, str | None]:
 
 
 def load_causal_lm(source: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer from a source that [`resolve_source`] takes.
 
-    GGUF weights are dequantised, because quantised GGUF weights can neither be trained nor saved.
-
-    Args:
-        source: See [`resolve_source`].
-        kwargs: Arguments of `from_pretrained`, such as `dtype`.
+    GGUF weights are dequantised, because quantised GGUF weights can neither be trained nor saved. `kwargs` are
+    arguments of `from_pretrained`, such as `dtype`.
     """
     source, gguf_file = find_source(source)
     if gguf_file is None:
         return AutoModelForCausalLM.from_pretrained(source, **kwargs), AutoTokenizer.from_pretrained(source)
-    with parsed_once():
+    # transformers parses the file three times, for configuration, weights and tokenizer, and makes the map of names
+    # for every tensor: 18 s for SmolLM2-135M, 6 s with these caches.
+    cached: dict[str, Any] = {
+        name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")
+    }
+    with mock.patch.multiple(gguf, **cached):
         model = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=gguf_file, quantization_config=GgufConfig(dequantize=True), **kwargs
         )
         return model, AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
-
-
-@contextlib.contextmanager
-def parsed_once() -> Iterator[None]:
-    """Cache the parsed GGUF file and its map of names within the context.
-
-    transformers parses the file three times, for configuration, weights and tokenizer, and makes the map of names for
-    every tensor: 18 s for SmolLM2-135M, 6 s with the cache.
-    """
-    parts = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    try:
-        for name, function in parts.items():
-            setattr(gguf, name, functools.cache(function))
-        yield
-    finally:
-        for name, function in parts.items():
-            setattr(gguf, name, function)
 
 
 def qformer_from_bert(
@@ -355,13 +323,12 @@ def qformer_from_bert(
     num_layers: int | None = None,
     encoder_hidden_size: int = 512,
 ) -> tuple[Blip2QFormerConfig, dict[str, torch.Tensor], PreTrainedTokenizerBase]:
-    """Make a Q-Former from a BERT.
+    """Make a Q-Former from a BERT: a Hub id, folder, or `package:NAME/FOLDER`.
 
-    The text branch equals the BERT to rounding; the query branch starts with the same weights.
+    The text branch equals the BERT to rounding; the query branch starts with the same weights. A folder written by
+    `convert bert` keeps its `cross_attention_frequency` and `encoder_hidden_size`.
 
     Args:
-        source: Hub id, folder, or `package:NAME/FOLDER` of a BERT. A folder written by `convert bert` keeps its
-            `cross_attention_frequency` and `encoder_hidden_size`.
         cross_attention_frequency: Queries attend to genes in every n-th layer.
         num_layers: Number of first layers to keep; default: all.
         encoder_hidden_size: Width of the cell model.
@@ -369,9 +336,6 @@ def qformer_from_bert(
     Returns:
         The configuration; the weights, named as in a model with a `qformer` (`Blip2QFormerModel`) and `embeddings`
         (`Blip2TextEmbeddings`), without the cross-attention, which starts at random; the tokenizer.
-
-    Raises:
-        ValueError: If the source is not a BERT, or has fewer layers.
     """
     folder, gguf_file = find_source(source)
     config = AutoConfig.from_pretrained(folder) if gguf_file is None else None

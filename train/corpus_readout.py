@@ -43,10 +43,8 @@ def fit_corpus_readout(
     """Fit `model.label_readout` to the cell types of the training split.
 
     The validation split chooses penalty and temperature; its cells are not in the regression. Without two cell types,
-    the model is not changed.
-
-    Returns:
-        `{"validation": {"loss", "accuracy", "macro_f1"}}`; empty without a validation split.
+    the model is not changed. The scores are `{"validation": {"loss", "accuracy", "macro_f1"}}`, empty without such a
+    split.
     """
     cells, table = corpus.sample("train", MAX_CELLS, LABEL_COLUMNS, seed=seed)
     pairs = {name: term for name, term in zip(*table.to_pydict().values(), strict=True) if name}

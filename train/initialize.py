@@ -12,6 +12,7 @@ from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.data.batches import BatchDataset
+from scmmgpt.train.data.corpus import first_groups
 
 
 logger = logging.getLogger(__name__)
@@ -33,16 +34,14 @@ class TrainingCells(Protocol):
 
 @torch.no_grad()
 def standardize(linear: torch.nn.Linear, inputs: torch.Tensor, *, unit: bool = False) -> None:
-    """Set a linear layer to the principal axes of its inputs, centred and scaled.
+    """Set a linear layer to the principal axes of its inputs `(n, linear.in_features)`, centred and scaled.
 
     The states of a BERT hardly differ between texts, and the states of a new Q-Former hardly differ between cells. All
     cosine similarities of a random projection are therefore near 1, and contrastive training collapses to a constant
     solution. `train/LOG.md` has the comparison.
 
-    Args:
-        linear: Layer to change. Outputs beyond the rank of the inputs keep their weights.
-        inputs: float `(n, linear.in_features)`: a sample of the layer's inputs.
-        unit: Whether each output has on average variance one; by default, the variances of all outputs sum to one.
+    With `unit`, each output has on average variance one; otherwise, the variances of all outputs sum to one. Outputs
+    beyond the rank of the inputs keep their weights.
     """
     mean = inputs.mean(dim=0)
     _, scale, axes = torch.linalg.svd(inputs - mean, full_matrices=False)
@@ -84,11 +83,9 @@ def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: TrainingCells) -
 
     weight: torch.Tensor = cast(torch.nn.Embedding, cell_model.get_input_embeddings()).weight
     pieces: list[csr_matrix] = []
-    for cells, _ in corpus.row_groups("train", columns=[]):
+    for cells, _ in first_groups(corpus.row_groups("train", columns=[]), SVD_CELLS):
         values = normalize_log1p(cells)
         pieces.append(csr_matrix((values, cells.gene_ids, cells.indptr), shape=(len(cells), len(weight))))
-        if sum(piece.shape[0] for piece in pieces) >= SVD_CELLS:
-            break
     matrix = vstack(pieces, format="csr")
     mean = np.asarray(matrix.mean(axis=0)).ravel()
     mean_square = np.asarray(matrix.multiply(matrix).mean(axis=0)).ravel()
@@ -112,13 +109,11 @@ def standardize_language_projection(model: ScMMGPTForConditionalGeneration, data
     """
     model.eval()
     pieces: list[torch.Tensor] = []
-    for cells, *_ in dataset.source.batches():
+    for cells, *_ in first_groups(dataset.source.batches(), PROJECTION_CELLS):
         inputs = dataset.collate.processor(cells=cells).to(model.device)
         mask = inputs["cell_attention_mask"]
         gene_states = model.model.encode_cells(inputs["gene_ids"], inputs["expression"], mask)
         pieces.append(model.model.query_cells(gene_states, mask))
-        if sum(map(len, pieces)) >= PROJECTION_CELLS:
-            break
     projection: Any = model.model.language_projection
     first, last = projection[0], projection[2]
     states = (torch.cat(pieces) - model.model.query_means).flatten(0, 1)
@@ -180,11 +175,7 @@ def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, dataset: Ba
 
 @torch.no_grad()
 def start_from_mean_profile(model: ScMMGPTForConditionalGeneration, gene_means: np.ndarray) -> None:
-    """Set the gene biases of the expression head to the mean profile.
-
-    Args:
-        gene_means: Mean share of each gene in a cell's counts, float `(vocab_size,)`; see [`read_gene_means`].
-    """
+    """Set the gene biases of the expression head to the mean profile `(vocab_size,)` of [`read_gene_means`]."""
     rate = torch.from_numpy(np.asarray(gene_means, dtype=np.float32)) * 1e4
     head = model.model.expression_head
     bias = torch.log1p(rate) if head.kind == "mse" else torch.log(rate.clamp(min=1e-4))

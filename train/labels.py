@@ -38,11 +38,7 @@ def column_of(obs: Any, name: str) -> np.ndarray:
 
 
 def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
-    """Read the labels of the cells, and their texts: given texts, or else name and definition in the Cell Ontology.
-
-    Raises:
-        ValueError: If there are fewer than two labels, or a text is given for an unknown label.
-    """
+    """Read the labels of the cells, and their texts: given texts, or else name and definition in the Cell Ontology."""
     values = column_of(obs, data_args.label_key)
     rows = np.flatnonzero(values != None)  # noqa: E711 (elementwise)
     unique, targets = np.unique(values[rows].astype(str), return_inverse=True)
@@ -81,24 +77,15 @@ def hold_out(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Divide the labelled cells into a training part and a validation part; with `shots`, the latter is empty.
 
-    Args:
-        groups: Group of every row of the AnnData, `(n_obs,)`; no group is in both parts. None: no groups.
-        data_args: Options `shots`, `validation_share`, `label_key` and `group_key`.
-        seed: Seed of the division.
+    No group is in both parts; `groups` are those of all rows of the AnnData, `(n_obs,)`, or None.
 
     Returns:
         Positions in `labels.rows` of the training part and of the validation part, int64, ascending.
-
-    Raises:
-        ValueError: If there are too few cells, or groups, to hold some out.
     """
     everything = np.arange(len(labels.rows))
     counts = np.bincount(labels.targets)
     if data_args.shots is not None:
-        rng = np.random.default_rng(seed)
-        members = (np.flatnonzero(labels.targets == label) for label in range(len(labels.names)))
-        chosen = [rng.permutation(rows)[: data_args.shots] for rows in members]
-        return np.sort(np.concatenate(chosen)), everything[:0]
+        return draw_shots(labels.targets, data_args.shots, np.random.default_rng(seed)), everything[:0]
     if counts.max() == 1:
         raise ValueError(
             f"Every label of obs[{data_args.label_key!r}] has a single cell, so none can be held out; train on all "
@@ -120,12 +107,14 @@ def hold_out(
     return np.setdiff1d(everything, validation), validation
 
 
-def hold_out_rest(labels: Labels, n_train: int, data_args: FinetuneDataArguments) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out the rows from `n_train` on, because the cells come with a validation split; see `hold_out`.
+def draw_shots(labels: np.ndarray, shots: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw the rows of `shots` cells of every label (all cells if there are fewer), ascending."""
+    chosen = [rng.permutation(np.flatnonzero(labels == label))[:shots] for label in np.unique(labels)]
+    return np.sort(np.concatenate(chosen))
 
-    Raises:
-        ValueError: If `shots` or `group_key` would divide the cells, too.
-    """
+
+def hold_out_rest(labels: Labels, n_train: int, data_args: FinetuneDataArguments) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out the rows from `n_train` on, because the cells come with a validation split; see `hold_out`."""
     if data_args.shots is not None or data_args.group_key is not None:
         name = "shots" if data_args.shots is not None else "group_key"
         raise ValueError(f"{name} divides cells, but these come with a validation split; leave out one of the two.")
@@ -141,8 +130,7 @@ def hold_out_groups(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hold out whole groups, with similar proportions of the labels in both parts; see `hold_out`.
 
-    Args:
-        groups: Group of every labelled cell, `(n_labelled,)`.
+    `groups` are those of the labelled cells, `(n_labelled,)`.
     """
     n_groups = len(np.unique(groups))
     if n_groups < 2:

@@ -23,10 +23,10 @@ from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.train.arguments import TuneModelArguments
 from scmmgpt.train.convert import load_causal_lm, resolve_source
 from scmmgpt.train.data.captions import CaptionSampler
-from scmmgpt.train.data.corpus import Corpus
+from scmmgpt.train.data.corpus import Corpus, first_groups
 
 
-SCRATCH_TEXTS = 20_000  # captions and answers that train the tokenizer of a new language model
+SCRATCH_CELLS = 10_000  # cells whose captions and answers train the tokenizer of a new language model
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
@@ -50,11 +50,7 @@ def build_language_model(
 def new_language_model(
     texts: Sequence[str], sizes: Mapping[str, Any], *, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Make a small Llama with random weights and a tokenizer trained on the texts.
-
-    Args:
-        sizes: Fields of `LlamaConfig`.
-    """
+    """Make a small Llama with random weights (`sizes`: `LlamaConfig`) and a tokenizer trained on the texts."""
     tokenizer = train_tokenizer(texts)
     config = LlamaConfig(
         vocab_size=len(tokenizer) + 1,  # one more for `<cell>`
@@ -68,14 +64,12 @@ def new_language_model(
 
 
 def caption_texts(corpus: Corpus, captions: CaptionSampler) -> list[str]:
-    """Draw about `SCRATCH_TEXTS` captions and answers for the first training cells."""
+    """Draw a caption and an answer for each of the first training cells, about `SCRATCH_CELLS`."""
     texts: list[str] = []
-    for cells, table in corpus.row_groups("train"):
+    for cells, table in first_groups(corpus.row_groups("train"), SCRATCH_CELLS):
         obs = {name: np.array(table[name].to_pylist(), dtype=object) for name in table.column_names}
         texts += captions.caption(obs, cell_ids=cells.cell_ids)
         texts += captions.answer(obs, cells, corpus.gene_symbols)
-        if len(texts) >= SCRATCH_TEXTS:
-            break
     return texts
 
 
@@ -97,10 +91,6 @@ def load_in_4bit(source: str, device: torch.device) -> tuple[PreTrainedModel, Pr
     """Load a causal language model onto a device, with layers in NF4 as in QLoRA, and its tokenizer.
 
     Embeddings, norms and head are float32; the layers compute in bfloat16.
-
-    Raises:
-        ImportError: If bitsandbytes is missing or does not support the device.
-        ValueError: If the source is a GGUF file.
     """
     if not is_bitsandbytes_available() or device.type not in import_module("bitsandbytes").supported_torch_devices:
         raise ImportError(
@@ -145,8 +135,7 @@ def dequantize(model: ScMMGPTForConditionalGeneration) -> None:
 def add_lora(model_args: TuneModelArguments, saved_parts: Sequence[str]) -> LoraConfig | None:
     """Make the PEFT configuration; `None` if the language model is trained in full or frozen.
 
-    Args:
-        saved_parts: Parts that are trained in full and saved with the adapter.
+    `saved_parts` are trained in full and saved with the adapter.
     """
     if model_args.trained.language_model != "lora":
         return None

@@ -6,7 +6,7 @@ therefore fitted to the cells of each dataset by a readout of all the others.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -55,6 +55,11 @@ class LeftOut:
     def take(self, kept: np.ndarray) -> "LeftOut":
         """Some of the cells."""
         return LeftOut(*(getattr(self, part.name)[kept] for part in fields(self)))
+
+    @classmethod
+    def join(cls, parts: Sequence["LeftOut"]) -> "LeftOut":
+        """The cells of several parts."""
+        return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
 def with_neighbours(cells: LeftOut) -> LeftOut:
@@ -105,32 +110,21 @@ def leave_out(
     group: Sequence[int],
     reference: Reference | None = None,
     terms: Sequence[Sequence[int]] = (),
+    tests: Sequence[Dataset] | None = None,
 ) -> LeftOut:
-    """The datasets of `group` by readout and novelty of the others; arguments as for `fit_pooled_readout`.
+    """Score the cells of the datasets of `group` by readout and novelty of the others (see `fit_pooled_readout`).
 
-    Cells of a broad target have no label, and are not scored.
+    Cells of a broad target have no label, and are not scored. `terms` are the labels of broader terms. `tests` are
+    scored in place of the datasets, such as fewer genes of them.
     """
-    others = [data for place, data in enumerate(datasets) if place not in group]
-    return judge(others, meanings, {number: datasets[number] for number in group}, reference, terms)
-
-
-def judge(
-    train: Sequence[Dataset],
-    meanings: np.ndarray,
-    tests: Mapping[int, Dataset],
-    reference: Reference | None = None,
-    terms: Sequence[Sequence[int]] = (),
-) -> LeftOut:
-    """Cells of `tests`, of one label each, by readout and novelty of `train`; the keys are the datasets' positions.
-
-    `terms` are the labels of broader terms.
-    """
-    n_genes, parts = train[0].counts.shape[1], []
+    train, parts = [data for place, data in enumerate(datasets) if place not in group], []
+    n_genes = train[0].counts.shape[1]
     readout, own = fit_known(train, meanings, reference)
     stored = (fit_pooled_novelty(train, n_genes) or {}) | ({} if reference is None else {"lead_unit": 1.0})
     in_terms = [np.flatnonzero(np.isin(own, term)).tolist() for term in terms]
     in_terms = [term if 1 < len(term) <= MOST_LABELS * len(own) else [] for term in in_terms]
-    for number, data in tests.items():
+    for number in group:
+        data = (tests or datasets)[number]
         rows = np.flatnonzero((meanings[data.targets] > 0).sum(axis=1) == 1)
         cells = Cells.from_csr(data.counts[rows], np.arange(n_genes))
         panel = replace(readout.for_genes(data.measured), temperature=1.0)
@@ -141,9 +135,9 @@ def judge(
         novelty = np.full((len(rows), 1 + len(terms)), np.inf, dtype=np.float32)
         found = np.full((len(rows), 1), np.nan) if measure is None else measure.raw(cells, in_terms)
         novelty[:, : found.shape[1]] = found
-        labels = meanings[data.targets[rows]].argmax(axis=1)
-        parts.append((scores, labels, np.full(len(rows), number), rows, novelty[:, 0], novelty[:, 1:], alone))
-    return LeftOut(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        labels, place = meanings[data.targets[rows]].argmax(axis=1), np.full(len(rows), number)
+        parts.append(LeftOut(scores, labels, place, rows, novelty[:, 0], novelty[:, 1:], alone))
+    return LeftOut.join(parts)
 
 
 def leave_each_out(
@@ -153,18 +147,14 @@ def leave_each_out(
     terms: Sequence[Sequence[int]] = (),
     tests: Sequence[Dataset] | None = None,
 ) -> LeftOut | None:
-    """Each dataset in turn, see [`leave_out`]; None for one dataset alone.
-
-    `tests`, by default the datasets, are what is judged in their place, such as fewer genes of them.
-    """
+    """Leave out each dataset in turn, see [`leave_out`]; None for one dataset alone."""
     if len(datasets) < 2:
         return None
     parts = []
     for number in range(len(datasets)):
-        others = [data for place, data in enumerate(datasets) if place != number]
-        parts.append(judge(others, meanings, {number: (tests or datasets)[number]}, reference, terms))
+        parts.append(leave_out(datasets, meanings, [number], reference, terms, tests))
         logger.info("%d of %d datasets left out", number + 1, len(datasets))
-    return LeftOut(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(LeftOut)))
+    return LeftOut.join(parts)
 
 
 def probabilities_of(

@@ -40,12 +40,9 @@ does not name keep the values of the file. All options of transformers' `Trainin
 
 
 def option(description: str, default: Any = MISSING, *, fields: Fields | None = None) -> Any:
-    """Define a dataclass field with its description.
+    """Define a dataclass field with its description, the text of `--help`, of the class and of `docs/options.md`.
 
-    Args:
-        description: Text of `--help`, of the class's documentation and of `docs/options.md`.
-        default: Default value; `MISSING` makes the option required.
-        fields: For an option that is a mapping: the allowed keys.
+    The default `MISSING` makes the option required. `fields` are the allowed keys of an option that is a mapping.
     """
     metadata = {"help": description} | ({} if fields is None else {"fields": fields})
     if isinstance(default, (dict, list)):
@@ -201,11 +198,7 @@ class OptionParser(TrlParser):
     def parse_args_and_config(  # type: ignore[override]  # the rest passes through
         self, args: Iterable[str] | None = None, **kwargs: Any
     ) -> tuple[Any, ...]:
-        """Parse as `TrlParser` does, after a check of all names.
-
-        Raises:
-            ValueError: If an option is unknown, or the `--config` file is missing or not YAML.
-        """
+        """Parse as `TrlParser` does, after a check of all names and of the `--config` file."""
         words = list(sys.argv[1:] if args is None else args)
         if "--help-all" in words:
             sys.stdout.write(super().format_help())

@@ -76,11 +76,11 @@ def dense_expression(data: Dataset, genes: np.ndarray, shares: np.ndarray) -> np
 def two_way_means(cells: np.ndarray, known: np.ndarray, n_rounds: int = 10) -> np.ndarray:
     """Fit a two-way additive model, mean = label effect + dataset effect, and return the label effects.
 
+    Alternating least squares shrink the effect of a dataset as if one more label had effect 0.
+
     Args:
         cells: Mean of each label in each dataset, `(n_labels, n_datasets, n_genes)`.
         known: bool, same shape: whether the dataset has the label and measures the gene.
-        n_rounds: Rounds of alternating least squares. The effect of a dataset is shrunk as if one more label had
-            effect 0.
 
     Returns:
         float64 `(n_labels, n_genes)`; NaN for a gene that no dataset with the label measures.
@@ -97,26 +97,16 @@ def two_way_means(cells: np.ndarray, known: np.ndarray, n_rounds: int = 10) -> n
 
 
 def fit_pooled_readout(
-    datasets: Sequence[Dataset],
-    n_labels: int,
-    *,
-    meanings: np.ndarray | None = None,
-    penalty: float = PENALTY,
+    datasets: Sequence[Dataset], n_labels: int, *, meanings: np.ndarray | None = None
 ) -> ScMMGPTLabelReadout:
     """Fit a ridge regression of the labels to the cells of all datasets, stored as statistics of groups.
 
     The statistics let the regression be solved for any subset of the genes.
 
     Args:
-        datasets: Labelled cells.
-        n_labels: Number of labels.
         meanings: Shares of the labels in each target, `(n_targets, n_labels + n_others)`, rows of sum 1. A cell of a
             broad target ("T cell") is divided among the narrow labels. The last columns are classes of other cells,
             which are not labels. Default: each target is a label.
-        penalty: Ridge penalty, relative to the mean variance of a gene.
-
-    Raises:
-        ValueError: If a label, or a class of other cells, has no cell.
     """
     meanings = np.eye(n_labels) if meanings is None else meanings
     n_targets = len(meanings)
@@ -158,7 +148,7 @@ def fit_pooled_readout(
         "centroids": np.where(np.isnan(centroids), typical, centroids),
         "mean": typical,
         "factors": factors,
-        "noise": noise + penalty * variance.mean(),
+        "noise": noise + PENALTY * variance.mean(),
         "shares": shares[genes],
         "temperature": np.array(TEMPERATURE),
         "groups": groups,
@@ -174,11 +164,9 @@ def fit_pooled_readout(
 def spread_out(
     means: np.ndarray, measured: np.ndarray, mentions: np.ndarray, of_dataset: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Turn means of groups into means of labels in datasets.
+    """Turn means of groups into means of labels in datasets, float64 `(n_labels, n_datasets, n_genes)`.
 
-    Returns:
-        Means, float64 `(n_labels, n_datasets, n_genes)`; and bool of the same shape: whether the dataset has the label
-        and measures the gene.
+    Return also whether the dataset has the label and measures the gene, bool of the same shape.
     """
     n_datasets = of_dataset.max() + 1
     of_label = np.zeros((mentions.shape[1], n_datasets, len(mentions)))
@@ -193,12 +181,9 @@ def spread_out(
 def variable_genes(
     datasets: Sequence[Dataset], candidates: np.ndarray, shares: np.ndarray, n_genes: int = N_GENES
 ) -> np.ndarray:
-    """Choose the `n_genes` candidates with the highest variance of log1p(CP10k), averaged over datasets.
+    """Choose the ids of the `n_genes` candidates with the highest variance of log1p(CP10k), averaged over datasets.
 
-    Only datasets that measure a gene count for its average.
-
-    Returns:
-        Vocabulary ids, ascending.
+    Only datasets that measure a gene count for its average. The ids are ascending.
     """
     total, seen = np.zeros((2, len(candidates)))
     for data in datasets:

@@ -14,17 +14,17 @@ scGPT was trained with a dropout of 0.2 on attention weights too. Here this drop
 attention kernels; `--cell_config '{"attention_dropout": 0.2}'` turns it on.
 """
 
-import json
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from transformers import TrainingArguments
 
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.commands.files import read_json
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
 from scmmgpt.modeling_scgpt import IGNORED_LABEL, ScGPTForPreTraining, ScGPTModel
@@ -66,19 +66,18 @@ class PretrainConfig(StageArguments, TrainingArguments):
     pretrained_learning_rate: float | None = field(default=None, init=False)  # no option of this command
 
 
-class PretrainCollator:
-    """Cells -> inputs of [`ScGPTForPreTraining`]; each cell draws one of `mask_ratios`, shares of genes to hide."""
+def collate_masked(
+    extractor: ScMMGPTFeatureExtractor, mask_ratios: list[float], cells: Cells, obs: Any, *, epoch: int = 0
+) -> dict[str, torch.Tensor]:
+    """Inputs of [`ScGPTForPreTraining`]: tokens, values and `labels`, the values of the hidden genes.
 
-    def __init__(self, feature_extractor: ScMMGPTFeatureExtractor, mask_ratios: list[float]) -> None:
-        self.feature_extractor, self.mask_ratios = feature_extractor, mask_ratios
-
-    def __call__(self, cells: Cells, obs: Mapping[str, np.ndarray], *, epoch: int = 0) -> dict[str, torch.Tensor]:
-        """Tokens, values and `labels`, the values of the hidden genes. Annotations (`obs`) are not used."""
-        batch = dict(self.feature_extractor(cells, epoch=epoch))
-        genes = batch["gene_ids"], batch["cell_attention_mask"], cells.cell_ids
-        hidden = mask_genes(*genes, self.mask_ratios, seed=self.feature_extractor.seed, epoch=epoch)
-        batch["labels"] = batch["expression"].masked_fill(~hidden, IGNORED_LABEL)
-        return batch
+    Each cell draws one of `mask_ratios`, shares of genes to hide. Annotations (`obs`) are not used.
+    """
+    batch = dict(extractor(cells, epoch=epoch))
+    genes = batch["gene_ids"], batch["cell_attention_mask"], cells.cell_ids
+    hidden = mask_genes(*genes, mask_ratios, seed=extractor.seed, epoch=epoch)
+    batch["labels"] = batch["expression"].masked_fill(~hidden, IGNORED_LABEL)
+    return batch
 
 
 def build_model(corpus: Corpus, arguments: PretrainArguments) -> tuple[ScGPTForPreTraining, ScMMGPTFeatureExtractor]:
@@ -92,29 +91,18 @@ def build_model(corpus: Corpus, arguments: PretrainArguments) -> tuple[ScGPTForP
         extractor.value_mode, extractor.selection = arguments.value_mode, arguments.selection
         model = ScGPTForPreTraining(config, objectives=objectives)
     else:
-        check_vocabulary(checkpoint, corpus)
+        path = Path(checkpoint, "vocab.json")
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{checkpoint} has no vocab.json. Give a folder that `convert scgpt` or `pretrain` wrote."
+            )
+        corpus.check_vocabulary(read_json(path, dict), checkpoint)
         fields = {"objectives": objectives, "dtype": torch.float32, **arguments.cell_config}
         model = ScGPTForPreTraining.from_pretrained(checkpoint, **fields)
         extractor = ScMMGPTFeatureExtractor.from_pretrained(checkpoint)
     if arguments.max_genes is not None:
         extractor.max_genes = arguments.max_genes
     return model, extractor
-
-
-def check_vocabulary(checkpoint: str, corpus: Corpus) -> None:
-    """Refuse a checkpoint whose gene vocabulary differs from the corpus's."""
-    path = Path(checkpoint, "vocab.json")
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{checkpoint} has no vocab.json. Give a folder that `convert scgpt` or `pretrain` wrote."
-        )
-    vocabulary = json.loads(path.read_text())
-    if vocabulary != corpus.vocabulary:
-        n_equal = sum(corpus.vocabulary.get(token) == number for token, number in vocabulary.items())
-        raise ValueError(
-            f"{checkpoint} has {len(vocabulary)} gene tokens and the corpus {corpus.path} {len(corpus.vocabulary)}, "
-            f"of which {n_equal} agree. Prepare the corpus with `--vocabulary {path}`."
-        )
 
 
 def make_parser(prog: str | None = None) -> OptionParser:
@@ -125,18 +113,14 @@ def make_parser(prog: str | None = None) -> OptionParser:
 def main(
     arguments: PretrainArguments, training_args: PretrainConfig, *, cells: Mapping[str, Any] | None = None
 ) -> None:
-    """Build the model and its batches, train, save.
-
-    Args:
-        cells: See [`make_datasets`].
-    """
+    """Build the model and its batches, train, save; `cells`: see [`make_datasets`]."""
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(arguments.corpus)
     model, extractor = build_model(corpus, arguments)
     flag_embedding = model.cell_model.embeddings.flag_embedding
     if "gene_prompt" not in model.objectives and flag_embedding is not None:
         flag_embedding.requires_grad_(False)  # no objective uses it
-    collate = PretrainCollator(extractor, arguments.mask_ratios)
+    collate = functools.partial(collate_masked, extractor, arguments.mask_ratios)
     train_dataset, eval_dataset = make_datasets(
         corpus,
         collate,

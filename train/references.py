@@ -50,10 +50,8 @@ class Reference:
     ) -> tuple[list[Dataset], np.ndarray]:
         """Add the profiles as one more dataset, for `fit_pooled_readout`; leave out profiles of other labels.
 
-        Args:
-            datasets: Labelled cells, with targets in `meanings`.
-            meanings: Shares of the labels in each target, `(n_targets, len(labels))`.
-            labels: Positions of the labels of the readout among all labels of the reference.
+        `meanings` are the shares of the labels in each target of the datasets, `(n_targets, len(labels))`, and
+        `labels` the positions of these labels among all labels of the reference.
 
         Returns:
             The datasets, and their `meanings` `(n_targets + n_profiles, len(labels) + n_others)`.
@@ -89,10 +87,8 @@ def read_reference(
     """Read the reference profiles over the genes of a vocabulary; None if the folder has no profiles.
 
     Args:
-        folder: Folder of the data.
         types: Cell Ontology ids of the labels.
         place: Function: terms of profiles -> for each term, the ids of `types` that share the profile.
-        index: Gene names of the vocabulary.
         n_genes: Size of the vocabulary.
     """
     table = reference_table()
@@ -158,13 +154,9 @@ def read_types(folder: str | Path, index: GeneIndex, n_genes: int, broad: Collec
 def mean_profiles(
     path: Path, kinds: Mapping[str, Sequence[str]], index: GeneIndex, n_genes: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Average the profiles of each kind, as means of log1p(CP10k).
+    """Average the profiles of each kind in a table of genes x profiles, as means of log1p(CP10k).
 
-    Args:
-        path: Table of profiles, genes x profiles.
-        kinds: Kind (a term, or a class of other cells) -> names of its profiles; see [`type_name`].
-        index: Gene names of the vocabulary.
-        n_genes: Size of the vocabulary.
+    A kind is a term, or a class of other cells; `kinds` maps it to the names of its profiles, see [`type_name`].
 
     Returns:
         Kind -> mean profile in counts per 10,000, float64 `(n_genes,)`, sorted by kind; and the vocabulary ids of the

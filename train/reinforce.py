@@ -14,7 +14,6 @@ counts of the cell (`train/rewards.py`). Only LoRA on the language model is trai
 """
 
 import functools
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,6 @@ from scmmgpt.train.options import OptionParser
 from scmmgpt.train.rewards import reward_functions
 from scmmgpt.train.trainer import CheckpointTrainer, data_seed
 
-
-logger = logging.getLogger(__name__)
 
 TYPE_COLUMNS = ("cell_type", "cell_type_ontology_term_id")
 
@@ -158,11 +155,7 @@ def load_cells(corpus: Corpus, split: str) -> datasets.Dataset:
 
 
 def load_model(checkpoint: str) -> tuple[ScMMGPTForConditionalGeneration, ScMMGPTProcessor]:
-    """Load the model and the processor of a checkpoint of `tune`; the model's name is the absolute path.
-
-    Raises:
-        ValueError: If the checkpoint is not one of `tune`.
-    """
+    """Load the model and the processor of a checkpoint of `tune`; the model's name is the absolute path."""
     config = ScMMGPTForConditionalGeneration.config_class.from_pretrained(checkpoint)
     architecture = (config.architectures or [""])[0]
     if architecture != "ScMMGPTForConditionalGeneration":
@@ -197,14 +190,13 @@ def main(
 ) -> None:
     """Load the checkpoint and its cells, train with GRPO, save.
 
-    Args:
-        cells: Split -> dataset of the library `datasets`, map-style or streamed, that replaces the corpus's cells.
-        reward_funcs: Reward functions of `GRPOTrainer` that replace the option `rewards`.
+    `cells` maps splits to datasets of the library `datasets`, map-style or streamed, that replace the corpus's cells;
+    `reward_funcs`, reward functions of `GRPOTrainer`, replace the option `rewards`.
     """
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
     model, processor = load_model(model_args.checkpoint)
-    open_corpus(corpus.path, vocabulary=processor.gene_tokenizer.get_vocab(), verify=False)  # refuses others
+    corpus.check_vocabulary(processor.gene_tokenizer.get_vocab(), model_args.checkpoint)
     evaluates = training_args.eval_strategy != "no"
     if cells is None:
         names = ["train", "validation"] if evaluates and "validation" in corpus.split_names else ["train"]

@@ -17,16 +17,10 @@ RewardFunction: TypeAlias = Callable[..., list[float | None]]
 
 
 def score_type(text: str, cell_type: str | None, term_id: str | None = None) -> float | None:
-    """Score the first cell type that a text names, by [`ontology.depth_share`].
+    """Score the first cell type that a text names, by [`ontology.depth_share`]; `None` without annotation.
 
-    If the annotation is not in the Cell Ontology, only its own name scores.
-
-    Args:
-        cell_type: Annotation of the cell.
-        term_id: Cell Ontology id of the annotation; default: found by name.
-
-    Returns:
-        1 for the annotated type, less for a broader type, 0 for any other type or none; `None` without annotation.
+    The score is 1 for the annotated type, less for a broader type, 0 for any other type or none. If the annotation is
+    not in the Cell Ontology, only its own name scores. An annotation without an id is looked up by name.
 
     >>> score_type("This cell is a B cell.", "B cell"), score_type("This cell is a T cell.", "B cell")
     (1.0, 0.0)
@@ -41,33 +35,28 @@ def score_type(text: str, cell_type: str | None, term_id: str | None = None) -> 
     return float(named is None and parse_cell_type(text, {truth.name: truth.term_id}) is not None)
 
 
-def score_genes(text: str, expressed: Collection[int], gene_index: GeneIndex) -> float:
-    """Share of the gene mentions of a text that are true of its cell and not repeated; 0 without mentions.
+def score_genes(mentions: Sequence[tuple[int, int]], expressed: Collection[int]) -> float:
+    """Share of the [`genes_in_text`] that are true of its cell and not repeated; 0 without mentions.
 
     - A gene that the text denies ("CD25-negative") is true if the cell does not express the gene.
     - A repeated mention counts as false, so that a model does not repeat a safe gene.
-    - Genes in the name of the cell type, such as CD14 in "CD14-positive monocyte", and genes that are not specific to
-      types (mitochondrial and ribosomal genes, MALAT1, ...) are left out.
 
-    Args:
-        expressed: Vocabulary ids of the genes with a count above zero.
-        gene_index: Names of the vocabulary's genes.
+    `expressed` has the vocabulary ids of the genes with a count above zero.
 
     >>> index = GeneIndex({"CD19": 3, "LYZ": 4}, {})
-    >>> score_genes("A B cell with high levels of CD19 and LYZ.", {3}, index)
+    >>> score_genes(genes_in_text("A B cell with high levels of CD19 and LYZ.", index), {3})
     0.5
     """
-    return agreement(genes_in_text(text, gene_index), expressed)
-
-
-def agreement(mentions: Sequence[tuple[int, int]], expressed: Collection[int]) -> float:
-    """Compute [`score_genes`] from the `mentions` of [`genes_in_text`]."""
     true = {gene for gene, sign in mentions if (gene in expressed) == (sign > 0)}
     return len(true) / max(len(mentions), 1)
 
 
 def genes_in_text(text: str, gene_index: GeneIndex) -> list[tuple[int, int]]:
-    """Find the gene mentions for [`score_genes`]: `(vocabulary id, sign)`, sign -1 if the text denies the gene."""
+    """Find the gene mentions of a text: `(vocabulary id, sign)`, sign -1 if the text denies the gene.
+
+    Genes in the name of the cell type, such as CD14 in "CD14-positive monocyte", and genes that are not specific to
+    types (mitochondrial and ribosomal genes, MALAT1, ...) are left out.
+    """
     mentions = []
     for match in WORD.finditer(text):
         word = match.group()
@@ -91,10 +80,8 @@ def text_of(completion: Completion) -> str:
 def reward_functions(names: Sequence[str], gene_index: GeneIndex) -> list[RewardFunction]:
     """Make reward functions: completions and columns of the dataset -> a reward for each completion.
 
-    Args:
-        names: `cell_type` needs the columns `cell_type` and `cell_type_ontology_term_id`. `genes` needs the column
-            `expressed_genes` (vocabulary ids), which `CellGRPOTrainer` adds.
-        gene_index: Gene names of the vocabulary.
+    `cell_type` needs the columns `cell_type` and `cell_type_ontology_term_id`; `genes` needs the column
+    `expressed_genes` (vocabulary ids), which `CellGRPOTrainer` adds.
     """
 
     def cell_type(
@@ -112,8 +99,8 @@ def reward_functions(names: Sequence[str], gene_index: GeneIndex) -> list[Reward
     def genes(
         completions: Sequence[Completion], expressed_genes: Sequence[Collection[int]], **columns: Any
     ) -> list[float | None]:
-        rows = zip(completions, expressed_genes, strict=True)
-        return [score_genes(text_of(completion), expressed, gene_index) for completion, expressed in rows]
+        mentions = (genes_in_text(text_of(completion), gene_index) for completion in completions)
+        return [score_genes(*row) for row in zip(mentions, expressed_genes, strict=True)]
 
     functions: dict[str, RewardFunction] = {"cell_type": cell_type, "genes": genes}
     return [functions[name] for name in names]

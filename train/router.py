@@ -17,13 +17,10 @@ def timed(work: Callable[[], T], n_cells: int) -> tuple[T, float]:
 
 
 def verdict(parts: Mapping[str, Mapping[str, float]], used: str, was_trained: bool = False) -> str:
-    """State which part `annotate` uses, and why.
+    """State which part `annotate` uses (`readout` or `both`), and why, from the scores of the parts.
 
-    Args:
-        parts: Part -> its scores, with `accuracy`. `transformer` is missing if its queries contribute nothing.
-        used: `readout` or `both`.
-        was_trained: Whether gradient steps were taken. If they were, a missing `transformer` means that no epoch
-            lowered the validation loss.
+    `transformer` is missing if its queries contribute nothing: if gradient steps were taken, no epoch lowered the
+    validation loss.
     """
     if "transformer" not in parts and was_trained:
         return "`annotate` uses the linear readout. No epoch of the network lowered the loss, and training was undone."

@@ -54,9 +54,6 @@ def make_datasets(
 
     Returns:
         Training batches, and validation batches or `None` if `eval_strategy` is "no" or there is no such split.
-
-    Raises:
-        ValueError: If there is no split "train".
     """
     shared: dict[str, Any] = {"columns": columns}
     shared |= {"rank": training_args.process_index, "world_size": training_args.world_size}
@@ -84,9 +81,6 @@ def as_batches(
     """Make this rank's batches of a map-style or streamed dataset with a cell in every row; see [`open_cells`].
 
     A map-style training set is shuffled; a streamed dataset keeps its order.
-
-    Raises:
-        ValueError: If the collator is missing.
     """
     if dataset is None or isinstance(dataset, BatchDataset):
         return dataset

@@ -30,7 +30,7 @@ from scmmgpt.train.arguments import TrainedParts, TuneConfig, TuneDataArguments,
 from scmmgpt.train.card import write_card
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.collate import TuningCollator
-from scmmgpt.train.data.corpus import Corpus, open_corpus
+from scmmgpt.train.data.corpus import Corpus, first_groups, open_corpus
 from scmmgpt.train.data.instructions import InstructionBatches, read_instructions
 from scmmgpt.train.language_model import add_lora, build_language_model, skip_other_parts
 from scmmgpt.train.options import OptionParser
@@ -129,11 +129,7 @@ def count_targets(batch: dict) -> int:
 def build_model(
     corpus: Corpus, captions: CaptionSampler, model_args: TuneModelArguments, device: torch.device
 ) -> tuple[ScMMGPTForConditionalGeneration, ScMMGPTProcessor]:
-    """Build the model to tune and its processor.
-
-    Raises:
-        ValueError: If `aligned` is not a checkpoint of `align`.
-    """
+    """Build the model to tune from a checkpoint of `align` and a language model, and its processor."""
     language_model, tokenizer = build_language_model(corpus, captions, model_args, device)
     architecture = (
         ScMMGPTForCellTextAlignment.config_class.from_pretrained(model_args.aligned).architectures or [""]
@@ -176,7 +172,7 @@ def join(
 def join_processor(aligned: str, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> ScMMGPTProcessor:
     """Join the processor of a stage-1 checkpoint, a language model's tokenizer and the library size of the corpus."""
     start = ScMMGPTProcessor.from_pretrained(aligned)
-    open_corpus(corpus.path, vocabulary=start.gene_tokenizer.get_vocab(), verify=False)  # refuses other vocabularies
+    corpus.check_vocabulary(start.gene_tokenizer.get_vocab(), aligned)
     parts = start.feature_extractor, tokenizer, start.qformer_tokenizer, start.gene_tokenizer
     lengths: Any = {"num_query_tokens": start.num_query_tokens, "qformer_max_length": start.qformer_max_length}
     processor = ScMMGPTProcessor(*parts, **lengths, library_size=typical_library_size(corpus))
@@ -233,12 +229,8 @@ def is_pretrained(name: str) -> bool:
 
 def typical_library_size(corpus: Corpus) -> float:
     """Median library size of the first 100,000 training cells."""
-    sizes: list[np.ndarray] = []
-    for cells, _ in corpus.row_groups("train", columns=[]):
-        sizes.append(cells.library_sizes())
-        if sum(map(len, sizes)) >= 100_000:
-            break
-    return float(np.median(np.concatenate(sizes)))
+    groups = first_groups(corpus.row_groups("train", columns=[]), 100_000)
+    return float(np.median(np.concatenate([cells.library_sizes() for cells, _ in groups])))
 
 
 def make_parser(prog: str | None = None) -> OptionParser:
@@ -253,11 +245,7 @@ def main(
     *,
     cells: Mapping[str, Any] | None = None,
 ) -> None:
-    """Join the models, initialise the new parts, train, save.
-
-    Args:
-        cells: See [`make_datasets`].
-    """
+    """Join the models, initialise the new parts, train, save; `cells`: see [`make_datasets`]."""
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
     captions = make_captions(corpus, data_args, training_args)

@@ -53,9 +53,7 @@ def fit_gate(
     same weight.
 
     Args:
-        readout: Statistics of the training cells.
-        cells: Training cells.
-        targets: Label of each cell, int64 `(n_cells,)`.
+        readout, cells, targets: Statistics of the training cells, the cells, and their labels, int64 `(n_cells,)`.
         texts: Embeddings of the labels' texts, `(n_labels, width)`.
         named: For each label, the genes that its text names.
         seed: Seed of the sample of `GATE_CELLS` cells, if there are more.
@@ -133,8 +131,7 @@ def _cells_of_gate(
 ) -> tuple[Cells, np.ndarray, np.ndarray]:
     """Sample at most `GATE_CELLS` cells; drop labels with one cell, because the cell equals the mean of its label.
 
-    Returns:
-        The cells, their labels, and the number of cells of each label `(n_labels,)`, 0 for dropped labels.
+    Return also their labels, and the number of cells of each label `(n_labels,)`, 0 for dropped labels.
     """
     if len(cells) > GATE_CELLS:
         rows = np.sort(np.random.default_rng(seed).choice(len(cells), GATE_CELLS, replace=False))
@@ -149,17 +146,12 @@ def embed_gene_texts(
 ) -> np.ndarray:
     """Embed texts about genes: centre the embeddings of each table, then average over the tables that have the gene.
 
-    Args:
-        readout: Statistics of the training cells, whose genes are embedded.
-        tables: Mappings from vocabulary id to text, one for each kind of text, such as summaries and names.
-        embed: Texts -> embeddings `(n_texts, width)`.
+    A table maps vocabulary ids to texts of one kind, such as summaries or names; the genes are those of the readout.
+    `embed` turns texts into embeddings `(n_texts, width)`.
 
     Returns:
         float64 `(num_genes, width)`; 0 for genes without a text, and for genes with a text that are not among the
         `GENE_TEXTS` most variable.
-
-    Raises:
-        ValueError: If no gene of the readout has a text.
     """
     arrays = readout.arrays()
     ids, variance = arrays["gene_ids"], (arrays["factors"] ** 2).sum(axis=0) + arrays["noise"]

@@ -30,11 +30,11 @@ them. The trainers of this package call [`BatchDataset.skim`], which skips them 
 `state_dict` holds the position.
 """
 
-import collections
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, Self
 
 import datasets
@@ -42,7 +42,7 @@ import torch
 from datasets.iterable_dataset import ExamplesIterable
 
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.train.data.blocks import Obs
+from scmmgpt.train.data.blocks import Obs, results_ahead
 
 
 class CellSource(Protocol):
@@ -98,11 +98,7 @@ class BatchDataset(datasets.IterableDataset, torch.utils.data.IterableDataset):
         return max(self.source.world_size, len(self))
 
     def shard(self, num_shards: int, index: int, contiguous: bool = True) -> "BatchDataset":
-        """Return the share of rank `index` of `num_shards`; a dataset that already is this share returns itself.
-
-        Raises:
-            ValueError: If the dataset is the share of another rank.
-        """
+        """Return the share of rank `index` of `num_shards`; a dataset that already is this share returns itself."""
         own = self.source.rank, self.source.world_size
         if own == (index, num_shards):
             return self
@@ -139,8 +135,7 @@ class BatchDataset(datasets.IterableDataset, torch.utils.data.IterableDataset):
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore a saved position: the next iteration begins with the first batch that was not yet yielded.
 
-        Raises:
-            ValueError: If the position was saved by a stream with other settings or other cells.
+        A position of a stream with other settings or other cells is refused.
         """
         for name, value in self.source.identity().items():
             if state_dict.get(name, value) != value:
@@ -179,15 +174,10 @@ class BatchDataset(datasets.IterableDataset, torch.utils.data.IterableDataset):
         def make(number: int, cells: Cells, obs: Obs, epoch: int) -> tuple[int, Mapping[str, Any]]:
             return len(cells), self.make_batch(collate, cells, obs, epoch=epoch, number=number)
 
-        pending: collections.deque[Future] = collections.deque()
         source, executor = self.source.batches(self.epoch, start), ThreadPoolExecutor(1)
+        numbered = enumerate(source, self.epoch * len(self) + start)
         try:
-            for number, batch in enumerate(source, self.epoch * len(self) + start):
-                pending.append(executor.submit(make, number, *batch))
-                if len(pending) > 2:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            yield from results_ahead(executor, (functools.partial(make, n, *batch) for n, batch in numbered), 3)
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
             source.close()

@@ -1,9 +1,11 @@
 """Decode row groups of a corpus ([`BlockReader`]), or read rows of a dataset ([`RowReader`]), into a [`CellPool`]."""
 
+import collections
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -15,16 +17,27 @@ from scmmgpt.train.data.cache import is_cached, open_cached
 from scmmgpt.train.data.corpus import CELL_COLUMNS, MAX_VOCABULARY_SIZE, ROW_GROUP_SIZE, Corpus, table_to_cells
 
 
+T = TypeVar("T")
 FLOAT = np.dtype(np.float32)
 OPEN_FILES = 32  # shards that each thread keeps open
 Obs = dict[str, np.ndarray]  # annotation -> object array of str, None for null
 
 
+def results_ahead(executor: Executor, jobs: Iterable[Callable[[], T]], n_ahead: int) -> Iterator[T]:
+    """Yield the results of jobs in order; `n_ahead` jobs are submitted before the first result is taken."""
+    pending: collections.deque[Future[T]] = collections.deque()
+    for job in jobs:
+        pending.append(executor.submit(job))
+        if len(pending) == n_ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
 class CellPool:
     """Buffer for cells in the order of their batches, and for their annotations; `fill` writes into the buffer.
 
-    Args:
-        lengths: Genes of every cell, int `(n_cells,)`.
+    `lengths` are the numbers of genes of the cells, int `(n_cells,)`.
     """
 
     def __init__(self, lengths: np.ndarray, counts_dtype: np.dtype, columns: list[str]) -> None:
@@ -132,13 +145,8 @@ class BlockReader:
 class RowReader:
     """Reads blocks of `ROW_GROUP_SIZE` rows of any map-style dataset; see [`table_to_examples`] and [`read_rows`].
 
-    Args:
-        dataset: A `datasets.Dataset`, or a dataset with `__len__` whose items are rows, one cell each.
-
-    Attributes: Those of [`BlockReader`]; `columns` are all columns except `CELL_COLUMNS`.
-
-    Raises:
-        ValueError: If the dataset has no rows, or gene ids outside the range of a vocabulary.
+    The dataset is a `datasets.Dataset`, or has `__len__` and items that are rows, one cell each. Attributes are those
+    of [`BlockReader`]; `columns` are all columns except `CELL_COLUMNS`.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -208,13 +216,9 @@ class MemoryReader:
 
 
 def table_to_examples(table: pa.Table, columns: list[str] | None = None) -> tuple[Cells, Obs]:
-    """Convert a table with a cell in every row to cells and annotations.
+    """Convert a table with a cell in every row to cells and annotations; refuse rows without a cell.
 
-    Args:
-        columns: Annotations to return; default: all columns except `CELL_COLUMNS`. An absent column becomes all None.
-
-    Raises:
-        ValueError: If a column of `CELL_COLUMNS` other than `total_counts` is absent or has nulls.
+    The default annotations are all columns except `CELL_COLUMNS`. An absent column becomes all None.
     """
     check_columns(table.column_names)
     for name in CELL_COLUMNS[:-1]:

@@ -12,11 +12,12 @@ where it stopped, and ends with the same bytes for any number of workers.
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,13 @@ SMALL_SOURCES_BYTES = 2**28  # below this size, one process finishes before work
 class CorpusBuilder:
     """Builds a corpus, or finishes one whose build was interrupted.
 
+    Sources, vocabulary and options determine the bytes of the corpus; `cells_per_partition`, the most cells that a
+    worker holds at once, determines memory alone.
+
     Args:
-        output: Folder of the corpus.
-        sources: Files of cells, or a slice of the Census.
         vocabulary: Gene symbol -> id; default: every approved symbol that a source measures.
         options: `excluded_datasets`, `min_genes`, `fractions`, `split_by`, `split_column`, `seed` and
-            `cells_per_shard`. Sources, vocabulary and options determine the bytes of the corpus.
-        cells_per_partition: Most cells that a worker holds at once: determines memory, not bytes.
+            `cells_per_shard`.
         command: The command line, for the manifest.
     """
 
@@ -137,19 +138,17 @@ class CorpusBuilder:
             self._write_vocabulary(self.vocabulary)
         specs = [self._listed(i, spec) for i, spec in enumerate(self.sources)]
         with start_workers(workers, cluster) as run:
-            column = self.request["split_column"]
-            tasks = [
-                build_steps.ScanTask(self.scratch, i, spec, has_vocabulary, column) for i, spec in enumerate(specs)
-            ]
-            scans = run(build_steps.scan_source, tasks, "sources scanned")
+            options = {"has_vocabulary": has_vocabulary, "split_column": self.request["split_column"]}
+            scan = functools.partial(build_steps.scan_source, self.scratch, **options)
+            scans = run([functools.partial(scan, i, spec) for i, spec in enumerate(specs)], "sources scanned")
             if not has_vocabulary:
                 symbols = sorted(set().union(*(scan["symbols"] for scan in scans)))
                 self._write_vocabulary({name: i for i, name in enumerate([*corpus.SPECIAL_TOKENS, *symbols])})
             self._write_common_genes(scans)
             splits = self._splits(specs, scans)
-            parts = run(build_steps.map_partition, self._partitions(specs, scans), "partitions read")
+            parts = run(self._partitions(specs, scans), "partitions read")
             build_steps.find_copies([self.parts / f"{number:06d}" for number in range(len(parts))])
-            merged = run(build_steps.merge_shard, self._shards(parts), "shards written")
+            merged = run(self._shards(parts), "shards written")
         return self._finish(specs, scans, splits, parts, merged)
 
     def _finished_manifest(self) -> corpus.Manifest | None:
@@ -254,30 +253,29 @@ class CorpusBuilder:
         write_json(path, content)
         return read_json(path)
 
-    def _partitions(self, specs: list[SourceSpec], scans: Results) -> list[build_steps.PartitionTask]:
-        tasks: list[build_steps.PartitionTask] = []
+    def _partitions(self, specs: list[SourceSpec], scans: Results) -> list[Callable[[], Any]]:
+        tasks: list[Callable[[], Any]] = []
         options = {key: self.request[key] for key in ("excluded_datasets", "min_genes", "split_column", "seed")}
+        read = functools.partial(build_steps.map_partition, self.scratch, **options)
         for spec, scan in zip(specs, scans, strict=True):
             for start in range(0, scan["n_cells"], self.cells_per_partition):
                 stop = min(start + self.cells_per_partition, scan["n_cells"])
                 folder = self.parts / f"{len(tasks):06d}"
-                tasks.append(build_steps.PartitionTask(self.scratch, folder, spec, start, stop, **options))
+                tasks.append(functools.partial(read, folder, spec, start, stop))
         return tasks
 
-    def _shards(self, parts: Results) -> list[build_steps.ShardTask]:
+    def _shards(self, parts: Results) -> list[Callable[[], Any]]:
         """List the shards of each split: shards of 16-bit counts first, then shards of other values."""
-        tasks = []
+        tasks: list[Callable[[], Any]] = []
         folders = [self.parts / f"{number:06d}" for number in range(len(parts))]
+        merge = functools.partial(build_steps.merge_shard, self.scratch, self.output, folders)
         for split in corpus.SPLITS:
             slices = []
             for kind in build_steps.COUNT_KINDS:
                 n_cells = sum(stop - start for part in parts for start, stop in [part["rows"][kind][split]])
                 n_slices = -(-n_cells // self.request["cells_per_shard"])
-                slices += [(kind, i, n_slices) for i in range(n_slices)]
-            for index, of_kind in enumerate(slices):
-                tasks.append(
-                    build_steps.ShardTask(self.scratch, self.output, folders, split, index, len(slices), *of_kind)
-                )
+                slices += [{"kind": kind, "slice_index": i, "n_slices": n_slices} for i in range(n_slices)]
+            tasks += [functools.partial(merge, split, i, len(slices), **own) for i, own in enumerate(slices)]
         if not tasks:
             raise ValueError(
                 f"No cell of the {len(self.sources)} sources expresses {self.request['min_genes']} genes of the "
@@ -296,10 +294,11 @@ class CorpusBuilder:
         dropped["duplicates"] = sum(shard["duplicates"] for shard in merged)
         if dropped["duplicates"]:
             logger.warning("Left out %d copies: cells with the same counts as another cell.", dropped["duplicates"])
-        for scan, spec in zip(scans, specs, strict=True):
-            _warn_of_labels(spec, scan["record"]["labels"].get("cell_type", {}))
         sources, start = [], 0
         for spec, scan in zip(specs, scans, strict=True):
+            without_term = scan["record"]["labels"].get("cell_type", {}).get("unmatched", {})
+            for warning in label_warnings(without_term, f"cell_type of {spec.name}"):
+                logger.warning(warning)
             n_parts = -(-scan["n_cells"] // self.cells_per_partition)
             own, start = parts[start : start + n_parts], start + n_parts
             named = {"name": spec.name, "kind": spec.kind, "path": spec.path}
@@ -330,9 +329,3 @@ class CorpusBuilder:
         columns["mean_share"] = totals["share"][ids] / build_steps.SHARE_UNITS / max(totals["n_train"], 1)
         with whole_file(self.output / "genes.parquet") as temporary:
             pq.write_table(pa.table(columns), temporary)
-
-
-def _warn_of_labels(spec: SourceSpec, report: dict[str, Any]) -> None:
-    """Warn of cell types without a Cell Ontology term that are codes, differ in spelling alone, or have one cell."""
-    for warning in label_warnings(report.get("unmatched", {}), f"cell_type of {spec.name}"):
-        logger.warning(warning)

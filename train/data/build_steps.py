@@ -1,6 +1,6 @@
-"""The three steps of the external sort that `build` describes: functions of a task and of files.
+"""The three steps of the external sort that `build` describes: functions of plain data and of files.
 
-A task is plain data: any process that sees the folders can run it. A task whose result exists returns that result.
+Any process that sees the folders can run a step. A step whose result exists returns that result.
 Scratch files of a build, in the folder `.build` of the corpus:
 
 ```
@@ -20,7 +20,6 @@ shards/train-00000-of-00009.json  results of `merge_shard`; one file a shard
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Iterator
@@ -51,32 +50,25 @@ CELLS_TAKEN = 2_048  # cells whose counts are read or gathered at once
 CELLS_PER_SCAN = 500_000  # cells whose annotations are read at once
 
 
-@dataclasses.dataclass(frozen=True)
-class ScanTask:
-    """Scan of source number `index`; its genes are matched with the build's vocabulary, or with all human genes."""
+def scan_source(
+    scratch: Path, index: int, spec: SourceSpec, *, has_vocabulary: bool, split_column: str | None = None
+) -> dict[str, Any]:
+    """Read the annotations and genes of source number `index`, but not its counts.
 
-    scratch: Path
-    index: int
-    spec: SourceSpec
-    has_vocabulary: bool
-    split_column: str | None = None
-
-
-def scan_source(task: ScanTask) -> dict[str, Any]:
-    """Read the annotations and genes of a source, but not its counts.
+    The genes are matched with the build's vocabulary, or with all human genes.
 
     Returns:
         `n_cells`; `units`, a list of `[dataset_id, donor_id or None, n_cells]`; `symbols`, the measured genes;
         `record`, the source's entry of the manifest.
     """
-    path = task.scratch / "scan" / f"{task.index:05d}.json"
+    path = scratch / "scan" / f"{index:05d}.json"
     if path.exists():
         return read_json(path)
-    source = open_source(task.spec)
-    if task.split_column is not None:
-        source.column(task.split_column, 0, 1)  # refuses a column that is not there
-    gene_index = _gene_index(task.scratch) if task.has_vocabulary else reference_gene_index()
-    with _naming(task.spec):
+    source = open_source(spec)
+    if split_column is not None:
+        source.column(split_column, 0, 1)  # refuses a column that is not there
+    gene_index = _gene_index(scratch) if has_vocabulary else reference_gene_index()
+    with _naming(spec):
         choice = source.choose(gene_index)
     symbols = {i: symbol for symbol, i in gene_index.vocabulary.items()}
     units: Counter[tuple[str, str]] = Counter()
@@ -112,49 +104,44 @@ def scan_source(task: ScanTask) -> dict[str, Any]:
     return read_json(path)
 
 
-@dataclasses.dataclass(frozen=True)
-class PartitionTask:
-    """Cells `start` to `stop` of a source, and the fields of the request that apply to single cells."""
-
-    scratch: Path
-    folder: Path
-    spec: SourceSpec
-    start: int
-    stop: int
-    excluded_datasets: list[str]
-    min_genes: int
-    split_column: str | None
-    seed: int
-
-
-def map_partition(task: PartitionTask) -> dict[str, Any]:
-    """Write a range of cells of one source to scratch files sorted by split and random key.
+def map_partition(
+    scratch: Path,
+    folder: Path,
+    spec: SourceSpec,
+    start: int,
+    stop: int,
+    *,
+    excluded_datasets: list[str],
+    min_genes: int,
+    split_column: str | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Write the cells `start` to `stop` of a source to scratch files sorted by split and random key.
 
     Returns:
         `rows`, kind of counts -> split -> `[start, stop]` in the scratch file; `dropped`, reason -> number of cells;
         `n_kept`.
     """
-    if task.folder.exists():
-        return read_json(task.folder / "part.json")
-    source, choice = _chosen_source(task.spec, task.scratch)
-    obs = resolve_labels(source.obs(task.start, task.stop))
-    with _naming(task.spec):
-        starts = range(task.start, task.stop, CELLS_TAKEN)
-        read = (source.cells(start, min(start + CELLS_TAKEN, task.stop), choice) for start in starts)
+    if folder.exists():
+        return read_json(folder / "part.json")
+    source, choice = _chosen_source(spec, scratch)
+    obs = resolve_labels(source.obs(start, stop))
+    with _naming(spec):
+        read = (source.cells(i, min(i + CELLS_TAKEN, stop), choice) for i in range(start, stop, CELLS_TAKEN))
         cells = Cells.concatenate([cells.sorted_by_gene() for cells in read])
     cells.cell_ids = cell_ids(obs)
 
     # 1. Drop cells of excluded datasets and cells of too few genes.
-    excluded = obs["dataset_id"].isin(task.excluded_datasets).to_numpy()
-    poor = ~excluded & (np.diff(cells.indptr) < max(task.min_genes, 1))
+    excluded = obs["dataset_id"].isin(excluded_datasets).to_numpy()
+    poor = ~excluded & (np.diff(cells.indptr) < max(min_genes, 1))
     kept = np.flatnonzero(~excluded & ~poor)
     if len(kept) < len(cells):
         cells, obs = _take(cells, kept), obs.iloc[kept]
 
     # 2. Sort by kind of counts, split and key.
-    column = source.column(task.split_column, task.start, task.stop)[kept] if task.split_column else None
-    split = assign_splits(obs, cells.cell_ids, read_json(task.scratch / "splits.json"), column)
-    keys = cell_keys(cells.cell_ids, seed=task.seed, epoch=0, stream=RandomStream.ORDER)
+    column = source.column(split_column, start, stop)[kept] if split_column else None
+    split = assign_splits(obs, cells.cell_ids, read_json(scratch / "splits.json"), column)
+    keys = cell_keys(cells.cell_ids, seed=seed, epoch=0, stream=RandomStream.ORDER)
     kind = _needs_float(cells).astype(int)  # position in `COUNT_KINDS`
     order = np.lexsort((keys, split, kind))
     cells, obs, keys, split = _take(cells, order), obs.iloc[order], keys[order], split[order]
@@ -162,28 +149,27 @@ def map_partition(task: PartitionTask) -> dict[str, Any]:
     # 3. Write the cells, and the sums from which the gene means follow.
     rows = {}
     bounds = np.searchsorted(kind[order], np.arange(len(COUNT_KINDS) + 1)).tolist()
-    with whole_folder(task.folder) as temporary:
-        for name, start, stop in zip(COUNT_KINDS, bounds[:-1], bounds[1:], strict=True):
-            edges = np.searchsorted(split[start:stop], np.arange(len(SPLITS) + 1)).tolist()
+    with whole_folder(folder) as temporary:
+        for name, own in zip(COUNT_KINDS, map(slice, bounds[:-1], bounds[1:]), strict=True):
+            edges = np.searchsorted(split[own], np.arange(len(SPLITS) + 1)).tolist()
             rows[name] = {split_name: edges[i : i + 2] for i, split_name in enumerate(SPLITS)}
-            if stop > start:
-                table = _scratch_table(cells[start:stop], obs.iloc[start:stop], keys[start:stop], name)
-                content = content_hashes(cells[start:stop], np.load(task.scratch / "common.npy"))
+            if own.stop > own.start:
+                table = _scratch_table(cells[own], obs.iloc[own], keys[own], name)
+                content = content_hashes(cells[own], np.load(scratch / "common.npy"))
                 table = table.append_column("content", pa.array(content))
                 with pa.ipc.new_file(str(temporary / f"{name}.arrow"), table.schema) as writer:
                     writer.write_table(table)
-        n_genes = max(_gene_index(task.scratch).vocabulary.values()) + 1
+        n_genes = max(_gene_index(scratch).vocabulary.values()) + 1
         np.savez(temporary / "genes.npz", **_gene_sums(cells, split == SPLITS.index("train"), n_genes))
         dropped = {"excluded_dataset": int(excluded.sum()), "too_few_genes": int(poor.sum())}
         write_json(temporary / "part.json", {"rows": rows, "dropped": dropped, "n_kept": len(cells)})
-    return read_json(task.folder / "part.json")
+    return read_json(folder / "part.json")
 
 
 def content_hashes(cells: Cells, common: np.ndarray) -> np.ndarray:
     """Hash the counts of each cell, uint64 `(n_cells,)`; 0 for a cell of fewer than `MIN_COPIED_GENES` genes.
 
-    Args:
-        common: Ids of the genes that all sources measure. Copies of a cell in two sources can differ in other genes.
+    Only the genes `common` to all sources count, because copies of a cell in two sources can differ in other genes.
     """
     kept = np.isin(cells.gene_ids, common)
     bits = cells.counts.astype(np.float32).view(np.uint32).astype(np.uint64)
@@ -261,39 +247,39 @@ def _gene_sums(cells: Cells, train: np.ndarray, n_genes: int) -> dict[str, Any]:
     return {"share": share, "n_cells": n_cells, "n_train": int(train.sum())}
 
 
-@dataclasses.dataclass(frozen=True)
-class ShardTask:
-    """Shard `index` of a split: slice number `slice_index` of the `n_slices` of its kind of counts."""
+def merge_shard(
+    scratch: Path,
+    output: Path,
+    parts: list[Path],
+    split: str,
+    index: int,
+    n_shards: int,
+    *,
+    kind: str,
+    slice_index: int,
+    n_slices: int,
+) -> dict[str, int]:
+    """Merge one range of keys of all scratch files into a shard; return the numbers of `duplicates` and `renamed`.
 
-    scratch: Path
-    output: Path
-    parts: list[Path]
-    split: str
-    index: int
-    n_shards: int
-    kind: str
-    slice_index: int
-    n_slices: int
-
-
-def merge_shard(task: ShardTask) -> dict[str, int]:
-    """Merge one range of keys of all scratch files into a shard; return the numbers of `duplicates` and `renamed`."""
-    writer = open_writer(task.scratch, task.output)
-    shard = writer.shard_path(task.split, task.index, task.n_shards)
-    path = task.scratch / "shards" / f"{shard.stem}.json"
+    Shard `index` of a split is slice number `slice_index` of the `n_slices` of its kind of counts.
+    """
+    writer = open_writer(scratch, output)
+    shard = writer.shard_path(split, index, n_shards)
+    path = scratch / "shards" / f"{shard.stem}.json"
     if shard.exists() and path.exists():
         return read_json(path)
     tables, n_copies = [], 0
-    for folder in task.parts:
-        start, stop = read_json(folder / "part.json")["rows"][task.kind][task.split]
+    for folder in parts:
+        start, stop = read_json(folder / "part.json")["rows"][kind][split]
         if stop > start:
-            table = pa.ipc.open_file(pa.memory_map(str(folder / f"{task.kind}.arrow"))).read_all()
+            file = folder / f"{kind}.arrow"
+            table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
             keys = table["key"].to_numpy()[start:stop]
-            ends = (task.slice_index, task.slice_index + 1)
-            bounds = [np.uint64(min(end * 2**64 // task.n_slices, 2**64 - 1)) for end in ends]
+            ends = (slice_index, slice_index + 1)
+            bounds = [np.uint64(min(end * 2**64 // n_slices, 2**64 - 1)) for end in ends]
             first, last = np.searchsorted(keys, bounds).tolist()
-            last = stop - start if task.slice_index + 1 == task.n_slices else last
-            copies = np.load(copies_path(folder / f"{task.kind}.arrow"))[start + first : start + last]
+            last = stop - start if slice_index + 1 == n_slices else last
+            copies = np.load(copies_path(file))[start + first : start + last]
             n_copies += int(copies.sum())
             table = table.drop_columns("content").slice(start + first, last - first)
             tables.append(table.filter(pa.array(~copies)) if copies.any() else table)
@@ -307,34 +293,29 @@ def merge_shard(task: ShardTask) -> dict[str, int]:
     if len(kept) < len(cells):
         cells = _take(cells, kept)
     write_json(path, stats)
-    writer.write_shard(task.split, task.index, task.n_shards, cells, obs)
+    writer.write_shard(split, index, n_shards, cells, obs)
     return stats
 
 
 def _tell_apart(cells: Cells) -> tuple[np.ndarray, int]:
     """Find exact copies among successive cells with the same id; give the other such cells new ids, in place.
 
-    Returns:
-        Positions of the cells that are not copies, and the number of cells with new ids.
+    Return the positions of the cells that are not copies, and the number of cells with new ids.
     """
-    ids = cells.cell_ids.copy()
-    kept, renamed = np.ones(len(cells), dtype=bool), 0
-
-    def is_copy(i: int, j: int) -> bool:
-        mine, other = (slice(cells.indptr[k], cells.indptr[k + 1]) for k in (i, j))
-        same_genes = np.array_equal(cells.gene_ids[mine], cells.gene_ids[other])
-        return same_genes and np.array_equal(cells.counts[mine], cells.counts[other])
-
-    for i in (np.flatnonzero(ids[1:] == ids[:-1]) + 1).tolist():
-        first = i
-        while first > 0 and ids[first - 1] == ids[i]:
-            first -= 1
-        twins = [j for j in range(first, i) if kept[j]]
-        if any(is_copy(i, j) for j in twins):
+    ids, kept, renamed = cells.cell_ids.copy(), np.ones(len(cells), dtype=bool), 0
+    known: set[tuple] = set()
+    n_known: Counter[int] = Counter()
+    for i in np.flatnonzero(np.isin(ids, ids[1:][ids[1:] == ids[:-1]])).tolist():
+        values, own_id = slice(cells.indptr[i], cells.indptr[i + 1]), int(ids[i])
+        content = own_id, cells.gene_ids[values].tobytes(), cells.counts[values].tobytes()
+        if content in known:
             kept[i] = False
-        else:
+            continue
+        if n := n_known[own_id]:
             renamed += 1
-            cells.cell_ids[i] = cell_keys(ids[i : i + 1], seed=len(twins), epoch=0, stream=RandomStream.DUPLICATE)[0]
+            cells.cell_ids[i] = cell_keys(ids[i : i + 1], seed=n, epoch=0, stream=RandomStream.DUPLICATE)[0]
+        known.add(content)
+        n_known[own_id] += 1
     return np.flatnonzero(kept), renamed
 
 

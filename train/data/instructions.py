@@ -39,12 +39,10 @@ BYTES_PER_CHARACTER = 4  # at most, in UTF-8; a byte is at most one token
 
 @dataclass
 class Instructions:
-    """Conversations and their cells.
+    """Conversations, messages with string contents, and their cells.
 
-    Args:
-        conversations: Messages of each conversation, with string contents.
-        cell_rows: Cells of each conversation, as positions in `cells`, in the order of the text.
-        cells: The distinct cells of all conversations; `None` if no conversation has a cell.
+    `cells` are the distinct cells of all conversations (`None` if there are none). `cell_rows` are the cells of each
+    conversation, as positions in `cells`, in the order of the text.
     """
 
     conversations: list[list[dict[str, str]]]
@@ -60,13 +58,9 @@ def read_instructions(
 ) -> Instructions:
     """Read and check a file of conversations, and load their cells from the training split.
 
-    Args:
-        max_tokens: Most tokens of a conversation; default: the limit of the language model's tokenizer.
-
-    Raises:
-        ValueError: If the roles are not user and assistant in turn, after at most one system message; if the numbers
-            of placeholders and cells differ; if a cell is not in the training split; if a conversation is too long; or
-            if the language model's chat template can't render the conversation. The message names row and values.
+    Errors name row and values. Refused are other roles than user and assistant in turn, after at most one system
+    message; numbers of placeholders and cells that differ; cells outside the training split; conversations of more
+    than `max_tokens` (default: the limit of the language model's tokenizer); and what the chat template can't render.
     """
     conversations, names, column = [], [], None
     limit = processor.tokenizer.model_max_length if max_tokens is None else max_tokens
@@ -225,16 +219,11 @@ def _search(corpus: Corpus, split: str, column: str, wanted: list) -> Iterator[t
 
 
 class InstructionBatches(BatchDataset):
-    """Batches of stage 2 in which conversations take the place of some cells.
+    """Batches of stage 2 in which conversations take the place of a share (`ratio`) of the cells.
 
     The number of a batch determines its conversations, so resuming needs no state. The conversations are dealt to
     batches and ranks in a random order. Each pass through all conversations draws a new order, so every conversation
-    occurs equally often.
-
-    Args:
-        batches: Batches of cells; their stream has a `batch_size`.
-        ratio: Share of conversations in a batch.
-        seed: Seed of the order of conversations.
+    occurs equally often. The stream of `batches` has a `batch_size`.
     """
 
     def __init__(self, batches: BatchDataset, instructions: Instructions, *, ratio: float, seed: int) -> None:

@@ -22,17 +22,9 @@ def clean_label(value: Any) -> str:
 
 
 def check_labels(labels: Iterable[Any], where: str) -> list[str]:
-    """Warn of a single label for all cells, of missing labels, and of the labels that [`label_warnings`] names.
+    """Warn, one sentence each, of a single label for all cells, of missing labels, and of [`label_warnings`].
 
-    Args:
-        labels: Label of every cell.
-        where: Name of the column, for the messages.
-
-    Returns:
-        One sentence for each warning.
-
-    Raises:
-        ValueError: If no cell has a label.
+    `where` names the column in the messages. A column without any label is refused.
     """
     values = [None if is_missing(label) else clean_label(label) for label in labels]
     counts = count_labels(values)
@@ -47,14 +39,9 @@ def check_labels(labels: Iterable[Any], where: str) -> list[str]:
 
 
 def label_warnings(counts: Mapping[str, int], where: str) -> list[str]:
-    """Warn of labels that are codes, of labels that differ only in spelling, and of many labels with a single cell.
+    """Warn, one sentence each, of codes, of labels that differ in spelling alone, and of many labels with one cell.
 
-    Args:
-        counts: Label -> number of cells.
-        where: Name of the column, for the messages.
-
-    Returns:
-        One sentence for each warning.
+    `counts` are the numbers of cells by label; `where` names the column in the messages.
     """
     warnings = []
     codes = [label for label in counts if is_code(label)]

@@ -1,7 +1,6 @@
 """Labelled cells in memory: [`CellTable`], from a file or from datasets, and [`LabelledBatches`] to train on."""
 
 import dataclasses
-import logging
 from collections.abc import Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,27 +22,18 @@ from scmmgpt.train.data.corpus import Corpus, open_corpus
 from scmmgpt.train.data.streamed import open_cells
 
 
-logger = logging.getLogger(__name__)
-
 READ_AT_ONCE = 4096  # cells per read of a dataset
 
 
 @dataclasses.dataclass
 class CellTable:
-    """Annotated cells, and the options of [`read_cells`] that turn them into [`Cells`].
-
-    Args:
-        adata: The cells.
-        options: Keyword arguments of [`read_cells`].
-        cell_ids, total_counts: See [`Cells`]; default: the values that [`read_cells`] derives from `adata`.
-        n_train: Number of training rows, which come first; the other rows are held out. `None`: not split.
-    """
+    """Annotated cells, and the keyword arguments of [`read_cells`] that turn them into [`Cells`]."""
 
     adata: anndata.AnnData
     options: Mapping[str, Any]
-    cell_ids: np.ndarray | None = None
-    total_counts: np.ndarray | None = None
-    n_train: int | None = None
+    cell_ids: np.ndarray | None = None  # see `Cells`; default: as `read_cells` derives them from `adata`
+    total_counts: np.ndarray | None = None  # likewise
+    n_train: int | None = None  # number of training rows, which come first; the others are held out. None: not split
 
     def read(self, gene_index: GeneIndex) -> Cells:
         """Convert the cells to raw counts of the genes of `gene_index`."""
@@ -65,9 +55,6 @@ def open_table(source: str, options: Mapping[str, Any], cells: Mapping[str, Any]
         options: Keyword arguments of [`read_cells`].
         cells: Split -> dataset that replaces the cells of the corpus `source`; see [`open_cells`]. The `gene_ids` of
             the dataset are ids of the corpus's vocabulary. The split "validation" is held out.
-
-    Raises:
-        ValueError: If `cells` has no split "train".
     """
     if cells is None and not Path(source, "manifest.json").is_file():
         return CellTable(read_file(source), options)
@@ -102,12 +89,9 @@ def _to_adata(cells: Cells, obs: pd.DataFrame, corpus: Corpus) -> anndata.AnnDat
 
 @dataclasses.dataclass
 class LabelledCells:
-    """Cells in memory as a source of batches.
+    """Cells in memory, with the index of each cell's label, int64 `(n_cells,)`, as a source of batches.
 
-    Args:
-        targets: Index of each cell's label, int64 `(n_cells,)`.
-        seed: Seed of the order, which differs between epochs; `None` keeps the cells in their order.
-        batch_size, rank, world_size: See [`CellStream`].
+    The seed is that of the order, which differs between epochs; `None` keeps the cells in their order.
     """
 
     cells: Cells
@@ -148,12 +132,7 @@ class LabelledCells:
 
 
 class LabelledBatches(BatchDataset):
-    """Batches of labelled cells as model inputs; every batch also holds the texts of all labels.
-
-    Args:
-        cells, targets, order: See [`LabelledCells`]; `order` needs `batch_size`.
-        texts: Text of every label.
-    """
+    """Batches of [`LabelledCells`] as model inputs; every batch also holds the `texts` of all labels."""
 
     def __init__(
         self, processor: ScMMGPTProcessor, cells: Cells, targets: np.ndarray, texts: Sequence[str], **order: Any

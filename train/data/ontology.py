@@ -40,17 +40,12 @@ LABELS_FILE = Path(__file__).parent / "templates" / "labels.json"
 
 @dataclass(frozen=True)
 class Term:
-    """The meaning of a label of one obs column.
+    """The meaning of a label of one obs column."""
 
-    Args:
-        name: Name of the term in the ontology, or the label itself if no term matched; None if unknown.
-        term_id: Ontology id such as `CL:0000236`, or None.
-        how: The rule that found the term: "id", "name", "synonym", "reviewed" (the table `templates/labels.json`),
-            "unmatched" or "missing"; "conflict" if the id decided and the label names another term.
-    """
-
-    name: str | None
-    term_id: str | None
+    name: str | None  # of the term in the ontology, or the label itself if no term matched; None if unknown
+    term_id: str | None  # such as `CL:0000236`
+    # The rule that found the term: "id", "name", "synonym", "reviewed" (the table `templates/labels.json`),
+    # "unmatched" or "missing"; "conflict" if the id decided and the label names another term.
     how: str
 
 
@@ -134,8 +129,7 @@ def term_name(term_id: str) -> str | None:
 def match_label(column: str, label: str) -> tuple[str | None, str]:
     """Match a label to a term: by exact name, then by normalised name, reviewed table and synonym, in that order.
 
-    Returns:
-        `(term_id, how)`, or `(None, "unmatched")`. A synonym of two terms matches neither.
+    Return `(term_id, how)`, or `(None, "unmatched")`. A synonym of two terms matches neither.
     """
     # Most labels equal a name exactly, which saves the normalisation of all names and synonyms.
     for ontology in ONTOLOGIES[column]:
@@ -230,11 +224,10 @@ def cell_types() -> dict[str, str]:
 
 @functools.cache
 def depth_share(term_id: str, true_id: str) -> float:
-    """Share of the path from "cell" down to the true type that a term covers.
+    """Share of the path from "cell" down to the true type that a term covers, by shortest paths.
 
-    Returns:
-        1 for the true type itself. For an ancestor of the true type, 1 - (steps from the true type to the ancestor) /
-        (steps from the true type to "cell"), by shortest paths. 0 for all other terms, narrower types included.
+    It is 1 for the true type itself, and for an ancestor 1 - (steps from the true type to the ancestor) / (steps from
+    the true type to "cell"). It is 0 for all other terms, narrower types included.
 
     >>> depth_share("CL:0000945", "CL:0000236")  # lymphocyte of B lineage, where the cell is a B cell
     0.8333333333333334
@@ -267,14 +260,11 @@ def all_synonyms(term_id: str) -> tuple[str, ...]:
 
 
 def label_terms(labels: Mapping[str, str | None]) -> list[dict[str, Any]]:
-    """List the Cell Ontology terms of labels and of all their ancestors.
+    """List the Cell Ontology terms of labels (label -> id, or None) and of all their ancestors.
 
     A checkpoint stores this list, so that `annotate` understands synonyms and broader names without the ontology.
     Terms of fewer labels come first. Among terms of equally many labels, the curated classes of CELLxGENE come first
     ("T cell" before "mature alpha-beta T cell"), then the nearest ancestors.
-
-    Args:
-        labels: Label -> Cell Ontology id, or None.
 
     Returns:
         A mapping for each term: `id`, `name`, `names` (name and unambiguous synonyms, normalised) and `labels`, the
@@ -301,11 +291,7 @@ def terms_below(labels: Mapping[str, str], without: Collection[str] = ()) -> lis
     """List the subtypes of labels, so that `annotate` can score a subtype that was never trained by its label.
 
     A label with more than `MOST_KINDS` subtypes ("epithelial cell") is too broad to score a subtype by. The subtypes
-    of such a label are left out.
-
-    Args:
-        labels: Label -> Cell Ontology id.
-        without: Ids of terms to leave out, because another list has them.
+    of such a label are left out, and so are the terms in `without`, which another list has.
 
     Returns:
         As [`label_terms`]; each term has one label, its nearest ancestor among the labels. Terms with several nearest
@@ -326,11 +312,8 @@ def terms_below(labels: Mapping[str, str], without: Collection[str] = ()) -> lis
 def tissue_terms(pairs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
     """List the tissues of labelled cells with their labels, so that `annotate` can restrict the labels to one tissue.
 
-    A tissue has the labels of its cells. An organ also has the labels of its parts. Every tissue has the labels of
-    blood, because blood runs through every tissue.
-
-    Args:
-        pairs: Tissue (a name or an UBERON id) and label of each cell. Pairs with a missing value are skipped.
+    A tissue (a name or an UBERON id) has the labels of its cells. An organ also has the labels of its parts. Every
+    tissue has the labels of blood, because blood runs through every tissue. Pairs with a missing value are skipped.
 
     Returns:
         As [`label_terms`], sorted by name: `id` ("" for a name that UBERON lacks), `name`, `names` and `labels`.

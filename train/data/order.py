@@ -32,56 +32,39 @@ MAX_REPEATS = 10  # most times that balancing draws one cell in an epoch
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Cells that are read together, and how they are cut into batches.
+    """Cells that are read together, and how they are cut into batches."""
 
-    Args:
-        pieces: `(block, rows, places)`: rows to take from a block, and their places in the pool, both
-            `int64 (n_rows,)`.
-        lengths: Genes of every cell by its place in the pool, `uint16 (n_cells,)`.
-        bounds: `[start, stop)` of each batch in the pool, `int64 (n_batches, 2)`, in the order of the batches.
-    """
-
+    # `(block, rows, places)`: rows to take from a block, and their places in the pool, both `int64 (n_rows,)`.
     pieces: list[tuple[int, np.ndarray, np.ndarray]]
-    lengths: np.ndarray
-    bounds: np.ndarray
+    lengths: np.ndarray  # genes of every cell by its place in the pool, `uint16 (n_cells,)`
+    bounds: (
+        np.ndarray
+    )  # `[start, stop)` of each batch in the pool, `int64 (n_batches, 2)`, in the order of the batches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CellOrder:
-    """The order of a split in all its epochs.
+    """The order of a split in all its epochs; give `batch_size` or `token_budget`."""
 
-    Args:
-        block_sizes: Cells of every block, `int64 (n_blocks,)`.
-        lengths: Genes of every cell, `uint16 (n_cells,)`, block after block.
-        batch_size: Cells per batch. Give this or `token_budget`.
-        token_budget: Most tokens per batch, padding included: number of cells times tokens of the longest cell. A
-            cell has one token per gene and `<cls>`, and at most `max_genes` tokens. A batch has cells of similar
-            length.
-        max_genes: Length at which the feature extractor cuts a cell.
-        shuffle: Whether to permute blocks, pools and batches; otherwise cells come in stored order.
-        label_codes: Label of every cell, `int32 (n_cells,)`, for balanced draws. An epoch draws about as many cells as
-            the split has. Cells of rare labels occur up to `MAX_REPEATS` times. Cells of frequent labels are a random
-            subset, drawn again in every epoch. `None` draws every cell once.
-        temperature: A label of `n` cells is drawn in proportion to `n ** (1 / temperature)`: 1 keeps the frequencies,
-            infinity makes them equal.
-        seed: Seed of the order.
-        world_size: Number of ranks.
-        drop_last: Whether to leave out the last batch of an epoch if it is smaller than `batch_size`.
-        pool_size: Cells that are shuffled together. Two pools are in memory at a time, some 50 MB each.
-    """
-
-    block_sizes: np.ndarray
-    lengths: np.ndarray
-    batch_size: int | None = None
+    block_sizes: np.ndarray  # cells of every block, `int64 (n_blocks,)`
+    lengths: np.ndarray  # genes of every cell, `uint16 (n_cells,)`, block after block
+    batch_size: int | None = None  # cells per batch
+    # Most tokens per batch of cells of similar length, padding included: number of cells times tokens of the longest
+    # cell. A cell has one token per gene and `<cls>`, and at most `max_genes` tokens.
     token_budget: int | None = None
-    max_genes: int = 1200
-    shuffle: bool = True
+    max_genes: int = 1200  # length at which the feature extractor cuts a cell
+    shuffle: bool = True  # whether to permute blocks, pools and batches; otherwise cells come in stored order
+    # Label of every cell, `int32 (n_cells,)`, for balanced draws; None draws every cell once. An epoch draws about as
+    # many cells as the split has: cells of rare labels up to `MAX_REPEATS` times, and a random subset of the cells of
+    # frequent labels, drawn again in every epoch.
     label_codes: np.ndarray | None = None
+    # A label of n cells is drawn in proportion to n ** (1 / temperature): 1 keeps the frequencies, infinity makes them
+    # equal.
     temperature: float = float("inf")
     seed: int = 0
-    world_size: int = 1
-    drop_last: bool = False
-    pool_size: int = 8192
+    world_size: int = 1  # number of ranks
+    drop_last: bool = False  # whether to leave out the last batch of an epoch if it is smaller than `batch_size`
+    pool_size: int = 8192  # cells that are shuffled together; two pools, some 50 MB each, are in memory at a time
     _epochs: dict[int, "EpochOrder"] = dataclasses.field(default_factory=dict, init=False, repr=False)
     _n_steps: dict[int, int] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -208,49 +191,34 @@ class EpochOrder:
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
         """`(block, rows)` of the cells `[start, stop)` of the stretches of all ranks."""
-        if self.cells.shuffle or self.cells.batch_size is None or self.cells.world_size == 1:
-            return self._between(start, stop)
-        pieces: list[tuple[int, np.ndarray]] = []
-        for stretch in self._deal(start, stop, self.cells.batch_size):
-            for block, rows in self._between(*stretch):
-                if pieces and pieces[-1][0] == block:  # a block is read once for all its batches
-                    rows = np.concatenate([pieces.pop()[1], rows])
-                pieces.append((block, rows))
-        return pieces
-
-    def _deal(self, start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-        """Stretches of the sequence for `[start, stop)` of the cells of a rank, if ranks take batches in turn.
-
-        The last step divides the remaining cells evenly among the ranks, and repeats some cells if they don't divide.
-        """
-        n_cells, n_ranks = int(self._ends[-1]), self.cells.world_size
-        n_whole, n_left = divmod(n_cells, size * n_ranks)  # steps
-        rank, at = divmod(start, self._share)
-        end = stop - rank * self._share
-        while at < end:
-            step, offset = divmod(at, size)
-            if step < n_whole:
-                first, n = (step * n_ranks + rank) * size + offset, min(size - offset, end - at)
-            else:
-                offset = (rank * (self._share - n_whole * size) + at - n_whole * size) % n_left
-                first, n = n_cells - n_left + offset, min(n_left - offset, end - at)
-            yield first, first + n
-            at += n
-
-    def _between(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
-        """`(block, rows)` of the cells `[start, stop)` of the sequence, which repeats after its end."""
-        pieces = []
-        while start < stop:
-            first = start % int(self._ends[-1])
-            i = int(np.searchsorted(self._ends, first, side="right"))
-            block, begin, end = int(self._blocks[i]), int(self._ends[i - 1]) if i else 0, int(self._ends[i])
-            last = min(first + stop - start, end)
+        positions, pieces = self._positions(start, stop), []
+        places = np.searchsorted(self._ends, positions, side="right")
+        for own in np.split(np.arange(len(positions)), np.flatnonzero(np.diff(places)) + 1):
+            place = places[own[0]]
+            block, begin = int(self._blocks[place]), self._ends[place - 1] if place else 0
             rows = np.arange(self.cells.block_sizes[block])
             if self._repeats is not None:
                 rows = np.repeat(rows, self._repeats[self.cells.starts[block] + rows])
-            pieces.append((block, rows[first - begin : last - begin]))
-            start += last - first
+            pieces.append((block, rows[positions[own] - begin]))
         return pieces
+
+    def _positions(self, start: int, stop: int) -> np.ndarray:
+        """Positions in the sequence of the cells `[start, stop)` of a rank's stretch, `int64 (n_cells,)`.
+
+        The sequence repeats after its end. If the ranks take batches in turn, the last step divides the remaining
+        cells evenly among the ranks, and repeats some cells if they don't divide.
+        """
+        at, n_cells = np.arange(start, stop), int(self._ends[-1])
+        size, n_ranks = self.cells.batch_size, self.cells.world_size
+        if self.cells.shuffle or size is None or n_ranks == 1:
+            return at % n_cells
+        rank = start // self._share
+        at -= rank * self._share
+        n_whole, n_left = divmod(n_cells, size * n_ranks)  # steps of whole batches, and the cells of the last step
+        step, offset = np.divmod(at, size)
+        left = rank * (self._share - n_whole * size) + at - n_whole * size
+        in_turn = (step * n_ranks + rank) * size + offset
+        return np.where(step < n_whole, in_turn, n_cells - n_left + left % max(n_left, 1))
 
     def _lengths(self, pieces: list[tuple[int, np.ndarray]]) -> np.ndarray:
         return np.concatenate([self.cells.lengths[self.cells.starts[block] + rows] for block, rows in pieces])

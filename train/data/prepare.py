@@ -155,12 +155,7 @@ def list_sources(args: argparse.Namespace) -> list[SourceSpec]:
 
 
 def read_label_table(name: str) -> dict[str, Any]:
-    """Read the reviewed table of `--labels`: a JSON file, or `human`, a table of this package.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If the table has no `sets`.
-    """
+    """Read the reviewed table of `--labels`: a JSON file, or `human`, a table of this package."""
     path = TABLES / f"{name}_sets.json" if name.isidentifier() else Path(name)
     if not path.is_file():
         raise FileNotFoundError(f"There is no table of labels {str(path)!r}. Name a JSON file, or `human`.")
@@ -183,9 +178,6 @@ def reviewed_sources(
         table: Result of [`read_label_table`].
         options: See [`SourceSpec`].
         licences: Name of a source -> licence, which overrides the table's; the empty name applies to all sources.
-
-    Raises:
-        ValueError: If the table names none of the files.
     """
     licences, specs = licences or {}, []
     for name, entry in table["sets"].items():
@@ -209,9 +201,6 @@ def name_sources(files: Sequence[Path]) -> list[str]:
 
     >>> name_sources([Path("A/outs/matrix.h5"), Path("B/outs/matrix.h5"), Path("C.h5ad")])
     ['A', 'B', 'C']
-
-    Raises:
-        ValueError: If links or folders give one name to several files.
     """
     names = [file.name.removesuffix(".gz").removesuffix(file.suffix) or file.name for file in files]
     for name in sorted({name for name in names if names.count(name) > 1}):

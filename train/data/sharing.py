@@ -23,10 +23,9 @@ def push_folder(
     token: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """Upload a folder to a repository of the Hub, which is created if missing; skip files that match `STAYS_HOME`.
+    """Upload a folder to a repository of the Hub, created if missing; return the full name, `owner/name`.
 
-    Returns:
-        Full name of the repository, `owner/name`.
+    Files that match `STAYS_HOME` are skipped.
     """
     api = HfApi(token=token)
     # The browser page is a Gradio app, and `evaluate` loads metrics from Gradio Spaces.
@@ -78,8 +77,9 @@ def write_space(folder: str | os.PathLike, model: str) -> Path:
     folder serves the page on this machine.
     """
     root, folder = Path(__file__).parents[2], Path(folder)
-    patterns = ("*.py", "readers/*.py", "commands/*.py", "commands/templates/*", "eval/__init__.py", "eval/figures.py")
-    for path in (path for pattern in patterns for path in root.glob(pattern)):
+    patterns = ("*.py", "readers/*.py", "commands/*.py", "commands/templates/*")
+    figures = ("eval/__init__.py", "eval/figures.py", "train/__init__.py", "train/curves.py")
+    for path in (path for pattern in patterns + figures for path in root.glob(pattern)):
         copy = folder / "scmmgpt" / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)

@@ -33,28 +33,18 @@ N_SAMPLED_CELLS = 512  # cells of a Census slice from which matrix, kind of valu
 
 @dataclasses.dataclass(frozen=True)
 class SourceSpec:
-    """A source as plain data.
+    """A source as plain data."""
 
-    Args:
-        kind: `"file"` or `"census"`.
-        name: Short name; also the dataset id of cells without one.
-        path: The file, the URI of a SOMA, or a Census release such as `2025-01-30`.
-        columns: Corpus column -> the source's obs column, where the names differ.
-        constants: Corpus column -> value for all cells.
-        licence: Licence of the data; default: as the source's metadata state.
-        labels: Cell type in the source's own words -> Cell Ontology id, or None for a label that names no type. A
-            label that is not listed is refused.
-        options: Arguments of `choose_input` for a file; `organism`, `value_filter` and `joinids` (an `.npy` file) for
-            the Census.
-    """
-
-    kind: str
-    name: str
-    path: str
-    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    constants: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    licence: str | None = None
+    kind: str  # "file" or "census"
+    name: str  # short; also the dataset id of cells without one
+    path: str  # the file, the URI of a SOMA, or a Census release such as `2025-01-30`
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)  # corpus column -> obs column, if they differ
+    constants: Mapping[str, str] = dataclasses.field(default_factory=dict)  # corpus column -> value for all cells
+    licence: str | None = None  # default: as the source's metadata state
+    # Arguments of `choose_input` for a file; `organism`, `value_filter` and `joinids` (an `.npy` file) for the Census.
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Cell type in the source's own words -> Cell Ontology id, or None for a label that names no type. A label that is
+    # not listed is refused.
     labels: Mapping[str, str | None] | None = None
 
     def __hash__(self) -> int:  # hashes the content, because workers cache open sources by their specs

@@ -21,16 +21,14 @@ def split_units(
 ) -> dict[str, Any]:
     """Divide datasets or donors ("units") among the splits.
 
-    1. Shuffle the units.
-    2. Test takes every unit that fits into the rest of its share. Validation does the same with the remaining units.
-    3. A split into which no unit fits takes the smallest remaining unit. All other units train.
+    1. Shuffle the units. 2. Test takes every unit that fits into the rest of its share. Validation does the same with
+    the remaining units. 3. A split into which no unit fits takes the smallest remaining unit. All other units train.
 
     Args:
         units: `(dataset_id, donor_id or None, n_cells)` of every donor of every dataset.
         fractions: Share of the cells for `"test"` and `"validation"`.
         by: `"dataset"`, `"donor"`, `"cell"`, or `"auto"`: datasets if there are at least three, else donors if there
             are at least three, else cells.
-        seed: Seed of the shuffle.
 
     Returns:
         Content of `splits.json`: `by`, `why`, and the `units` of each split (none for `by="cell"`).
@@ -83,11 +81,8 @@ def split_cells(
 ) -> dict[str, list[int]]:
     """Divide single cells, the same share of every cell type, by cut-offs of a hash of the cell's identity.
 
-    Args:
-        ids: Identities, uint64 `(n_cells,)`.
-        fractions: Share of the cells for `"test"` and `"validation"`. The number of cells is rounded for each type,
-            but each split with a share gets at least one cell of a type of three or more.
-        seed: Seed of the hash.
+    `ids` are the identities, uint64 `(n_cells,)`. The number of cells is rounded for each type, but a split with a
+    share gets at least one cell of a type of three or more.
 
     Returns:
         Cell type -> `[test, validation]` cut-offs. Cells with a hash below the first belong to test, and other cells
@@ -110,13 +105,10 @@ def split_cells(
 def assign_splits(
     obs: pd.DataFrame, ids: np.ndarray, splits: Mapping[str, Any], column: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return the split of every cell as an index into `SPLITS`, int8 `(n_cells,)`.
+    """Return the split of every cell as an index into `SPLITS`, int8 `(n_cells,)`, by the content of `splits.json`.
 
-    Args:
-        obs: Frame with `dataset_id`, `donor_id` and the resolved `cell_type`.
-        ids: Identities, uint64 `(n_cells,)`.
-        splits: Content of `splits.json`.
-        column: Name of every cell's split, for `by="column"`.
+    `obs` has `dataset_id`, `donor_id` and the resolved `cell_type`; `ids` are identities, uint64 `(n_cells,)`;
+    `column` names every cell's split, for `by="column"`.
     """
     if column is not None:
         return np.array([_split_index(value) for value in column], dtype=np.int8)

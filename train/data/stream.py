@@ -14,21 +14,21 @@ its row group straight to its place in the pool; batches are views of the pool. 
 inputs.
 """
 
-import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.train.data.blocks import BlockReader, CellPool, MemoryReader, Obs, RowReader
+from scmmgpt.train.data.blocks import BlockReader, CellPool, MemoryReader, Obs, RowReader, results_ahead
 from scmmgpt.train.data.corpus import OBS_COLUMNS, Corpus, open_corpus
 from scmmgpt.train.data.order import CellOrder, EpochOrder
 
@@ -44,10 +44,10 @@ class CellStream:
         corpus: A `Corpus`, or the path of one; or a dataset, as [`RowReader`] takes it, with the cells of one split.
         split: `"train"`, `"validation"` or `"test"` of a corpus.
         columns: Annotations to yield; default: `OBS_COLUMNS` without the barcode, and all other columns of a dataset.
-        batch_size, token_budget, max_genes, shuffle, temperature, seed, drop_last: See [`CellOrder`]. Losses that
-            compare the cells of all ranks need `batch_size`, which gives every rank the same number of cells.
         balance: An annotation, such as `"cell_type"` or `"dataset_id"`, whose rare labels are drawn more often.
         rank, world_size: Number of this process, from 0, and number of processes.
+        order: `batch_size`, `seed` and further settings of [`CellOrder`]. Losses that compare the cells of all ranks
+            need `batch_size`, which gives every rank the same number of cells.
 
     Raises:
         ValueError: If the corpus has no such annotation or split, or `rank` is outside `world_size`.
@@ -59,16 +59,10 @@ class CellStream:
         split: str = "train",
         *,
         columns: list[str] | None = None,
-        batch_size: int | None = None,
-        token_budget: int | None = None,
-        max_genes: int = 1200,
-        shuffle: bool = True,
         balance: str | None = None,
-        temperature: float = float("inf"),
-        seed: int = 0,
-        drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        **order: Any,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} of world_size {world_size}; ranks are numbered from 0.")
@@ -80,19 +74,7 @@ class CellStream:
         if balance is not None:
             labels = reader.labels(balance).combine_chunks().dictionary_encode()
             codes = labels.indices.fill_null(len(labels.dictionary)).to_numpy()  # cells without a label share one code
-        self.order = CellOrder(
-            reader.sizes,
-            reader.lengths,
-            batch_size=batch_size,
-            token_budget=token_budget,
-            max_genes=max_genes,
-            shuffle=shuffle,
-            label_codes=codes,
-            temperature=temperature,
-            seed=seed,
-            world_size=world_size,
-            drop_last=drop_last,
-        )
+        self.order = CellOrder(reader.sizes, reader.lengths, label_codes=codes, world_size=world_size, **order)
         if reader.bytes_decoded <= IN_MEMORY_BYTES:
             self.reader = MemoryReader(reader)
 
@@ -151,27 +133,24 @@ class CellStream:
         """Yield batches from a step to the end of an epoch of the order, and read one pool ahead."""
         n_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
         assembling, decoding = ThreadPoolExecutor(1), ThreadPoolExecutor(n_threads)
-        pending: collections.deque[tuple[Future, int, int]] = collections.deque()
+        jobs = (functools.partial(self._read_pool, order, decoding, *pool) for pool in order.pools(self.rank, step))
         try:
-            for first, last, begin, end in order.pools(self.rank, step):
-                pending.append((assembling.submit(self._read_pool, order, first, last, decoding), begin, end))
-                if len(pending) == 2:
-                    yield from _cut(*pending.popleft())
-            while pending:
-                yield from _cut(*pending.popleft())
+            for pool, bounds in results_ahead(assembling, jobs, 2):
+                for start, stop in bounds.tolist():
+                    yield pool[start:stop]
         finally:
             for executor in (assembling, decoding):
                 executor.shutdown(wait=True, cancel_futures=True)
 
     def _read_pool(
-        self, order: EpochOrder, first: int, last: int, decoding: ThreadPoolExecutor
+        self, order: EpochOrder, decoding: ThreadPoolExecutor, first: int, last: int, begin: int, end: int
     ) -> tuple[CellPool, np.ndarray]:
-        """Cells of a pool in the order of its batches, and the bounds of the batches."""
+        """Cells of a pool in the order of its batches, and the bounds of the batches `[begin, end)`."""
         pool = order.pool(first, last)
         cells = CellPool(pool.lengths, self.reader.counts_dtype, self.columns)
         for task in [decoding.submit(self.reader.fill, cells, *piece) for piece in pool.pieces]:
             task.result()
-        return cells, pool.bounds
+        return cells, pool.bounds[begin:end]
 
 
 def open_reader(corpus: Any, split: str, columns: list[str] | None, balance: str | None) -> BlockReader | RowReader:
@@ -188,9 +167,3 @@ def open_reader(corpus: Any, split: str, columns: list[str] | None, balance: str
         if name not in OBS_COLUMNS:
             raise ValueError(f"A corpus has no annotation {name!r}; it has {list(OBS_COLUMNS)}.")
     return BlockReader(corpus if isinstance(corpus, Corpus) else open_corpus(corpus), split, wanted)
-
-
-def _cut(future: Future, begin: int, end: int) -> Iterator[tuple[Cells, Obs]]:
-    pool, bounds = future.result()
-    for start, stop in bounds[begin:end].tolist():
-        yield pool[start:stop]

@@ -101,12 +101,8 @@ class StreamedCells:
 def open_cells(cells: Any, split: str = "train", **settings: Any) -> CellStream | StreamedCells:
     """Open a corpus, a map-style dataset or a streamed dataset as a source of batches.
 
-    Args:
-        cells: The first argument of [`CellStream`], or a `datasets.IterableDataset`, which keeps its own order.
-        settings: Keyword arguments of [`CellStream`]; those of `ORDER_OF_CELLS` have no effect on a streamed dataset.
-
-    Raises:
-        ValueError: If `balance` or `token_budget` is given for a streamed dataset, which has no random access.
+    `cells` and `settings` are those of [`CellStream`]. A `datasets.IterableDataset` keeps its own order: settings of
+    `ORDER_OF_CELLS` have no effect, except that `balance` and `token_budget`, which need random access, are refused.
     """
     if not isinstance(cells, datasets.IterableDataset):
         return CellStream(cells, split, **settings)

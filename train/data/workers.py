@@ -17,12 +17,12 @@ from scmmgpt.commands.progress import SECONDS
 
 logger = logging.getLogger(__name__)
 
-RunTasks = Callable[[Callable[[Any], Any], Sequence[Any], str], list[Any]]
+Tasks = Sequence[Callable[[], Any]]
 
 
 @contextlib.contextmanager
-def start_workers(workers: int, cluster: str | None = None) -> Iterator[RunTasks]:
-    """Yield `run(function, tasks, what)`, which returns the results of `function(task)` in order of the tasks.
+def start_workers(workers: int, cluster: str | None = None) -> Iterator[Callable[[Tasks, str], list[Any]]]:
+    """Yield `run(tasks, what)`, which calls the tasks and returns their results in order; `what` is for the log.
 
     A single worker is this process. A `cluster`, the address of a Dask scheduler, takes the place of `workers`.
     """
@@ -39,7 +39,7 @@ def start_workers(workers: int, cluster: str | None = None) -> Iterator[RunTasks
             executor = ProcessPoolExecutor(workers, multiprocessing.get_context(method), initializer=_end_with_parent)
             stack.callback(executor.shutdown, cancel_futures=True)
 
-        def run(function: Callable[[Any], Any], tasks: Sequence[Any], what: str) -> list[Any]:
+        def run(tasks: Tasks, what: str) -> list[Any]:
             began = time.monotonic()
 
             def tell(n: int) -> None:
@@ -49,12 +49,12 @@ def start_workers(workers: int, cluster: str | None = None) -> Iterator[RunTasks
             if executor is None:
                 results, told = [], began
                 for n, task in enumerate(tasks, 1):
-                    results.append(function(task))
+                    results.append(task())
                     if time.monotonic() - told > SECONDS:
                         tell(n)
                         told = time.monotonic()
                 return results
-            futures = [executor.submit(function, task) for task in tasks]
+            futures = [executor.submit(task) for task in tasks]
             try:
                 for n, future in enumerate(as_completed(futures), 1):
                     future.result()

@@ -61,12 +61,7 @@ def annotation_scores(
 def expected_calibration_error(confidences: ArrayLike, correct: ArrayLike) -> float:
     """Expected calibration error over `N_BINS` bins of equal width, weighted by the cells of a bin.
 
-    Args:
-        confidences: Probabilities in [0, 1], shape `(n_cells,)`.
-        correct: Whether each prediction is right, shape `(n_cells,)`.
-
-    Raises:
-        ValueError: If a confidence is outside [0, 1].
+    Confidences in [0, 1] and `correct`, whether each prediction is right, are `(n_cells,)`.
     """
     confidences, correct = np.asarray(confidences, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if not np.all((confidences >= 0) & (confidences <= 1)):

@@ -17,7 +17,8 @@ scPerturb's E-distance without the square). From kernel matrices, a thousand boo
 ...                train=further_real)                                                                # doctest: +SKIP
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -103,27 +104,15 @@ def discrepancy(
     return result[0] if single else result
 
 
-def mmd_squared(x: np.ndarray, y: np.ndarray, *, bandwidth: float) -> float:
-    """Squared maximum mean discrepancy, at most 2, of samples `(n, d)` and `(m, d)` with n, m >= 2."""
-    x, y = _check_samples(x, y)
-    return float(discrepancy(*(gaussian_kernel(a, b, bandwidth) for a, b in ((x, x), (y, y), (x, y)))))
-
-
-def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """Energy distance of samples `(n, d)` and `(m, d)` with n, m >= 2, in the units of the points."""
-    x, y = _check_samples(x, y)
-    return float(discrepancy(distance_kernel(x, x), distance_kernel(y, y), distance_kernel(x, y)))
-
-
-def _check_samples(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+def kernel_matrices(kernel: Callable[..., np.ndarray], x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
+    """The three matrices that [`discrepancy`] takes, of samples `(n, d)` and `(m, d)`, n, m >= 2."""
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"Samples of shapes {x.shape} and {y.shape} cannot be compared. Give two of the same width.")
     if len(x) < 2 or len(y) < 2:
         raise ValueError(
             f"Samples of {len(x)} and {len(y)} points have no distance. Give at least two points of each."
         )
-    return x, y
+    return [kernel(a, b) for a, b in ((x, x), (y, y), (x, y))]
 
 
 def fit_cell_space(train: np.ndarray | sparse.csr_matrix, *, n_components: int = N_COMPONENTS, seed: int = 0) -> PCA:
@@ -161,19 +150,18 @@ def distances_by_type(
 ) -> dict[str, dict[str, float]]:
     """Distances between points `(n, d)` and reference points `(m, d)` of each type, with one bandwidth for all types.
 
-    Returns:
-        `{type: {"energy_distance", "mmd2", "sliced_wasserstein"}}` of types with `MIN_CELLS` cells on each side.
+    They are `{type: {"energy_distance", "mmd2", "sliced_wasserstein"}}` of types with `MIN_CELLS` cells on each side.
     """
     of_point, of_reference = np.asarray(labels).astype(str), np.asarray(reference_labels).astype(str)
-    bandwidth = median_distance(reference_points)
+    gaussian = functools.partial(gaussian_kernel, bandwidth=median_distance(reference_points))
     result = {}
     for label in np.unique(of_reference):
         x = np.asarray(points[of_point == label], dtype=np.float64)
         y = np.asarray(reference_points[of_reference == label], dtype=np.float64)
         if min(len(x), len(y)) >= MIN_CELLS:
             result[str(label)] = {
-                "energy_distance": energy_distance(x, y),
-                "mmd2": mmd_squared(x, y, bandwidth=bandwidth),
+                "energy_distance": float(discrepancy(*kernel_matrices(distance_kernel, x, y))),
+                "mmd2": float(discrepancy(*kernel_matrices(gaussian, x, y))),
                 "sliced_wasserstein": float(ot.sliced_wasserstein_distance(x, y, n_projections=200, seed=seed)),
             }
     return result
