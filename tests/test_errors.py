@@ -236,10 +236,6 @@ def test_a_damaged_checkpoint_is_refused_before_memory_is_asked_for(name, checkp
         check_checkpoint(str(checkpoint))
 
 
-def test_a_whole_checkpoint_passes(labelled_checkpoint):
-    check_checkpoint(labelled_checkpoint)
-
-
 def test_a_checkpoint_without_a_language_model_passes_with_the_sizes_of_one(checkpoint):
     """Stage 1 saves the defaults of a language model, whose vocabulary is larger than anything in its weights."""
     weights = load_file(checkpoint / "model.safetensors")
