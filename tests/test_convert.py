@@ -116,25 +116,23 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_converted_weights_give_the_outputs_of_the_original(tmp_path, layout):
+def recorded_model(folder, rename=lambda name: name):
+    """The small model of the original, converted, and what the original gave."""
     arrays = np.load(REFERENCES / "scgpt_tiny.npz")
     info = json.loads(str(arrays["info"]))
-    weights = {
-        LAYOUTS[layout](name.removeprefix("weights/")): arrays[name] for name in arrays if name.startswith("weights/")
-    }
+    weights = {rename(name.removeprefix("weights/")): arrays[name] for name in arrays if name.startswith("weights/")}
     sizes = {name: info[name] for name in ("embsize", "nheads", "d_hid", "nlayers")}
-    model, _ = convert.load_scgpt(write_scgpt_folder(tmp_path, weights, info["ntoken"], **sizes))
-    compare(model, arrays)
+    return convert.load_scgpt(write_scgpt_folder(folder, weights, info["ntoken"], **sizes))[0], arrays
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_converted_weights_give_the_outputs_of_the_original(tmp_path, layout):
+    compare(*recorded_model(tmp_path, LAYOUTS[layout]))
 
 
 def test_the_embedding_recipe_gives_the_embeddings_of_the_original(tmp_path):
     """From counts on: binning, tokens, encoder, length. No two values of a cell are equal, so no bin is drawn."""
-    arrays = np.load(REFERENCES / "scgpt_tiny.npz")
-    info = json.loads(str(arrays["info"]))
-    weights = {name.removeprefix("weights/"): arrays[name] for name in arrays if name.startswith("weights/")}
-    sizes = {name: info[name] for name in ("embsize", "nheads", "d_hid", "nlayers")}
-    model, _ = convert.load_scgpt(write_scgpt_folder(tmp_path, weights, info["ntoken"], **sizes))
+    model, arrays = recorded_model(tmp_path)
     cells = Cells.from_csr(csr_matrix(arrays["counts"]), np.arange(24))
     batch = convert.scgpt_feature_extractor(model.config)(cells)
     with torch.no_grad():
@@ -326,23 +324,14 @@ def test_queries_start_from_the_feed_forward_of_the_text(bert_folder):
             assert all(torch.equal(text[key], query[key]) for key in text)
 
 
-def test_the_bert_command_writes_what_qformer_from_bert_reads(bert_folder, tmp_path):
+@pytest.mark.parametrize("num_layers", [None, 1])
+def test_the_bert_command_writes_what_qformer_from_bert_reads(bert_folder, tmp_path, num_layers):
     arguments = ["bert", str(bert_folder), "--output", str(tmp_path / "qformer"), "--encoder-hidden-size", "8"]
     convert.main(convert.make_parser().parse_args(arguments))
-    config, weights, _ = convert.qformer_from_bert(tmp_path / "qformer")
+    config, weights, _ = convert.qformer_from_bert(tmp_path / "qformer", num_layers=num_layers)
     assert isinstance(config, Blip2QFormerConfig)
-    assert config.encoder_hidden_size == 8
-    _, expected, _ = convert.qformer_from_bert(bert_folder)
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in weights)
-
-
-def test_the_first_layers_of_a_converted_bert_are_those_of_the_bert(bert_folder, tmp_path):
-    arguments = ["bert", str(bert_folder), "--output", str(tmp_path / "qformer"), "--encoder-hidden-size", "8"]
-    convert.main(convert.make_parser().parse_args(arguments))
-    config, weights, _ = convert.qformer_from_bert(tmp_path / "qformer", num_layers=1)
-    expected_config, expected, _ = convert.qformer_from_bert(bert_folder, num_layers=1)
-    assert config.num_hidden_layers == expected_config.num_hidden_layers == 1
+    assert (config.encoder_hidden_size, config.num_hidden_layers) == (8, num_layers or 3)
+    _, expected, _ = convert.qformer_from_bert(bert_folder, num_layers=num_layers)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
     with pytest.raises(ValueError, match="num_layers is 4, but .* has 3 layers"):

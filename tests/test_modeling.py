@@ -481,15 +481,12 @@ def test_the_model_never_writes_a_placeholder(model):
         assert (new != model.config.cell_token_id).all()
 
 
-def test_a_placeholder_without_a_cell_is_refused(model):
+def test_more_placeholders_than_cells_names_both_numbers(model):
     for run in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
         with pytest.raises(ValueError, match="has 4 cell placeholder tokens, but 0 cells x 4 tokens were given"):
             run(**make_prompts(model, [1]))
-
-
-def test_more_placeholders_than_cells_names_both_numbers(model):
-    with pytest.raises(ValueError, match=r"8 cell placeholder tokens.*1 cells x 4"):
-        model(**make_prompts(model, [2]), **make_cells([9]))
+        with pytest.raises(ValueError, match=r"8 cell placeholder tokens.*1 cells x 4"):
+            run(**make_prompts(model, [2]), **make_cells([9]))
 
 
 # -- text to cell -----------------------------------------------------------------------------------------------------
