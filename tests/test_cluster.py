@@ -13,7 +13,7 @@ import pytest
 
 from scmmgpt import synthetic
 from scmmgpt.commands.cluster import LOST, Workers
-from scmmgpt.tests.cluster_tasks import die, fill, nap, overfill
+from scmmgpt.tests.cluster_tasks import die, fill, overfill
 from scmmgpt.tests.clusters import dask_cluster, free_address
 from scmmgpt.tests.test_partitions import assert_same, run
 
@@ -71,7 +71,7 @@ def test_workers_that_dask_pauses_for_want_of_memory_end_the_command_with_the_li
         outcomes = [error for _, _, error in workers.run(fill, [440e6])]
         assert outcomes == [None]
         with pytest.raises(OSError, match=r"paused all 1 workers, .*\(500 MB\).* --memory-limit"):
-            list(workers.run(nap, [tmp_path / "never.txt"]))
+            list(workers.run(die, [tmp_path / "never.txt"]))
 
 
 @pytest.mark.slow

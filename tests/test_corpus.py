@@ -45,6 +45,9 @@ def test_cells_and_annotations_come_back_as_they_were_written(corpus_path):
     assert obs["barcode"].to_pylist()[-1] == "299"
     assert corpus.n_cells("train") == 300
     assert len(corpus.shards("train")) == 3
+    table = corpus.obs("train", ["cell_id", "cell_type"])
+    assert isinstance(table, pa.Table)
+    assert table.to_pandas()["cell_type"].value_counts().to_dict() == {"type 1": 100, "type 2": 100}
 
 
 @pytest.mark.parametrize(
@@ -173,10 +176,3 @@ def test_datasets_reads_the_published_layout(tmp_path, streaming, monkeypatch):
     assert [row["cell_id"] for row in rows] == [*range(10), *range(500, 510)]
     assert rows[0]["cell_type"] == "B cell"
     assert rows[10]["counts"] == floats.counts[: floats.indptr[1]].tolist()
-
-
-def test_annotations_of_a_split_are_one_table(corpus_path):
-    table = open_corpus(corpus_path).obs("train", ["cell_id", "cell_type"])
-    assert isinstance(table, pa.Table)
-    assert table.num_rows == 300
-    assert table.to_pandas()["cell_type"].value_counts().to_dict() == {"type 1": 100, "type 2": 100}

@@ -147,7 +147,7 @@ def test_a_long_message_of_a_library_is_shortened():
     assert len(explain(KeyError("x" * 5000))) < 500
 
 
-@pytest.mark.parametrize("command", ["train prepare", "train cache", "eval annotation"])
+@pytest.mark.parametrize("command", ["train prepare", "eval annotation"])
 def test_help_without_an_extra_names_the_extra(command):
     """As if the libraries of the extra were not installed."""
     package, name = command.split()

@@ -81,7 +81,7 @@ def assert_same(path, other):
 
 
 COMMANDS = [
-    ["annotate", "--error-rate", "0.1"],
+    ["annotate", "--error-rate", "0.1", "--cluster-key", "donor_id"],
     ["annotate", "--tissue", "lung", "--evidence"],
     ["audit", "--cluster-key", "donor_id", "--table"],
     ["search", "--text", "a T cell without CD19"],
