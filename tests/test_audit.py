@@ -283,10 +283,10 @@ def test_planting_replaces_the_share_and_precision_counts_it():
 def test_the_evaluation_ranks_planted_labels_above_chance(pipeline):
     train, test = synthetic_adata(200, seed=3), synthetic_adata(120, seed=4)
     labels = [np.asarray(cells.obs["cell_type"]).astype(str) for cells in (train, test)]
-    result = evaluate_audit(pipeline, test, labels[1], test, (train, labels[0]), seeds=2)
+    result = evaluate_audit(pipeline, test, labels[1], test, (train, labels[0]), seeds=1)
     for kind in ("any", "near"):
         precision = result["kinds"][kind]["precision"]
-        assert precision["audit: file and model"] == [1, 1]
+        assert precision["audit: file and model"] == [1]
         assert min(precision["markers of the labels"]) > 0.5
         assert max(precision["random"]) < 0.5
     assert confident_scores(test, labels[1], 0).max() < 0

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from scmmgpt import synthetic
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 
 
 PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
@@ -16,28 +16,16 @@ SECTION = PAGE.split("## In your own code")[1].split("\n## ")[0]
 BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def namespace(corpus, aligned, bert, tmp_path_factory):
-    """The names that the page uses without saying where they come from."""
-    folder = tmp_path_factory.mktemp("by hand")
-    pipeline = synthetic.tiny_pipeline()
-    pipeline.save_pretrained(folder / "checkpoint")
-    stage_1 = folder / "stage 1"
-    from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
-
-    torch.manual_seed(0)
-    ScMMGPTForCellTextAlignment(synthetic.tiny_config()).save_pretrained(stage_1)
-    synthetic.tiny_processor().save_pretrained(stage_1)
-    adata = synthetic.synthetic_adata()
-    names = {"checkpoint": str(folder / "checkpoint"), "aligned": str(stage_1), "adata": adata}
-    return folder, {**names, "corpus": corpus, "bert": bert}
-
-
 @pytest.mark.filterwarnings("ignore:'pin_memory'")  # which transformers sets on machines without a GPU, too
-def test_the_page_runs_as_it_stands(namespace, monkeypatch):
-    """Block after block, since each uses names of those before."""
-    folder, names = namespace
-    monkeypatch.chdir(folder)
+def test_the_page_runs_as_it_stands(corpus, bert, adata, tiny_pipeline, tiny_config, tmp_path, monkeypatch):
+    """Block after block, since each uses names of those before; the first ones are names that the page explains."""
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline.save_pretrained("checkpoint")
+    torch.manual_seed(0)
+    ScMMGPTForCellTextAlignment(tiny_config).save_pretrained("stage 1")
+    tiny_pipeline.processor.save_pretrained("stage 1")
+    names = {"checkpoint": str(tmp_path / "checkpoint"), "aligned": str(tmp_path / "stage 1"), "adata": adata}
+    names |= {"corpus": corpus, "bert": bert}
     for number, block in enumerate(BLOCKS):
         exec(compile(block, f"docs/training.md, block {number}", "exec"), names)
         losses = [line["loss"] for line in names["trainer"].state.log_history if "loss" in line]

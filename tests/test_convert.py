@@ -116,25 +116,23 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_converted_weights_give_the_outputs_of_the_original(tmp_path, layout):
+def recorded_model(folder, rename=lambda name: name):
+    """The small model of the original, converted, and what the original gave."""
     arrays = np.load(REFERENCES / "scgpt_tiny.npz")
     info = json.loads(str(arrays["info"]))
-    weights = {
-        LAYOUTS[layout](name.removeprefix("weights/")): arrays[name] for name in arrays if name.startswith("weights/")
-    }
+    weights = {rename(name.removeprefix("weights/")): arrays[name] for name in arrays if name.startswith("weights/")}
     sizes = {name: info[name] for name in ("embsize", "nheads", "d_hid", "nlayers")}
-    model, _ = convert.load_scgpt(write_scgpt_folder(tmp_path, weights, info["ntoken"], **sizes))
-    compare(model, arrays)
+    return convert.load_scgpt(write_scgpt_folder(folder, weights, info["ntoken"], **sizes))[0], arrays
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_converted_weights_give_the_outputs_of_the_original(tmp_path, layout):
+    compare(*recorded_model(tmp_path, LAYOUTS[layout]))
 
 
 def test_the_embedding_recipe_gives_the_embeddings_of_the_original(tmp_path):
     """From counts on: binning, tokens, encoder, length. No two values of a cell are equal, so no bin is drawn."""
-    arrays = np.load(REFERENCES / "scgpt_tiny.npz")
-    info = json.loads(str(arrays["info"]))
-    weights = {name.removeprefix("weights/"): arrays[name] for name in arrays if name.startswith("weights/")}
-    sizes = {name: info[name] for name in ("embsize", "nheads", "d_hid", "nlayers")}
-    model, _ = convert.load_scgpt(write_scgpt_folder(tmp_path, weights, info["ntoken"], **sizes))
+    model, arrays = recorded_model(tmp_path)
     cells = Cells.from_csr(csr_matrix(arrays["counts"]), np.arange(24))
     batch = convert.scgpt_feature_extractor(model.config)(cells)
     with torch.no_grad():
@@ -210,24 +208,30 @@ def test_expected_surplus_keys_are_left_out_and_named(tmp_path, caplog):
     assert "cls_decoder.out_layer.bias: head of a cell-type classifier" in caplog.text
 
 
-def test_unknown_and_missing_keys_are_listed(tmp_path):
-    state_dict = PlainScGPT().state_dict() | {"batch_encoder.embedding.weight": torch.zeros(3, 16)}
-    del state_dict["decoder.fc.4.bias"]
-    with pytest.raises(ValueError, match=r"unknown: batch_encoder.* missing: decoder\.fc\.4\.bias"):
-        convert.load_scgpt(plain_folder(tmp_path, state_dict))
+BIAS = "transformer_encoder.layers.0.self_attn.in_proj_bias"
 
 
-def test_two_layouts_of_the_same_weight_are_refused(tmp_path):
-    state_dict = PlainScGPT().state_dict()
-    name = "transformer_encoder.layers.0.self_attn.in_proj_bias"
-    state_dict[LAYOUTS["flash-attn 1"](name)] = state_dict[name]
-    with pytest.raises(ValueError, match="in two attention layouts: .*Wqkv.bias"):
-        convert.load_scgpt(plain_folder(tmp_path, state_dict))
-
-
-def test_weights_of_another_vocabulary_are_refused_with_both_sizes(tmp_path):
-    with pytest.raises(ValueError, match=r"gene_embedding\.weight is \(31, 16\), expected \(30, 16\)"):
-        convert.load_scgpt(plain_folder(tmp_path, PlainScGPT(vocab_size=31).state_dict()))
+@pytest.mark.parametrize(
+    ("more", "less", "says"),
+    [
+        (
+            {"batch_encoder.embedding.weight": torch.zeros(3, 16)},
+            ["decoder.fc.4.bias"],
+            r"unknown: batch_encoder.* missing: decoder\.fc\.4\.bias",
+        ),
+        ({LAYOUTS["flash-attn 1"](BIAS): torch.zeros(48)}, [], "in two attention layouts: .*Wqkv.bias"),
+        (
+            {"encoder.embedding.weight": torch.zeros(31, 16)},
+            [],
+            r"gene_embedding\.weight is \(31, 16\), expected \(30, 16\)",
+        ),
+    ],
+    ids=["keys", "layouts", "vocabulary"],
+)
+def test_weights_of_another_model_are_refused_by_name(tmp_path, more, less, says):
+    weights = PlainScGPT().state_dict() | more
+    with pytest.raises(ValueError, match=says):
+        convert.load_scgpt(plain_folder(tmp_path, {name: weights[name] for name in weights if name not in less}))
 
 
 def test_a_pickle_with_code_is_not_run(tmp_path):
@@ -326,33 +330,18 @@ def test_queries_start_from_the_feed_forward_of_the_text(bert_folder):
             assert all(torch.equal(text[key], query[key]) for key in text)
 
 
-def test_the_bert_command_writes_what_qformer_from_bert_reads(bert_folder, tmp_path):
+@pytest.mark.parametrize("num_layers", [None, 1])
+def test_the_bert_command_writes_what_qformer_from_bert_reads(bert_folder, tmp_path, num_layers):
     arguments = ["bert", str(bert_folder), "--output", str(tmp_path / "qformer"), "--encoder-hidden-size", "8"]
     convert.main(convert.make_parser().parse_args(arguments))
-    config, weights, _ = convert.qformer_from_bert(tmp_path / "qformer")
+    config, weights, _ = convert.qformer_from_bert(tmp_path / "qformer", num_layers=num_layers)
     assert isinstance(config, Blip2QFormerConfig)
-    assert config.encoder_hidden_size == 8
-    _, expected, _ = convert.qformer_from_bert(bert_folder)
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in weights)
-
-
-def test_the_first_layers_of_a_converted_bert_are_those_of_the_bert(bert_folder, tmp_path):
-    arguments = ["bert", str(bert_folder), "--output", str(tmp_path / "qformer"), "--encoder-hidden-size", "8"]
-    convert.main(convert.make_parser().parse_args(arguments))
-    config, weights, _ = convert.qformer_from_bert(tmp_path / "qformer", num_layers=1)
-    expected_config, expected, _ = convert.qformer_from_bert(bert_folder, num_layers=1)
-    assert config.num_hidden_layers == expected_config.num_hidden_layers == 1
+    assert (config.encoder_hidden_size, config.num_hidden_layers) == (8, num_layers or 3)
+    _, expected, _ = convert.qformer_from_bert(bert_folder, num_layers=num_layers)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
     with pytest.raises(ValueError, match="num_layers is 4, but .* has 3 layers"):
         convert.qformer_from_bert(tmp_path / "qformer", num_layers=4)
-
-
-def test_a_qformer_is_not_made_of_anything_but_a_bert(tmp_path):
-    LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="starts from a BERT, but .* a 'llama' model"):
-        convert.qformer_from_bert(tmp_path)
 
 
 def test_the_lm_command_writes_model_and_tokenizer(tmp_path, tiny_llama_config, text_tokenizer):
@@ -364,17 +353,17 @@ def test_the_lm_command_writes_model_and_tokenizer(tmp_path, tiny_llama_config, 
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(tmp_path / "lm").get_vocab()
 
 
-def test_a_folder_with_one_gguf_file_is_a_source(tmp_path):
+def test_a_source_is_a_folder_with_one_gguf_file_or_an_installed_package(tmp_path):
     (tmp_path / "model.gguf").touch()
     assert convert.resolve_source(tmp_path) == (str(tmp_path), "model.gguf")
     (tmp_path / "other.gguf").touch()
     with pytest.raises(FileNotFoundError, match=r"2 GGUF files \['model.gguf', 'other.gguf'\]; name one"):
         convert.resolve_source(tmp_path)
-
-
-def test_a_package_that_is_not_installed_is_named():
     with pytest.raises(FileNotFoundError, match="'no_such_weights' .* not installed"):
         convert.resolve_source("package:no_such_weights/model")
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match="starts from a BERT, but .* a 'llama' model"):
+        convert.qformer_from_bert(tmp_path / "llama")
 
 
 def test_minilm_from_its_package_is_the_text_branch():

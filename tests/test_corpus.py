@@ -45,6 +45,9 @@ def test_cells_and_annotations_come_back_as_they_were_written(corpus_path):
     assert obs["barcode"].to_pylist()[-1] == "299"
     assert corpus.n_cells("train") == 300
     assert len(corpus.shards("train")) == 3
+    table = corpus.obs("train", ["cell_id", "cell_type"])
+    assert isinstance(table, pa.Table)
+    assert table.to_pandas()["cell_type"].value_counts().to_dict() == {"type 1": 100, "type 2": 100}
 
 
 @pytest.mark.parametrize(
@@ -67,10 +70,24 @@ def test_every_value_is_kept_exactly(tmp_path, values, stored):
     np.testing.assert_array_equal(read.counts, values)
 
 
-def test_counts_that_float32_would_round_are_refused(tmp_path):
-    cells = Cells(np.array([0, 1]), np.array([3]), np.array([2**24 + 1]), np.array([7], np.uint64))
-    with pytest.raises(ValueError, match="16777217"):
-        write_corpus(tmp_path, VOCABULARY, {"train": (cells, {})})
+def cell_of(genes, counts):
+    """One cell."""
+    return Cells(np.array([0, len(genes)]), np.array(genes), np.array(counts), np.array([7], np.uint64))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "cells", "obs", "says"),
+    [
+        (VOCABULARY, cell_of([3], [2**24 + 1]), {}, "16777217"),  # which float32 would round
+        ({symbol: i for symbol, i in VOCABULARY.items() if i < 50}, make_cells(20), {}, "another vocabulary"),
+        (VOCABULARY, cell_of([5, 5], [1, 1]), {}, "gene ids of cell 0 are not ascending and unique"),
+        (VOCABULARY, make_cells(2), {"louvain": ["1", "2"]}, "louvain"),
+    ],
+    ids=["count", "vocabulary", "order", "annotation"],
+)
+def test_what_a_corpus_cannot_hold_is_refused_when_it_is_written(tmp_path, vocabulary, cells, obs, says):
+    with pytest.raises(ValueError, match=says):
+        write_corpus(tmp_path, vocabulary, {"train": (cells, obs)})
 
 
 def test_the_same_cells_give_the_same_bytes(tmp_path):
@@ -93,23 +110,6 @@ def test_a_write_that_fails_leaves_no_shard(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         writer.write_shard("train", 0, 1, make_cells(10), {})
     assert list((tmp_path / "data").iterdir()) == []
-
-
-def test_cells_of_another_vocabulary_are_refused_when_written(tmp_path):
-    small = {symbol: i for symbol, i in VOCABULARY.items() if i < 50}
-    with pytest.raises(ValueError, match="another vocabulary"):
-        write_corpus(tmp_path, small, {"train": (make_cells(20), {})})
-
-
-def test_unordered_genes_are_refused_when_written(tmp_path):
-    cells = Cells(np.array([0, 1, 3]), np.array([9, 5, 5]), np.array([1, 1, 1]), np.arange(2, dtype=np.uint64))
-    with pytest.raises(ValueError, match="gene ids of cell 1 are not ascending and unique"):
-        write_corpus(tmp_path, VOCABULARY, {"train": (cells, {})})
-
-
-def test_unknown_annotations_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="louvain"):
-        write_corpus(tmp_path, VOCABULARY, {"train": (make_cells(2), {"louvain": ["1", "2"]})})
 
 
 def test_another_model_vocabulary_is_refused(corpus_path):
@@ -178,10 +178,3 @@ def test_datasets_reads_the_published_layout(tmp_path, streaming, monkeypatch):
     assert [row["cell_id"] for row in rows] == [*range(10), *range(500, 510)]
     assert rows[0]["cell_type"] == "B cell"
     assert rows[10]["counts"] == floats.counts[: floats.indptr[1]].tolist()
-
-
-def test_annotations_of_a_split_are_one_table(corpus_path):
-    table = open_corpus(corpus_path).obs("train", ["cell_id", "cell_type"])
-    assert isinstance(table, pa.Table)
-    assert table.num_rows == 300
-    assert table.to_pandas()["cell_type"].value_counts().to_dict() == {"type 1": 100, "type 2": 100}

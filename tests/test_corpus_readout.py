@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 
 from scmmgpt.genes_scmmgpt import GeneIndex
@@ -21,6 +22,16 @@ def model_for(corpus):
     return ScMMGPTForCellTextAlignment(config)
 
 
+@pytest.fixture
+def fitted(corpus, monkeypatch):
+    """A corpus, a processor of its genes, and a model with a readout of its types."""
+    corpus, processor = open_corpus(corpus), tiny_pipeline().processor
+    monkeypatch.setattr(type(processor), "gene_index", GeneIndex(corpus.vocabulary))
+    model = model_for(corpus).eval()
+    fit_corpus_readout(model, corpus)
+    return corpus, processor, model
+
+
 def test_the_readout_names_the_types_of_training_cells_and_survives_saving(corpus, tmp_path):
     corpus = open_corpus(corpus)
     model = model_for(corpus)
@@ -37,15 +48,12 @@ def test_the_readout_names_the_types_of_training_cells_and_survives_saving(corpu
     np.testing.assert_array_equal(loaded.label_readout.for_genes()(cells), model.label_readout.for_genes()(cells))
 
 
-def test_texts_about_genes_are_kept_with_the_readout(corpus, monkeypatch, tmp_path):
-    corpus = open_corpus(corpus)
-    model, processor = model_for(corpus), tiny_pipeline().processor
-    monkeypatch.setattr(type(processor), "gene_index", GeneIndex(corpus.vocabulary))
-    fit_corpus_readout(model, corpus)
+def test_texts_about_genes_are_kept_with_the_readout(fitted, tmp_path):
+    corpus, processor, model = fitted
     one, other = (corpus.gene_symbols[gene] for gene in model.label_readout.gene_ids[:2])
     rows = f"{one},B cells have it.\n{other},A monocyte of human blood has it.\nNOGENE,Nothing.\n"
     (tmp_path / "genes.csv").write_text(f"symbol,summary\n{rows}")
-    add_gene_texts(model.eval(), processor, tmp_path / "genes.csv")
+    add_gene_texts(model, processor, tmp_path / "genes.csv")
     assert model.config.label_readout["text_width"] == model.config.qformer_config.hidden_size
     model.save_pretrained(tmp_path / "saved")
     loaded = ScMMGPTForCellTextAlignment.from_pretrained(tmp_path / "saved")
@@ -72,11 +80,8 @@ def test_an_older_checkpoint_with_a_row_of_texts_for_each_gene_loads_and_keeps_i
         np.testing.assert_array_equal(model.label_readout.arrays()["gene_texts"], texts)
 
 
-def test_a_cell_is_placed_at_the_texts_of_its_labels_by_their_probability(corpus, monkeypatch, tmp_path):
-    corpus, processor = open_corpus(corpus), tiny_pipeline().processor
-    monkeypatch.setattr(type(processor), "gene_index", GeneIndex(corpus.vocabulary))
-    model = model_for(corpus).eval()
-    fit_corpus_readout(model, corpus)
+def test_a_cell_is_placed_at_the_texts_of_its_labels_by_their_probability(fitted, tmp_path):
+    corpus, processor, model = fitted
     place_labels(model, processor, weight=1000.0)  # what the network adds is nothing beside it
     cells, _ = corpus.load("train", ["cell_type"])
     inputs = processor(cells=cells)
@@ -95,12 +100,9 @@ def test_a_cell_is_placed_at_the_texts_of_its_labels_by_their_probability(corpus
     torch.testing.assert_close(loaded.get_cell_features(**inputs), features)
 
 
-def test_the_weight_of_the_places_is_the_smallest_that_is_as_good_as_the_best(corpus, monkeypatch):
-    corpus, processor = open_corpus(corpus), tiny_pipeline().processor
-    monkeypatch.setattr(type(processor), "gene_index", GeneIndex(corpus.vocabulary))
-    model = model_for(corpus).eval()
-    assert choose_places(model, processor, corpus, CaptionSampler()) == {}  # without a readout
-    fit_corpus_readout(model, corpus)
+def test_the_weight_of_the_places_is_the_smallest_that_is_as_good_as_the_best(fitted):
+    corpus, processor, model = fitted
+    assert choose_places(model_for(corpus), processor, corpus, CaptionSampler()) == {}  # without a readout
     losses = choose_places(model, processor, corpus, CaptionSampler())
     weight = model.label_readout.features.norm(dim=1)
     chosen = min(losses, key=lambda value: abs(value - weight[0].item()))
@@ -109,11 +111,8 @@ def test_the_weight_of_the_places_is_the_smallest_that_is_as_good_as_the_best(co
     assert losses[chosen] <= losses[0.0]
 
 
-def test_labels_are_set_apart_and_texts_come_to_the_place_of_their_label(corpus, monkeypatch):
-    corpus, processor = open_corpus(corpus), tiny_pipeline().processor
-    monkeypatch.setattr(type(processor), "gene_index", GeneIndex(corpus.vocabulary))
-    model = model_for(corpus).eval()
-    fit_corpus_readout(model, corpus)
+def test_labels_are_set_apart_and_texts_come_to_the_place_of_their_label(fitted):
+    corpus, processor, model = fitted
     place_labels(model, processor)
     places, texts = model.label_readout.features.clone(), model.config.label_readout["texts"]
     set_apart(model, processor, corpus, CaptionSampler())

@@ -147,7 +147,7 @@ def test_a_long_message_of_a_library_is_shortened():
     assert len(explain(KeyError("x" * 5000))) < 500
 
 
-@pytest.mark.parametrize("command", ["train prepare", "train cache", "eval annotation"])
+@pytest.mark.parametrize("command", ["train prepare", "eval annotation"])
 def test_help_without_an_extra_names_the_extra(command):
     """As if the libraries of the extra were not installed."""
     package, name = command.split()
@@ -234,10 +234,6 @@ def test_a_damaged_checkpoint_is_refused_before_memory_is_asked_for(name, checkp
     damage(checkpoint)
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         check_checkpoint(str(checkpoint))
-
-
-def test_a_whole_checkpoint_passes(labelled_checkpoint):
-    check_checkpoint(labelled_checkpoint)
 
 
 def test_a_checkpoint_without_a_language_model_passes_with_the_sizes_of_one(checkpoint):

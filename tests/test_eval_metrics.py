@@ -23,7 +23,6 @@ from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import (
 )
 from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import (
     discrepancy,
-    distance_kernel,
     distances_by_type,
     fit_cell_space,
     gaussian_kernel,
@@ -174,11 +173,6 @@ def test_a_type_that_never_occurs_is_not_a_class_of_the_average():
     assert scores["balanced_accuracy"] == pytest.approx(0.75)
 
 
-def test_calibration_error_by_hand():
-    # Bin of 0.9: accuracy 1/2, gap 0.4, two cells. Bin of 0.55: accuracy 1, gap 0.45, one cell.
-    assert expected_calibration_error([0.9, 0.9, 0.55], [True, False, True]) == pytest.approx((0.4 * 2 + 0.45) / 3)
-
-
 def test_calibration_error_equals_the_gaps_of_sklearns_calibration_curve(rng):
     confidences = rng.random(500)
     correct = rng.random(500) < confidences**2
@@ -240,10 +234,6 @@ def test_bootstrap_weights_equal_repeated_points_without_pairs_of_copies(rng):
     different = drawn[:, None] != drawn[None, :]
     theirs = k[different].mean() + k_yy[~np.eye(5, dtype=bool)].mean() - 2 * rbf_kernel(x[drawn], y, gamma=0.5).mean()
     assert ours == pytest.approx([theirs])
-
-
-def test_distance_kernel_is_negative_distance():
-    assert distance_kernel(np.array([[0.0, 0.0]]), np.array([[3.0, 4.0]])) == pytest.approx(-5.0)
 
 
 def test_median_distance_of_coinciding_points_is_usable():

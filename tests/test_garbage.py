@@ -18,26 +18,20 @@ def new_process():
     gc.freeze()
 
 
-def test_no_garbage_is_searched_until_all_is_loaded():
+def test_no_garbage_is_searched_until_all_is_loaded_once_in_a_process():
     with starting():
         assert not gc.isenabled()
         started()
         assert gc.isenabled()
         assert gc.get_freeze_count() > 0  # what was loaded is not searched
-    assert gc.isenabled()
+    with starting():
+        assert gc.isenabled()
 
 
 def test_garbage_is_searched_again_after_an_error():
     with pytest.raises(ZeroDivisionError), starting():
         raise ZeroDivisionError
     assert gc.isenabled()
-
-
-def test_a_process_has_one_start():
-    with starting():
-        started()
-    with starting():
-        assert gc.isenabled()
 
 
 def test_garbage_is_searched_once_a_checkpoint_is_there(monkeypatch):

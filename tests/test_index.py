@@ -56,6 +56,8 @@ def test_the_best_hits_are_those_of_exact_search(folder, vectors):
         assert [hit.rank for hit in hits] == list(range(1, 11))
         assert hits[0].score == pytest.approx((vectors @ query).max(), abs=1e-5)
     assert found / total >= 0.98
+    hit = index.search_index(folder, vectors[250], 1)[0]
+    assert (hit.cell, hit.file, hit.row) == ("lung-50", str(folder.parent / "lung.h5ad"), 50)
 
 
 def test_an_index_cannot_leave_out_what_a_text_denies(folder):
@@ -111,11 +113,6 @@ def test_cells_called_by_a_profile_come_first(folder, vectors, tmp_path, caplog)
     where = index.with_called(plain, tmp_path / "other", query, 5, "number == 8", ["hepatocyte"])
     assert where[0].row == 8
     assert index.with_called(plain, tmp_path / "other", query, 5, None, ["enterocyte"]) == plain
-
-
-def test_hits_name_file_and_row(folder, vectors, tmp_path):
-    hit = index.search_index(folder, vectors[250], 1)[0]
-    assert (hit.cell, hit.file, hit.row) == ("lung-50", str(tmp_path / "lung.h5ad"), 50)
 
 
 def test_a_condition_on_obs_keeps_the_best_cells_that_fulfil_it(folder, vectors):

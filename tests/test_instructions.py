@@ -70,6 +70,11 @@ def rows(ids):
     return found
 
 
+@pytest.fixture(scope="module")
+def instructions(corpus, processor, rows, tmp_path_factory):
+    return read(write(tmp_path_factory.mktemp("instructions") / "a.jsonl", rows), corpus, processor)
+
+
 def test_rows_come_from_jsonl_and_parquet_alike(corpus, processor, rows, tmp_path):
     table = pa.Table.from_pylist([{**row, "cell_ids": list(map(str, row["cell_ids"]))} for row in rows])
     pq.write_table(table, tmp_path / "a.parquet")
@@ -82,13 +87,12 @@ def test_rows_come_from_jsonl_and_parquet_alike(corpus, processor, rows, tmp_pat
         assert first.cells.cell_ids[places].view(np.int64).tolist() == row["cell_ids"]
 
 
-def test_the_counts_of_a_named_cell_are_those_of_the_corpus(corpus, processor, rows, tmp_path):
-    found = read(write(tmp_path / "a.jsonl", rows), corpus, processor)
+def test_the_counts_of_a_named_cell_are_those_of_the_corpus(corpus, instructions):
     cells, _ = open_corpus(corpus).load("train", [])
-    for i in range(len(found.cells)):
-        own = cells[int(np.flatnonzero(cells.cell_ids == found.cells.cell_ids[i])[0])]
-        np.testing.assert_array_equal(found.cells[i].gene_ids, own.gene_ids)
-        np.testing.assert_array_equal(found.cells[i].counts, own.counts)
+    for i in range(len(instructions.cells)):
+        own = cells[int(np.flatnonzero(cells.cell_ids == instructions.cells.cell_ids[i])[0])]
+        np.testing.assert_array_equal(instructions.cells[i].gene_ids, own.gene_ids)
+        np.testing.assert_array_equal(instructions.cells[i].counts, own.counts)
 
 
 def test_only_the_assistant_is_learned_turn_by_turn(processor):
@@ -175,8 +179,7 @@ def test_a_template_that_rewrites_what_it_wrote_is_refused(processor):
         encode_conversation(conversation("A", "B"), rewriting, "here")
 
 
-def test_conversations_take_their_share_and_each_comes_up_equally_often(corpus, processor, rows, tmp_path):
-    instructions = read(write(tmp_path / "a.jsonl", rows), corpus, processor)
+def test_conversations_take_their_share_and_each_comes_up_equally_often(corpus, processor, instructions):
     seen = []
     for rank in range(2):
         batches = batches_of(corpus, processor, instructions, ratio=0.375, rank=rank, world_size=2, batch_size=4)
@@ -187,8 +190,7 @@ def test_conversations_take_their_share_and_each_comes_up_equally_often(corpus, 
     assert times.tolist() == [4] * 12  # 2 ranks x 16 steps x 1.5 conversations = 4 x 12
 
 
-def test_a_batch_holds_described_generated_and_discussed_cells(corpus, processor, rows, tmp_path):
-    instructions = read(write(tmp_path / "a.jsonl", rows), corpus, processor)
+def test_a_batch_holds_described_generated_and_discussed_cells(corpus, processor, instructions):
     batches = batches_of(corpus, processor, instructions, ratio=0.5)
     batch = next(iter(batches))
     chosen = batches.conversations_of(0)
@@ -205,8 +207,7 @@ def test_a_batch_holds_described_generated_and_discussed_cells(corpus, processor
     assert (batch["labels"] != -100)[-4:].any(dim=1).all()
 
 
-def test_a_resumed_epoch_holds_the_same_conversations(corpus, processor, rows, tmp_path):
-    instructions = read(write(tmp_path / "a.jsonl", rows), corpus, processor)
+def test_a_resumed_epoch_holds_the_same_conversations(corpus, processor, instructions):
     whole, resumed = (batches_of(corpus, processor, instructions, ratio=0.5) for _ in range(2))
     for batches in (whole, resumed):
         batches.set_epoch(1)
@@ -219,8 +220,7 @@ def test_a_resumed_epoch_holds_the_same_conversations(corpus, processor, rows, t
             assert torch.equal(value, found[step][name]), name
 
 
-def test_a_single_process_sees_the_same_conversations_on_every_rank(corpus, processor, rows, tmp_path):
-    instructions = read(write(tmp_path / "a.jsonl", rows), corpus, processor)
+def test_a_single_process_sees_the_same_conversations_on_every_rank(corpus, processor, instructions):
     own = [batches_of(corpus, processor, instructions, ratio=0.5, rank=r, world_size=2) for r in range(2)]
     first, second = (next(iter(batches.of_all_ranks())) for batches in own)
     for name, value in first.items():

@@ -101,7 +101,9 @@ def test_a_cell_that_is_all_padding_has_states_of_zero(model, batch, implementat
 def test_a_batch_of_empty_cells_has_states_of_zero(model, batch):
     empty = {name: value[2:3] for name, value in batch.items()}
     assert (model(**empty).last_hidden_state == torch.zeros(1, 9, 16)).all()
-    assert (model(**empty, cls_only=True).last_hidden_state == torch.zeros(1, 1, 16)).all()
+    states = model(**empty, cls_only=True, output_hidden_states=True).hidden_states
+    assert [tuple(state.shape) for state in states] == [(1, 9, 16)] * 3 + [(1, 1, 16)]
+    assert all((state == 0).all() for state in states)
 
 
 def test_no_mask_means_no_padding(model, batch):
@@ -130,13 +132,6 @@ def test_hidden_states_are_the_embeddings_and_every_layer(model, batch, cls_only
         model.set_attn_implementation("eager")
         eager = model(**batch, cls_only=cls_only, output_hidden_states=True)
     torch.testing.assert_close(packed.hidden_states, eager.hidden_states)
-
-
-def test_hidden_states_of_a_batch_of_empty_cells_are_zero(model, batch):
-    empty = {name: value[2:3] for name, value in batch.items()}
-    states = model(**empty, cls_only=True, output_hidden_states=True).hidden_states
-    assert [tuple(state.shape) for state in states] == [(1, 9, 16)] * 3 + [(1, 1, 16)]
-    assert all((state == 0).all() for state in states)
 
 
 def test_hidden_states_by_configuration(batch):
@@ -490,14 +485,6 @@ def test_pre_training_reads_no_value_that_it_hides(batch, objective):
     torch.testing.assert_close(predictions[:2], predictions[2:])
 
 
-def test_the_cell_model_loads_from_a_pre_training_checkpoint(batch, tmp_path):
-    model = ScGPTForPreTraining(make_config()).eval()
-    model.save_pretrained(tmp_path)
-    loaded, report = ScGPTModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(report.values())
-    torch.testing.assert_close(loaded(**batch).pooler_output, model.cell_model(**batch).pooler_output)
-
-
 @pytest.mark.parametrize("objectives", [("cell_prompt",), ("masked", "guessing"), ()])
 def test_objectives_are_checked(objectives):
     with pytest.raises(ValueError, match="choose from"):
@@ -519,11 +506,14 @@ def test_gene_embeddings_start_uniform_as_in_scgpt():
     assert weight.std().item() == pytest.approx(0.2 / 12**0.5, rel=0.02)
 
 
-def test_saving_and_loading_changes_nothing(model, batch, tmp_path):
+@pytest.mark.parametrize("kind", [ScGPTModel, ScGPTForPreTraining])
+def test_the_cell_model_is_saved_alone_or_in_a_model_of_pre_training_and_loads(batch, tmp_path, kind):
+    model = kind(make_config()).eval()
     model.save_pretrained(tmp_path)
     loaded, report = ScGPTModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
-    assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
+    cell_model = model if kind is ScGPTModel else model.cell_model
+    assert torch.equal(loaded(**batch).last_hidden_state, cell_model(**batch).last_hidden_state)
     assert {"modeling_scgpt.py", "configuration_scmmgpt.py"} <= {path.name for path in tmp_path.iterdir()}
 
 

@@ -21,31 +21,35 @@ def cells():
     return adata
 
 
-class Text(html.parser.HTMLParser):
-    """The words, pictures and headings of a page."""
+class Page(html.parser.HTMLParser):
+    """The words and the tags of a page, which is well formed."""
 
     def __init__(self, page):
         super().__init__()
-        self.words, self.pictures, self.unclosed = [], [], []
+        self.tags, self.text, self.unclosed = [], "", []
         self.feed(page)
+        self.close()
+        assert not self.unclosed
 
     def handle_starttag(self, tag, attributes):
-        if tag == "img":
-            self.pictures.append(dict(attributes))
-        elif tag not in ("meta", "br"):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("img", "meta", "br"):
             self.unclosed.append(tag)
 
     def handle_endtag(self, tag):
         assert self.unclosed.pop() == tag
 
     def handle_data(self, data):
-        self.words.append(data)
+        self.text += f"{data} "
+
+    @property
+    def pictures(self):
+        return [attributes for tag, attributes in self.tags if tag == "img"]
 
 
 def words_of(page):
-    text = Text(page)
-    assert not text.unclosed
-    return " ".join(" ".join(text.words).split()), text.pictures
+    page = Page(page)
+    return " ".join(page.text.split()), page.pictures
 
 
 def test_many_cells_are_described_by_a_sample(pipeline, cells, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import sys
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import anndata
@@ -79,20 +80,41 @@ def assert_same(path, other):
     assert repr(one.uns) == repr(two.uns)
 
 
-@pytest.mark.parametrize("size", [7, 20, 1000])
-def test_partitions_of_any_size_give_the_answers_of_the_whole(adata, checkpoint, tmp_path, small, size):
-    adata.obs["cluster"] = np.arange(60) % 5
-    adata.write_h5ad(tmp_path / "cells.h5ad")
-    words = [tmp_path / "cells.h5ad", "--cluster-key", "cluster", "--min-score", "0.34"]
-    run("annotate", *words, "-o", tmp_path / "whole.h5ad", checkpoint=checkpoint)
-    where = ["--workers", 1, "--cells-per-partition", size]
-    run("annotate", *words, "-o", tmp_path / "parts.h5ad", *where, checkpoint=checkpoint)
-    assert_same(tmp_path / "parts.h5ad", tmp_path / "whole.h5ad")
-    assert not (tmp_path / "parts.h5ad.parts").exists()
+COMMANDS = [
+    ["annotate", "--error-rate", "0.1", "--cluster-key", "donor_id"],
+    ["annotate", "--tissue", "lung", "--evidence"],
+    ["audit", "--cluster-key", "donor_id", "--table"],
+    ["search", "--text", "a T cell without CD19"],
+    ["embed"],
+    ["annotate", "--labels", "B cell", "T cell", "a cell that expresses LYZ and CD14", "--read-batch"],
+    ["annotate", "--cluster-key", "donor_id", "--min-score", "0.34"],
+]
 
 
-def same_tables(path, other):
-    return path.read_text() == other.read_text()
+def in_ways(tmp_path, ways, verb, *words, checkpoint):
+    """Run a command once for each of two ways; the results are equal, and so are the tables of a last option."""
+    found = []
+    for number, where in enumerate(ways):
+        name = tmp_path / f"way{number}"
+        table = [f"{name}.csv"] if words[-1] in ("--evidence", "--table") else []
+        run(verb, tmp_path / "cells.h5ad", *words, *table, "-o", f"{name}.h5ad", *where, checkpoint=checkpoint)
+        assert not list(tmp_path.glob("*.parts"))
+        found.append([Path(path).read_text() for path in table])
+    assert_same(tmp_path / "way1.h5ad", tmp_path / "way0.h5ad")
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        *((words, 14) for words in COMMANDS[:2]),
+        *((["annotate", "--cluster-key", "donor_id", "--evidence"], size) for size in (7, 28)),
+        *((COMMANDS[-1], size) for size in (7, 20, 1000)),
+    ],
+)
+def test_partitions_of_any_size_give_the_answers_of_the_whole(fitted, tmp_path, small, words, size):
+    synthetic.synthetic_adata().write_h5ad(tmp_path / "cells.h5ad")
+    in_ways(tmp_path, [[], ["--workers", 1, "--cells-per-partition", size]], *words, checkpoint=fitted)
 
 
 def test_an_audit_in_partitions_has_the_ranks_of_the_whole(fitted, tmp_path, small, capsys):
@@ -105,7 +127,7 @@ def test_an_audit_in_partitions_has_the_ranks_of_the_whole(fitted, tmp_path, sma
     where = ["-o", tmp_path / "parts.h5ad", "--workers", 1, "--cells-per-partition", 7]
     run("audit", *words, tmp_path / "parts.csv", *where, checkpoint=fitted)
     assert_same(tmp_path / "parts.h5ad", tmp_path / "whole.h5ad")
-    assert same_tables(tmp_path / "parts.csv", tmp_path / "whole.csv")
+    assert (tmp_path / "parts.csv").read_text() == (tmp_path / "whole.csv").read_text()
     assert json.loads(capsys.readouterr().out) == {**whole, "output": str(tmp_path / "parts.h5ad")}
     assert whole["contradicted"] == 6
 
@@ -125,17 +147,6 @@ def test_an_audit_in_partitions_has_the_neighbours_of_the_whole(tmp_path, types)
     found = pipeline.audit_cells.call_args.args[1].neighbours
     for name in ("scores", "novelty", "types"):
         np.testing.assert_array_equal(getattr(found, name), getattr(near, name))
-
-
-@pytest.mark.parametrize("size", [7, 28])
-def test_evidence_in_partitions_is_a_second_pass_with_the_sums_of_the_whole(fitted, tmp_path, small, size):
-    synthetic.synthetic_adata().write_h5ad(tmp_path / "cells.h5ad")
-    words = [tmp_path / "cells.h5ad", "--cluster-key", "donor_id", "--evidence"]
-    run("annotate", *words, tmp_path / "whole.csv", "-o", tmp_path / "whole.h5ad", checkpoint=fitted)
-    where = ["-o", tmp_path / "parts.h5ad", "--workers", 1, "--cells-per-partition", size]
-    run("annotate", *words, tmp_path / "parts.csv", *where, checkpoint=fitted)
-    assert_same(tmp_path / "parts.h5ad", tmp_path / "whole.h5ad")
-    assert same_tables(tmp_path / "parts.csv", tmp_path / "whole.csv")
 
 
 @pytest.mark.parametrize("read_cells", [60, 10_000])
@@ -184,53 +195,12 @@ def test_the_model_of_the_package_is_named_in_each_result(adata, checkpoint, tmp
     assert anndata.read_h5ad(tmp_path / "parts.h5ad").uns["scmmgpt"]["model"] == identity
 
 
-COMMANDS = [
-    ["annotate", "--error-rate", "0.1"],
-    ["annotate", "--tissue", "lung", "--evidence"],
-    ["audit", "--cluster-key", "donor_id", "--table"],
-    ["search", "--text", "a T cell without CD19"],
-    ["embed"],
-    ["annotate", "--labels", "B cell", "T cell", "a cell that expresses LYZ and CD14", "--read-batch"],
-    ["annotate", "--cluster-key", "donor_id", "--min-score", "0.34"],
-]
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("words", COMMANDS)
-def test_partitions_of_a_zarr_store_give_the_results_of_an_h5ad(fitted, tmp_path, small, words):
-    adata = synthetic.synthetic_adata()
-    adata.write_h5ad(tmp_path / "cells.h5ad")
-    with anndata.settings.override(zarr_write_format=3):
-        adata.write_zarr(tmp_path / "cells.zarr", chunks=(8, 8))
-    for name, where in (("h5ad", []), ("zarr", ["--workers", 1, "--cells-per-partition", 14])):
-        table = [tmp_path / f"{name}.csv"] if words[-1] in ("--evidence", "--table") else []
-        where = ["-o", tmp_path / f"of_{name}.h5ad", *where]
-        run(words[0], tmp_path / f"cells.{name}", *words[1:], *table, *where, checkpoint=fitted)
-    assert_same(tmp_path / "of_zarr.h5ad", tmp_path / "of_h5ad.h5ad")
-    assert not table or same_tables(tmp_path / "zarr.csv", tmp_path / "h5ad.csv")
-
-
-@pytest.mark.parametrize("words", COMMANDS[:2])
-def test_sets_of_labels_and_labels_of_a_tissue_are_those_of_the_whole(fitted, tmp_path, small, words):
-    synthetic.synthetic_adata().write_h5ad(tmp_path / "cells.h5ad")
-    words = [*words, tmp_path / "evidence.csv"] if words[-1] == "--evidence" else words
-    words = [words[0], tmp_path / "cells.h5ad", *words[1:]]
-    run(*words, "-o", tmp_path / "whole.h5ad", checkpoint=fitted)
-    run(*words, "-o", tmp_path / "parts.h5ad", "--workers", 1, "--cells-per-partition", 14, checkpoint=fitted)
-    assert_same(tmp_path / "parts.h5ad", tmp_path / "whole.h5ad")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("words", COMMANDS)
 def test_two_processes_give_the_bits_of_one(fitted, tmp_path, words):
     synthetic.synthetic_adata(4200).write_h5ad(tmp_path / "cells.h5ad")
-    for workers in (1, 2):
-        table = [tmp_path / f"{workers}.csv"] if words[-1] in ("--evidence", "--table") else []
-        where = ["-o", tmp_path / f"{workers}.h5ad", "--workers", workers, "--cells-per-partition", 1]
-        run(words[0], tmp_path / "cells.h5ad", *words[1:], *table, *where, checkpoint=fitted)
-    assert_same(tmp_path / "2.h5ad", tmp_path / "1.h5ad")
-    assert not table or same_tables(tmp_path / "2.csv", tmp_path / "1.csv")
+    ways = [["--cells-per-partition", 1, "--workers", workers] for workers in (1, 2)]
+    in_ways(tmp_path, ways, *words, checkpoint=fitted)
 
 
 def test_a_readout_is_solved_once_and_a_partition_is_read_while_others_are_computed(
@@ -329,16 +299,8 @@ def test_a_partition_that_loses_its_workers_is_cut_and_only_the_piece_that_loses
     adata, checkpoint, tmp_path, small, monkeypatch, capsys
 ):
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    words = [
-        "embed",
-        tmp_path / "cells.h5ad",
-        "-o",
-        tmp_path / "out.h5ad",
-        "--workers",
-        1,
-        "--cells-per-partition",
-        28,
-    ]
+    words = ["embed", tmp_path / "cells.h5ad", "-o", tmp_path / "out.h5ad"]
+    words += ["--workers", 1, "--cells-per-partition", 28]
 
     def run_pieces(self, function, tasks, split):
         for piece in [piece for task in tasks for piece in split(task)]:

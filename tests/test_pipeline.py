@@ -298,11 +298,7 @@ def test_a_sampled_cell_is_the_same_in_any_batch_and_beside_any_other_prompt(cou
     alone = counting_pipeline.generate("a T cell", 4).layers["counts"].toarray()
     beside = counting_pipeline.generate(["a B cell", "a T cell"], 4, batch_size=batch_size)
     np.testing.assert_array_equal(beside[beside.obs["prompt"] == "a T cell"].layers["counts"].toarray(), alone)
-
-
-def test_another_seed_gives_other_cells(counting_pipeline):
-    draws = [counting_pipeline.generate("a T cell", 2, seed=seed).layers["counts"].toarray() for seed in (0, 1)]
-    assert (draws[0] != draws[1]).any()
+    assert (counting_pipeline.generate("a T cell", 4, seed=1).layers["counts"].toarray() != alone).any()
 
 
 def test_more_genes_than_fit_are_decoded_in_turns(tiny_pipeline):
@@ -393,9 +389,6 @@ def test_a_cell_that_is_not_there_is_named_with_those_that_may_be_meant(tiny_pip
 def test_several_texts_give_a_list_of_hits_each(tiny_pipeline, adata):
     both = tiny_pipeline.search(adata, ["a B cell", "monocyte"], top_k=2)
     assert both[1] == tiny_pipeline.search(adata, "monocyte", top_k=2)
-
-
-def test_more_hits_than_cells_are_all_cells(tiny_pipeline, adata):
     assert len(tiny_pipeline.search(adata[:3].copy(), "a B cell", top_k=10)) == 3
 
 

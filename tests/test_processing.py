@@ -52,26 +52,19 @@ def test_a_batch_is_padded_on_the_left_and_its_rows_are_the_rows_alone(processor
 def test_more_placeholders_than_cells_names_both_numbers(processor, cells):
     with pytest.raises(ValueError, match="mention 3 cells .* 2 cells were given"):
         processor(text=["<cell> <cell>", "<cell>"], cells=cells)
-
-
-def test_placeholders_without_cells_are_refused(processor):
     with pytest.raises(ValueError, match="mention 1 cells .* 0 cells were given.*processor.data_collator"):
         processor(text="<cell>")
 
 
-def test_answers_are_learned_and_prompts_are_not(processor):
-    batch = processor(text=["this is", "the type is a"], answers=["a B cell", "monocyte"])
+def test_answers_are_learned_and_prompts_and_empty_answers_are_not(processor):
+    batch = processor(text=["this is", "the type is a", "this is"], answers=["a B cell", "monocyte", ""])
     tokenizer = processor.tokenizer
     for row, answer in enumerate(["a B cell", "monocyte"]):
         learned = batch["labels"][row][batch["labels"][row] != -100]
         assert tokenizer.decode(learned[:-1]) == answer
         assert learned[-1] == tokenizer.eos_token_id
+    assert (batch["labels"][2] == -100).all()
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
-
-
-def test_an_empty_answer_teaches_nothing(processor):
-    batch = processor(text=["this is", "the type is"], answers=["a B cell", ""])
-    assert (batch["labels"][1] == -100).all()
 
 
 def test_the_prompt_of_training_is_the_prompt_of_generation(processor, cells):

@@ -23,6 +23,17 @@ def described(pipeline):
     return pipeline.describe(synthetic_adata(120), proof=True)
 
 
+def cells_with(counts):
+    """A hundred and twenty cells, in which some genes of a cell have other counts."""
+    adata = synthetic_adata(120)
+    changed = adata.X.tolil()
+    for cell, genes in counts.items():
+        for gene, count in genes.items():
+            changed[cell, adata.var_names.get_loc(gene)] = count
+    adata.X = changed.tocsr()
+    return adata
+
+
 def checker_of(adata):
     counts = adata.X.tocsr()
     sizes = np.asarray(counts.sum(axis=1)).ravel()
@@ -51,12 +62,7 @@ def test_all_clauses_are_supported_and_lies_are_found(pipeline):
 
 
 def test_what_is_unusual_for_a_kind_is_said_of_that_cell_alone(pipeline):
-    adata = synthetic_adata(120)
-    counts = adata.X.tolil()
-    foreign = adata.var_names.get_loc("CD14")
-    for cell in (0, 4):  # two B cells: a gene that one cell of a file has is an accident
-        counts[cell, foreign] = 40
-    adata.X = counts.tocsr()
+    adata = cells_with({0: {"CD14": 40}, 4: {"CD14": 40}})  # one such cell is an accident
     pipeline.describe(adata, proof=True)
     unusual = [s for text in adata.obs["scmmgpt_description"] for s in sentences(text) if "Unusually" in s]
     assert [s for s in unusual if "CD14 (40)" in s] == ["Unusually high for its kind: CD14 (40)."] * 2
@@ -105,11 +111,8 @@ def test_a_file_of_unknown_cells_alone_is_described(pipeline):
 
 
 def test_a_cell_whose_counts_show_no_type_is_called_none(pipeline):
-    adata = synthetic_adata(120)
-    counts = adata.X.tolil()
-    counts[0] = 0
-    counts[0, adata.var_names.get_loc(synthetic.BACKGROUND[0])] = 50
-    adata.X = counts.tocsr()
+    names = synthetic_adata(1).var_names
+    adata = cells_with({0: {**dict.fromkeys(names, 0), synthetic.BACKGROUND[0]: 50}})
     texts = pipeline.describe(adata, proof=True).obs["scmmgpt_description"]
     assert texts.iloc[0].startswith("No type is shown by its counts; the model proposes ")
 
@@ -219,10 +222,7 @@ def test_values_that_are_no_counts_are_not_called_so(pipeline):
 
 
 def test_a_gene_far_below_its_kind_does_not_show_a_type(pipeline):
-    adata = synthetic_adata(120)
-    counts = adata.X.tolil()
-    counts[0, adata.var_names.get_loc("MS4A1")] = 1  # of some 35 in the other B cells
-    adata.X = counts.tocsr()
+    adata = cells_with({0: {"MS4A1": 1}})  # of some 35 in the other B cells
     text = pipeline.describe(adata, proof=True).obs["scmmgpt_description"].iloc[0]
     assert text.startswith("A B cell from blood, shown by ")
     assert "MS4A1" not in text

@@ -129,14 +129,22 @@ def rows_of(adata, processor, **columns):
     return datasets.Dataset.from_list([{**row, "number": i} for i, row in enumerate(rows)])
 
 
-def train(tmp_path, adata, reward, model=None, **options):
+def nothing(completions, **columns):
+    """A reward of nothing."""
+    return [0.0] * len(completions)
+
+
+def trainer_of(tmp_path, rows, reward=nothing, kind=CellGRPOTrainer, given=(), **options):
+    """A trainer of the tiny model on rows of a dataset, or of an AnnData."""
     pipeline = synthetic.tiny_pipeline()
-    arguments = reinforce.ReinforceConfig(str(tmp_path), **{**OPTIONS, "max_steps": 8, **options})
-    model = pipeline.model if model is None else model
-    rows = rows_of(adata, pipeline.processor)
-    trainer = CellGRPOTrainer(
-        model, args=arguments, processing_class=pipeline.processor, reward_funcs=reward, train_dataset=rows
-    )
+    rows = rows if isinstance(rows, datasets.Dataset) else rows_of(rows, pipeline.processor)
+    arguments = reinforce.ReinforceConfig(str(tmp_path), **{**OPTIONS, "max_steps": 1, **options})
+    parts = {"args": arguments, "processing_class": pipeline.processor, "train_dataset": rows, **dict(given)}
+    return kind(pipeline.model, reward_funcs=reward, **parts)
+
+
+def train(*arguments, **options):
+    trainer = trainer_of(*arguments, **options)
     trainer.train()
     return trainer
 
@@ -194,20 +202,14 @@ def test_a_completion_keeps_its_cell_from_generation_to_the_loss(tmp_path, adata
 
 
 @pytest.mark.parametrize("prompt", ["a cell", "<cell> a <cell>"])
-def test_a_prompt_that_shows_no_cell_or_two_is_refused(tmp_path, adata, prompt):
-    pipeline = synthetic.tiny_pipeline()
-    rows = rows_of(adata, pipeline.processor)
-    rows = rows.add_column("prompt", [prompt] * len(rows))
-    arguments = reinforce.ReinforceConfig(str(tmp_path), **OPTIONS, max_steps=1)
-    given = {"reward_funcs": lambda completions, **columns: [0.0] * len(completions), "train_dataset": rows}
-    trainer = CellGRPOTrainer(pipeline.model, args=arguments, processing_class=pipeline.processor, **given)
+def test_a_prompt_that_shows_no_cell_or_two_is_refused(tmp_path, adata, tiny_processor, prompt):
+    rows = rows_of(adata, tiny_processor)
     with pytest.raises(ValueError, match=f"A prompt mentions {prompt.count('<cell>')} cells"):
-        trainer.train()
+        train(tmp_path, rows.add_column("prompt", [prompt] * len(rows)))
 
 
-def test_rows_bring_messages_and_cells_in_every_form(tmp_path, adata):
-    pipeline = synthetic.tiny_pipeline()
-    cells = pipeline.processor.read_cells(adata)[0]
+def test_rows_bring_messages_and_cells_in_every_form(tmp_path, adata, tiny_processor):
+    cells = tiny_processor.read_cells(adata)[0]
     question = [{"role": "user", "content": "<cell> what is this ?"}]
     rows = {"as columns": cells.to_rows(), "as cells": [{"cells": [row]} for row in cells.to_rows()]}
     seen = {}
@@ -220,10 +222,7 @@ def test_rows_bring_messages_and_cells_in_every_form(tmp_path, adata):
             shown.extend(expressed_genes)
             return [0.0] * 8
 
-        arguments = reinforce.ReinforceConfig(str(tmp_path), **OPTIONS, max_steps=1)
-        dataset = datasets.Dataset.from_list([{**row, "prompt": question} for row in forms])
-        given = {"reward_funcs": note, "train_dataset": dataset}
-        CellGRPOTrainer(pipeline.model, args=arguments, processing_class=pipeline.processor, **given).train()
+        train(tmp_path, datasets.Dataset.from_list([{**row, "prompt": question} for row in forms]), note)
     assert seen["as columns"] == seen["as cells"]
     assert [seen["as cells"].count(genes) for genes in seen["as cells"]] == [4] * 8  # two cells, four texts each
 
@@ -237,24 +236,15 @@ def test_rows_bring_messages_and_cells_in_every_form(tmp_path, adata):
     ],
 )
 def test_what_generates_without_cells_is_refused(tmp_path, adata, given, options, message):
-    pipeline = synthetic.tiny_pipeline()
-    arguments = reinforce.ReinforceConfig(str(tmp_path), **OPTIONS, max_steps=1, **options)
-    rows = rows_of(adata, pipeline.processor)
     with pytest.raises(ValueError, match=message):
-        CellGRPOTrainer(
-            pipeline.model, args=arguments, processing_class=pipeline.processor, train_dataset=rows, **given
-        )
+        trainer_of(tmp_path, adata, given=given, **options)
 
 
-def test_the_trainer_of_trl_says_that_its_prompts_show_no_cells(tmp_path, adata):
-    pipeline = synthetic.tiny_pipeline()
-    arguments = reinforce.ReinforceConfig(str(tmp_path), **OPTIONS, max_steps=1)
+def test_the_trainer_of_trl_says_that_its_prompts_show_no_cells(tmp_path, adata, tiny_processor):
     question = [{"role": "user", "content": "<cell>\nWhich cell is this?"}]
-    rows = rows_of(adata, pipeline.processor).map(lambda row: {"prompt": question})
-    given = {"processing_class": pipeline.processor, "reward_funcs": lambda completions, **_: [0.0] * len(completions)}
-    trainer = GRPOTrainer(pipeline.model, args=arguments, train_dataset=rows, **given)
+    rows = rows_of(adata, tiny_processor).map(lambda row: {"prompt": question})
     with pytest.raises(ValueError, match="but 0 cells were given"):
-        trainer.train()
+        train(tmp_path, rows, kind=GRPOTrainer)
 
 
 def test_a_question_is_asked_as_describe_asks_it(tiny_pipeline):
