@@ -102,8 +102,9 @@ def test_every_label_has_the_same_weight_when_labels_spread():
     points = np.concatenate([rng.normal(0, 1, (60, 2)), rng.normal(4, 1, (60, 2))])
     targets = np.full(120, -1)
     targets[:10], targets[60] = 0, 1
-    spread = readout.spread_labels(points, targets)
-    largest = LabelSpreading(kernel=readout.neighbour_graph, alpha=readout.SPREAD_SHARE).fit(points, targets)
+    graph = readout.neighbour_graph(points)
+    spread = readout.spread_labels(graph, targets, np.zeros((120, 2)), readout.SPREAD_SHARE)
+    largest = LabelSpreading(kernel=lambda *_: graph, alpha=readout.SPREAD_SHARE).fit(points, targets)
     assert (spread[targets >= 0] == targets[targets >= 0]).all()
     assert np.mean(spread[60:] == 1) > np.mean(largest.transduction_[60:] == 1)
 
@@ -112,7 +113,7 @@ def test_cells_that_no_label_reaches_have_none():
     points = np.concatenate([np.random.default_rng(0).normal(0, 1, (20, 2)) + 100 * i for i in range(3)])
     targets = np.full(60, -1)
     targets[0], targets[20] = 0, 1
-    spread = readout.spread_labels(points, targets)
+    spread = readout.spread_labels(readout.neighbour_graph(points), targets, np.zeros((60, 2)), 0.5)
     assert spread.tolist() == [0] * 20 + [1] * 20 + [-1] * 20
 
 
