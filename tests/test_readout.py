@@ -152,6 +152,35 @@ def test_labels_do_not_spread_where_cross_validation_says_that_neighbours_do_not
     assert chosen > of_spread + 0.1
 
 
+def test_regressions_are_averaged_by_their_losses(monkeypatch):
+    data, cells, targets = few_labels(activity=1)
+    mean = readout.fit_regressions(data, shots=20)
+    with monkeypatch.context() as patched:
+        patched.setattr(readout, "LOSS_SCALE", 1e6)
+        best = readout.fit_regressions(data, shots=20)
+    components = readout.FileComponents.of(data, data.train, readout.N_COMPONENTS)
+    alone = {
+        readout.DEFAULT_STRENGTH: readout.fit_regression(data.profiles, data.targets, 2, readout.DEFAULT_STRENGTH),
+        readout.COMPONENTS: components.fit(data.train),
+        readout.SPREAD: components.fit_spread(),
+    }
+    assert mean.losses == best.losses
+    assert best.strength == min(best.losses, key=best.losses.get)
+    np.testing.assert_allclose(best.train.scores(cells), alone[best.strength].scores(cells), rtol=1e-6)
+    losses = {name: readout.calibrated_loss(model.scores(cells), targets) for name, model in alone.items()}
+    assert readout.calibrated_loss(mean.train.scores(cells), targets) < losses[best.strength], losses
+
+
+def test_one_cell_of_each_label_has_factors():
+    """Their mean is their weighted sum, so that they map a vector of ones to exactly 0."""
+    profiles = csr_matrix(np.eye(16, 40) + np.eye(16, 40, 3)) * readout.PROFILE_SCALE
+    mean = np.asarray(profiles.mean(axis=0)).ravel()
+    factors, rest = readout.principal_factors(profiles, mean, np.full(16, 1 / 16))
+    centred = (profiles.toarray() - mean) / 4
+    np.testing.assert_allclose(factors.T @ factors, centred.T @ centred, atol=1e-6 * readout.PROFILE_SCALE**2)
+    assert rest.max() < 1e-6 * readout.PROFILE_SCALE**2
+
+
 def test_the_only_cell_of_a_label_is_never_held_out():
     data, cells, targets = few_labels(activity=0)
     data.targets[0], data.n_labels = 2, 4  # and one without a cell

@@ -53,8 +53,8 @@ N_COMPONENTS, SPREAD_COMPONENTS, SPREAD_NEIGHBOURS, SPREAD_SHARE, SPREAD_STEPS =
 BELIEF, BELIEF_SHARE = (
     0.5,
     0.9,
-)  # of cells without a label in what spreads, beside 1 of a labelled cell; `SPREAD_SHARE`
-LOSS_SCALE = 10.0  # of differences of cross-validated losses, whose exponentials are shares in a mean of regressions
+)  # start of a cell without a label where a checkpoint knows labels; `SPREAD_SHARE` there
+LOSS_SCALE = 10.0  # of cross-validated losses, by which regressions are averaged
 FOLDS = 4  # folds of cross-validation if no cells are held out
 # The factor model for missing genes. More than 64 factors do not improve the labels. The noise of each gene gets one
 # mean variance of a gene on top, so that rare genes do not predict others by chance (`train/LOG.md`).
@@ -98,7 +98,7 @@ class LinearModel:
 class Regressions:
     """One regression, fitted to the training cells and to all labelled cells (the same if no cells are held out)."""
 
-    strength: Strength
+    strength: Strength  # in a mean of regressions, of the one with the largest share
     train: LinearModel
     everything: LinearModel
     losses: dict[Strength, float] = field(default_factory=dict)  # strength -> validation loss
@@ -143,7 +143,7 @@ def fit_beside(
 ) -> LinearModel:
     """Solve the regression that is added to given logits; scikit-learn has none.
 
-    Coefficients of genes are found along the principal axes of the cells, so that the unknowns are few.
+    Coefficients of genes are sums over cells, found along the principal axes of the cells: the unknowns are few.
     With offsets of 0 the result is that of [`fit_regression`], for three labels or more.
 
     Args:
@@ -152,11 +152,11 @@ def fit_beside(
     """
     points, (seen, own, counts) = profiles * PROFILE_SCALE, np.unique(targets, return_inverse=True, return_counts=True)
     if isinstance(points, np.ndarray):
-        places, axes = points, np.eye(points.shape[1])
+        places, axes, parts = points, np.eye(points.shape[1]), np.eye(points.shape[1])
     else:
-        squares, cells = np.linalg.eigh((points @ points.T).toarray().astype(np.float64))
+        squares, axes = np.linalg.eigh((points @ points.T).toarray().astype(np.float64))
         kept = squares > squares[-1] * np.finfo(np.float32).eps
-        places, axes = cells[:, kept] * squares[kept] ** 0.5, points.T @ (cells[:, kept] / squares[kept] ** 0.5)
+        places, axes, parts = axes[:, kept] * squares[kept] ** 0.5, axes[:, kept] / squares[kept] ** 0.5, points
     given, truth = offsets[:, seen], np.eye(len(seen))[own]
     weights = strength * len(own) / (len(seen) * counts[own])[:, None]  # every label has the same weight
 
@@ -172,7 +172,7 @@ def fit_beside(
 
     options = {"maxiter": MAX_ITERATIONS, "gtol": TOLERANCE * strength, "ftol": 0.0}
     found = minimize(loss, np.zeros(np.prod(shape)), jac=True, method="L-BFGS-B", options=options).x.reshape(shape)
-    return linear_model((axes @ found[:-1]).T, found[-1], seen, n_labels)
+    return linear_model((axes @ found[:-1]).T @ parts, found[-1], seen, n_labels)
 
 
 def fit_regressions(data: LabelledProfiles, shots: int | None = None) -> Regressions:
@@ -195,9 +195,10 @@ def fit_regressions(data: LabelledProfiles, shots: int | None = None) -> Regress
         return cross_validate(data)
     if data.unlabelled.shape[0] > len(data.train):
         model = FileComponents.of(data, data.train, SPREAD_COMPONENTS).fit_spread(beside=data.prior is not None)
-        if data.prior is not None:
-            model = data.prior + model
-        return Regressions(SPREAD if data.prior is None else KNOWN_SPREAD, model, model)
+        if data.prior is None:
+            return Regressions(SPREAD, model, model)
+        model = data.prior + model
+        return Regressions(KNOWN_SPREAD, model, model)
     strength = ONE_SHOT_STRENGTH if shots == 1 else DEFAULT_STRENGTH
     profiles, targets = data.profiles[data.train], data.targets[data.train]
     if data.prior is None:
@@ -300,10 +301,8 @@ def cross_validate(data: LabelledProfiles) -> Regressions:
     shares = softmax(-LOSS_SCALE * np.array(list(losses.values())))
     parts = [fit(everything) for fit in fits.values()]
     factors = shares / temperatures * (shares @ temperatures)
-    model = LinearModel(
-        sum(factor * part.weights for factor, part in zip(factors, parts, strict=True)),
-        sum(factor * part.bias for factor, part in zip(factors, parts, strict=True)),
-    )
+    weights = np.tensordot(factors, np.stack([part.weights for part in parts]), axes=1)
+    model = LinearModel(weights, factors @ np.stack([part.bias for part in parts]))
     return Regressions(min(losses, key=lambda name: losses[name]), model, model, losses)
 
 
@@ -447,7 +446,10 @@ def principal_factors(
     )
     variance = profiles.power(2).T @ cell_weights - 2 * mean * (profiles.T @ cell_weights) + mean**2
     n_factors = min(N_FACTORS, min(profiles.shape) - 1)
-    _, scales, axes = svds(centred, k=n_factors, v0=np.ones(min(profiles.shape)))
+    start = np.random.default_rng(0).standard_normal(
+        min(profiles.shape)
+    )  # centred cells of equal weight map ones to 0
+    _, scales, axes = svds(centred, k=n_factors, v0=start)
     factors = scales[::-1, None] * axes[::-1]
     return factors, (variance - (factors**2).sum(axis=0)).clip(min=0)
 
