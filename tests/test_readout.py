@@ -153,7 +153,7 @@ def test_labels_do_not_spread_where_cross_validation_says_that_neighbours_do_not
 
 
 def test_regressions_are_averaged_by_their_losses(monkeypatch):
-    data, cells, targets = few_labels(activity=1)
+    data, cells, targets = few_labels(activity=5)
     mean = readout.fit_regressions(data, shots=20)
     with monkeypatch.context() as patched:
         patched.setattr(readout, "LOSS_SCALE", 1e6)
