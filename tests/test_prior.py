@@ -1,5 +1,7 @@
 """What a checkpoint knows of the labels of a file, as the start of the regression that learns them from few cells."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
@@ -17,12 +19,12 @@ TERMS = [
 ]
 
 
-def cells_of(targets, seed):
+def cells_of(targets, seed, rate=3):
     """Cells of three types with ten planted markers each."""
     rng = np.random.default_rng(seed)
     rates = np.ones((len(targets), GENES))
     for row, target in enumerate(targets):
-        rates[row, 10 * target : 10 * target + 10] = 3
+        rates[row, 10 * target : 10 * target + 10] = rate
     return Cells.from_csr(csr_matrix(rng.poisson(rates).astype(np.float32)), np.arange(GENES, dtype=np.int32))
 
 
@@ -76,6 +78,32 @@ def test_one_cell_of_each_label_is_enough_for_labels_that_the_checkpoint_knows(c
     beside = readout.fit_regressions(data, 1).everything
     right = [(model.scores(profiles).argmax(axis=1) == targets)[3:].mean() for model in (alone, beside)]
     assert right[1] > right[0] + 0.05
+
+
+def test_cells_without_a_label_help_beside_what_the_checkpoint_knows(checkpoint):
+    """Of three types with one labelled cell each, the checkpoint knows two."""
+    targets = np.arange(303) % 3
+    cells = cells_of(targets, 2, rate=2.2)
+    profiles = readout.profile_matrix(cells, GENES)
+    data = readout.LabelledProfiles(profiles[:3], targets[:3], 3, np.arange(3), np.empty(0, dtype=int), profiles[3:])
+    spread = readout.fit_regressions(data, 1)
+    data.prior = known(checkpoint, ["B cell", "T cell", "ionocyte"], cells)
+    both = readout.fit_regressions(data, 1)
+    data.unlabelled = profiles[:0]
+    beside = readout.fit_regressions(data, 1)
+    assert (spread.strength, both.strength) == (readout.SPREAD, readout.KNOWN_SPREAD)
+    right = [(fit.everything.scores(profiles).argmax(axis=1) == targets)[3:].mean() for fit in (spread, beside, both)]
+    assert right[2] > max(right[:2]) + 0.03, right
+
+
+def test_the_regression_on_components_needs_no_memory_of_pairs_of_cells():
+    targets = np.arange(6000) % 3
+    points = np.random.default_rng(0).normal(size=(6000, 5)) / readout.PROFILE_SCALE
+    tracemalloc.start()
+    readout.fit_beside(points, targets, 3, 0.01, np.zeros((6000, 3)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6000 * 6000  # bytes; 288 MB for all pairs
 
 
 def test_cells_that_contradict_the_checkpoint_are_believed(checkpoint):

@@ -102,8 +102,9 @@ def test_every_label_has_the_same_weight_when_labels_spread():
     points = np.concatenate([rng.normal(0, 1, (60, 2)), rng.normal(4, 1, (60, 2))])
     targets = np.full(120, -1)
     targets[:10], targets[60] = 0, 1
-    spread = readout.spread_labels(points, targets)
-    largest = LabelSpreading(kernel=readout.neighbour_graph, alpha=readout.SPREAD_SHARE).fit(points, targets)
+    graph = readout.neighbour_graph(points)
+    spread = readout.spread_labels(graph, targets, np.zeros((120, 2)), readout.SPREAD_SHARE)
+    largest = LabelSpreading(kernel=lambda *_: graph, alpha=readout.SPREAD_SHARE).fit(points, targets)
     assert (spread[targets >= 0] == targets[targets >= 0]).all()
     assert np.mean(spread[60:] == 1) > np.mean(largest.transduction_[60:] == 1)
 
@@ -112,7 +113,7 @@ def test_cells_that_no_label_reaches_have_none():
     points = np.concatenate([np.random.default_rng(0).normal(0, 1, (20, 2)) + 100 * i for i in range(3)])
     targets = np.full(60, -1)
     targets[0], targets[20] = 0, 1
-    spread = readout.spread_labels(points, targets)
+    spread = readout.spread_labels(readout.neighbour_graph(points), targets, np.zeros((60, 2)), 0.5)
     assert spread.tolist() == [0] * 20 + [1] * 20 + [-1] * 20
 
 
@@ -149,6 +150,35 @@ def test_labels_do_not_spread_where_cross_validation_says_that_neighbours_do_not
     spread = readout.FileComponents.of(data, data.train, readout.SPREAD_COMPONENTS).fit_spread()
     chosen, of_spread = (np.mean(m.scores(cells).argmax(axis=1) == targets) for m in (found.train, spread))
     assert chosen > of_spread + 0.1
+
+
+def test_regressions_are_averaged_by_their_losses(monkeypatch):
+    data, cells, targets = few_labels(activity=5)
+    mean = readout.fit_regressions(data, shots=20)
+    with monkeypatch.context() as patched:
+        patched.setattr(readout, "LOSS_SCALE", 1e6)
+        best = readout.fit_regressions(data, shots=20)
+    components = readout.FileComponents.of(data, data.train, readout.N_COMPONENTS)
+    alone = {
+        readout.DEFAULT_STRENGTH: readout.fit_regression(data.profiles, data.targets, 2, readout.DEFAULT_STRENGTH),
+        readout.COMPONENTS: components.fit(data.train),
+        readout.SPREAD: components.fit_spread(),
+    }
+    assert mean.losses == best.losses
+    assert best.strength == min(best.losses, key=best.losses.get)
+    np.testing.assert_allclose(best.train.scores(cells), alone[best.strength].scores(cells), rtol=1e-6)
+    losses = {name: readout.calibrated_loss(model.scores(cells), targets) for name, model in alone.items()}
+    assert readout.calibrated_loss(mean.train.scores(cells), targets) < losses[best.strength], losses
+
+
+def test_one_cell_of_each_label_has_factors():
+    """Their mean is their weighted sum, so that they map a vector of ones to exactly 0."""
+    profiles = csr_matrix(np.eye(16, 40) + np.eye(16, 40, 3)) * readout.PROFILE_SCALE
+    mean = np.asarray(profiles.mean(axis=0)).ravel()
+    factors, rest = readout.principal_factors(profiles, mean, np.full(16, 1 / 16))
+    centred = (profiles.toarray() - mean) / 4
+    np.testing.assert_allclose(factors.T @ factors, centred.T @ centred, atol=1e-6 * readout.PROFILE_SCALE**2)
+    assert rest.max() < 1e-6 * readout.PROFILE_SCALE**2
 
 
 def test_the_only_cell_of_a_label_is_never_held_out():

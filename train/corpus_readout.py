@@ -165,7 +165,8 @@ def choose_places(
     for share in PLACE_SHARES:
         weight = share * unit
         features = F.normalize(added + weight * places[:, None], dim=-1)
-        logits = readout.at_best_temperature(cell_text_similarity(features, text_features).cpu().numpy(), own)
+        similarity = cell_text_similarity(features, text_features).cpu().numpy()
+        logits = similarity / readout.best_temperature(similarity, own)
         of_cells[weight] = readout.losses_of_cells(logits, own)
     losses = {weight: float(of_weight.mean()) for weight, of_weight in of_cells.items()}
     best = of_cells[min(losses, key=lambda weight: losses[weight])]

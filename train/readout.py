@@ -15,21 +15,21 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from scipy.sparse import csr_matrix, vstack
+from scipy.sparse import csr_matrix, diags, vstack
 from scipy.sparse.linalg import LinearOperator, svds
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import kneighbors_graph
-from sklearn.semi_supervised import LabelSpreading
 from torch.nn import functional as F
 
 from scmmgpt.cells_scmmgpt import Cells, hellinger_profile
@@ -38,7 +38,7 @@ from scmmgpt.readout_scmmgpt import PROFILE_SCALE, ScMMGPTLabelReadout
 
 logger = logging.getLogger(__name__)
 
-Strength: TypeAlias = float | str  # an inverse L2 penalty, `COMPONENTS`, `SPREAD`, `KNOWN` or `KNOWN_COMPONENTS`
+Strength: TypeAlias = float | str  # an inverse L2 penalty, or a name below
 Profiles: TypeAlias = csr_matrix | np.ndarray  # (n_cells, n_genes), or coordinates along other axes
 
 # The regression is fitted to profiles of norm `PROFILE_SCALE`; elsewhere in this file, profiles have norm 1.
@@ -48,8 +48,13 @@ DEFAULT_STRENGTH = 0.01  # without held-out cells
 ONE_SHOT_STRENGTH = 0.0001  # with one cell of each label, since single cells differ mostly by noise
 COMPONENTS, SPREAD = "components", "spread"  # in place of a strength: regressions of `FileComponents`
 MOST_BESIDE = 1000  # labelled cells for which held-out cells are asked about `KNOWN`, since more learn it themselves
-KNOWN, KNOWN_COMPONENTS = "known", "known, components"  # beside what a checkpoint knows
-N_COMPONENTS, SPREAD_COMPONENTS, SPREAD_NEIGHBOURS, SPREAD_SHARE = 50, 20, 15, 0.5
+KNOWN, KNOWN_COMPONENTS, KNOWN_SPREAD = "known", "known, components", "known, spread"  # beside what a checkpoint knows
+N_COMPONENTS, SPREAD_COMPONENTS, SPREAD_NEIGHBOURS, SPREAD_SHARE, SPREAD_STEPS = 50, 20, 15, 0.5, 30
+BELIEF, BELIEF_SHARE = (
+    0.5,
+    0.9,
+)  # start of a cell without a label where a checkpoint knows labels; `SPREAD_SHARE` there
+LOSS_SCALE = 10.0  # of cross-validated losses, by which regressions are averaged
 FOLDS = 4  # folds of cross-validation if no cells are held out
 # The factor model for missing genes. More than 64 factors do not improve the labels. The noise of each gene gets one
 # mean variance of a gene on top, so that rare genes do not predict others by chance (`train/LOG.md`).
@@ -93,7 +98,7 @@ class LinearModel:
 class Regressions:
     """One regression, fitted to the training cells and to all labelled cells (the same if no cells are held out)."""
 
-    strength: Strength
+    strength: Strength  # in a mean of regressions, of the one with the largest share
     train: LinearModel
     everything: LinearModel
     losses: dict[Strength, float] = field(default_factory=dict)  # strength -> validation loss
@@ -138,7 +143,7 @@ def fit_beside(
 ) -> LinearModel:
     """Solve the regression that is added to given logits; scikit-learn has none.
 
-    The coefficients are sums over cells, found along the principal axes of the cells, so that the unknowns are few.
+    Coefficients of genes are sums over cells, found along the principal axes of the cells: the unknowns are few.
     With offsets of 0 the result is that of [`fit_regression`], for three labels or more.
 
     Args:
@@ -146,11 +151,12 @@ def fit_beside(
         offsets: The given logits, `(n_cells, n_labels)`.
     """
     points, (seen, own, counts) = profiles * PROFILE_SCALE, np.unique(targets, return_inverse=True, return_counts=True)
-    products = points @ points.T
-    products = products if isinstance(products, np.ndarray) else products.toarray()
-    squares, axes = np.linalg.eigh(products.astype(np.float64))
-    kept = squares > squares[-1] * np.finfo(np.float32).eps
-    places, axes = axes[:, kept] * squares[kept] ** 0.5, axes[:, kept] / squares[kept] ** 0.5
+    if isinstance(points, np.ndarray):
+        places, axes, parts = points, np.eye(points.shape[1]), np.eye(points.shape[1])
+    else:
+        squares, axes = np.linalg.eigh((points @ points.T).toarray().astype(np.float64))
+        kept = squares > squares[-1] * np.finfo(np.float32).eps
+        places, axes, parts = axes[:, kept] * squares[kept] ** 0.5, axes[:, kept] / squares[kept] ** 0.5, points
     given, truth = offsets[:, seen], np.eye(len(seen))[own]
     weights = strength * len(own) / (len(seen) * counts[own])[:, None]  # every label has the same weight
 
@@ -166,7 +172,7 @@ def fit_beside(
 
     options = {"maxiter": MAX_ITERATIONS, "gtol": TOLERANCE * strength, "ftol": 0.0}
     found = minimize(loss, np.zeros(np.prod(shape)), jac=True, method="L-BFGS-B", options=options).x.reshape(shape)
-    return linear_model((axes @ found[:-1]).T @ points, found[-1], seen, n_labels)
+    return linear_model((axes @ found[:-1]).T @ parts, found[-1], seen, n_labels)
 
 
 def fit_regressions(data: LabelledProfiles, shots: int | None = None) -> Regressions:
@@ -174,8 +180,10 @@ def fit_regressions(data: LabelledProfiles, shots: int | None = None) -> Regress
 
     * With held-out cells: see [`choose_regression`].
     * Without held-out cells, but with unlabelled cells and at least `FOLDS` cells of a label: see [`cross_validate`].
-    * With more unlabelled than labelled cells, and no checkpoint that knows the labels: label spreading.
-    * Otherwise, a default strength, beside what a checkpoint knows of the labels.
+    * With more unlabelled than labelled cells: label spreading.
+    * Otherwise, a default strength.
+
+    The last two are beside what a checkpoint knows of the labels.
 
     Args:
         data: Profiles and labels.
@@ -185,9 +193,12 @@ def fit_regressions(data: LabelledProfiles, shots: int | None = None) -> Regress
         return choose_regression(data)
     if data.unlabelled.shape[0] and np.bincount(data.targets[data.train]).max() >= FOLDS:
         return cross_validate(data)
-    if data.prior is None and data.unlabelled.shape[0] > len(data.train):
-        model = FileComponents.of(data, data.train, SPREAD_COMPONENTS).fit_spread()
-        return Regressions(SPREAD, model, model)
+    if data.unlabelled.shape[0] > len(data.train):
+        model = FileComponents.of(data, data.train, SPREAD_COMPONENTS).fit_spread(beside=data.prior is not None)
+        if data.prior is None:
+            return Regressions(SPREAD, model, model)
+        model = data.prior + model
+        return Regressions(KNOWN_SPREAD, model, model)
     strength = ONE_SHOT_STRENGTH if shots == 1 else DEFAULT_STRENGTH
     profiles, targets = data.profiles[data.train], data.targets[data.train]
     if data.prior is None:
@@ -254,10 +265,11 @@ def choose_regression(data: LabelledProfiles) -> Regressions:
 
 
 def cross_validate(data: LabelledProfiles) -> Regressions:
-    """Choose the lowest cross-validated loss of regressions on all genes, on components, and on spread labels.
+    """A mean of regressions on all genes, on components, and on spread labels, weighted by cross-validated loss.
 
-    The first two are also tried beside what a checkpoint knows of the labels. The only cell of a label is never held
-    out. Cells of the held-out fold count as unlabelled.
+    The first two also enter beside what a checkpoint knows of the labels. A regression that is worse by a loss of
+    1 / `LOSS_SCALE` has a share e times smaller. All enter at their best temperatures, times the mean temperature. The
+    only cell of a label is never held out. Cells of the held-out fold count as unlabelled.
     """
     profiles, targets = data.profiles[data.train], data.targets[data.train]
     components = FileComponents.of(data, data.train, N_COMPONENTS)
@@ -272,7 +284,7 @@ def cross_validate(data: LabelledProfiles) -> Regressions:
         def beside(rows: np.ndarray) -> LinearModel:
             return prior + fit_beside(profiles[rows], targets[rows], data.n_labels, DEFAULT_STRENGTH, offsets[rows])
 
-        fits |= {KNOWN: beside, KNOWN_COMPONENTS: lambda rows: prior + components.fit(rows, offsets[rows])}
+        fits |= {KNOWN: beside, KNOWN_COMPONENTS: lambda rows: prior + components.fit(rows, True)}
     everything, counts = np.arange(len(targets)), np.bincount(targets)
     common = everything[counts[targets] > 1]
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
@@ -282,11 +294,16 @@ def cross_validate(data: LabelledProfiles) -> Regressions:
     for held_out in parts:
         for name, fit in fits.items():
             scores[name][held_out] = fit(np.setdiff1d(everything, held_out)).scores(profiles[held_out])
-    losses = {name: round(calibrated_loss(values[common], targets[common]), 4) for name, values in scores.items()}
+    judged = {name: (values[common], targets[common]) for name, values in scores.items()}
+    temperatures = np.array([best_temperature(*pair) for pair in judged.values()])
+    losses = {name: round(calibrated_loss(*pair), 4) for name, pair in judged.items()}
     logger.info("Cross-validated loss by kind of readout: %s", losses)
-    best = min(losses, key=lambda name: losses[name])
-    model = fits[best](everything)
-    return Regressions(best, model, model, losses)
+    shares = softmax(-LOSS_SCALE * np.array(list(losses.values())))
+    parts = [fit(everything) for fit in fits.values()]
+    factors = shares / temperatures * (shares @ temperatures)
+    weights = np.tensordot(factors, np.stack([part.weights for part in parts]), axes=1)
+    model = LinearModel(weights, factors @ np.stack([part.bias for part in parts]))
+    return Regressions(min(losses, key=lambda name: losses[name]), model, model, losses)
 
 
 @dataclass
@@ -300,60 +317,76 @@ class FileComponents:
     points: np.ndarray  # float64 (n_cells, n_axes), labelled cells first
     targets: np.ndarray  # int64 (n_labelled,)
     n_labels: int
+    offsets: np.ndarray | None  # (n_cells, n_labels): logits of a checkpoint that knows labels
 
     @classmethod
     def of(cls, data: LabelledProfiles, rows: np.ndarray, n_axes: int) -> "FileComponents":
         """Fit `n_axes` components to the labelled `rows` and all unlabelled cells."""
         profiles = vstack([data.profiles[rows], data.unlabelled], format="csr").astype(np.float64)
         pca = PCA(min(n_axes, min(profiles.shape) - 1), svd_solver="arpack", random_state=0)
-        return cls(pca, pca.fit_transform(profiles), data.targets[rows], data.n_labels)
+        offsets = None if data.prior is None else data.prior.scores(profiles)
+        return cls(pca, pca.fit_transform(profiles), data.targets[rows], data.n_labels, offsets)
 
-    def fit(self, rows: np.ndarray, offsets: np.ndarray | None = None) -> LinearModel:
-        """Fit a regression to the labelled cells `rows`; with `offsets` as [`fit_beside`] does."""
-        return self._regression(self.points[rows], self.targets[rows], offsets)
+    @cached_property
+    def graph(self) -> csr_matrix:
+        """The graph of nearest neighbours, which label spreading follows."""
+        return neighbour_graph(self.points[:, :SPREAD_COMPONENTS])
 
-    def fit_spread(self, rows: np.ndarray | None = None) -> LinearModel:
+    def fit(self, rows: np.ndarray, beside: bool = False) -> LinearModel:
+        """Fit a regression to the labelled cells `rows`, `beside` what a checkpoint knows as [`fit_beside`] does."""
+        return self.of_profiles(self._regression(self.points, rows, self.targets[rows], beside))
+
+    def fit_spread(self, rows: np.ndarray | None = None, beside: bool = False) -> LinearModel:
         """Fit a regression to the labels that [`spread_labels`] gives to cells, from the labelled cells `rows`.
 
-        By default, all labelled cells are used. Cells that no label reaches are left out.
+        By default, all labelled cells are used. Cells that no label reaches are left out. `beside` what a checkpoint
+        knows, the probabilities of a regression on the same cells spread, too, with the weight `BELIEF`.
         """
-        known = np.full(len(self.points), -1)
         rows = np.arange(len(self.targets)) if rows is None else rows
+        points, known = self.points[:, :SPREAD_COMPONENTS], np.full(len(self.points), -1)
         known[rows] = self.targets[rows]
-        points = self.points[:, :SPREAD_COMPONENTS]
-        spread = spread_labels(points, known)
-        reached = spread >= 0
-        return self._regression(points[reached], spread[reached])
+        beliefs, share = np.zeros((len(points), self.n_labels)), SPREAD_SHARE
+        if beside and self.offsets is not None:
+            model = self._regression(points, rows, known[rows], beside)
+            beliefs, share = BELIEF * softmax(model.scores(points) + self.offsets, axis=1), BELIEF_SHARE
+        spread = spread_labels(self.graph, known, beliefs, share)
+        reached = np.flatnonzero(spread >= 0)
+        return self.of_profiles(self._regression(points, reached, spread[reached], beside))
 
-    def _regression(self, points: np.ndarray, targets: np.ndarray, offsets: np.ndarray | None = None) -> LinearModel:
-        """Fit a regression to the first components, and express it as a model of profiles."""
-        if offsets is None:
-            model = fit_regression(points, targets, self.n_labels, DEFAULT_STRENGTH)
-        else:
-            model = fit_beside(points, targets, self.n_labels, DEFAULT_STRENGTH, offsets)
-        axes = self.pca.components_[: points.shape[1]]
-        weights = model.weights @ axes
+    def _regression(self, points: np.ndarray, rows: np.ndarray, targets: np.ndarray, beside: bool) -> LinearModel:
+        """Fit a regression to `rows` of points, without the offsets that it is `beside`."""
+        if not beside or self.offsets is None:
+            return fit_regression(points[rows], targets, self.n_labels, DEFAULT_STRENGTH)
+        return fit_beside(points[rows], targets, self.n_labels, DEFAULT_STRENGTH, self.offsets[rows])
+
+    def of_profiles(self, model: LinearModel) -> LinearModel:
+        """Express a model of the first components as a model of profiles."""
+        weights = model.weights @ self.pca.components_[: model.weights.shape[1]]
         return LinearModel(weights, model.bias - weights @ self.pca.mean_)
 
 
-def spread_labels(points: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def spread_labels(graph: csr_matrix, targets: np.ndarray, beliefs: np.ndarray, share: float) -> np.ndarray:
     """Label spreading (Zhou et al. 2004) from labelled to unlabelled cells, with equal total weight for every label.
 
     Args:
-        points: Coordinates of the cells, `(n_cells, n_axes)`.
+        graph: Weights of neighbours, symmetric `(n_cells, n_cells)`.
         targets: Label of each cell, int64 `(n_cells,)`; -1 if unknown.
+        beliefs: Shares of labels from which a cell without a label starts, `(n_cells, n_labels)`; a label has 1.
+        share: Of a cell's shares, the part that comes from its neighbours.
 
     Returns:
         int64 `(n_cells,)`; -1 for cells that no label reaches.
     """
-    spreading = LabelSpreading(kernel=neighbour_graph, alpha=SPREAD_SHARE).fit(points, targets)
-    shares = spreading.label_distributions_
-    nearest = spreading.classes_[(shares / shares.sum(axis=0)).argmax(axis=1)]
+    roots = diags(np.asarray(graph.sum(axis=1)).ravel() ** -0.5)
+    start = shares = np.where(targets[:, None] >= 0, np.eye(beliefs.shape[1])[targets], beliefs)
+    for _ in range(SPREAD_STEPS):
+        shares = share * (roots @ (graph @ (roots @ shares))) + (1 - share) * start
+    nearest = (shares / shares.sum(axis=0).clip(min=np.finfo(np.float64).tiny)).argmax(axis=1)
     return np.where(targets >= 0, targets, np.where(shares.any(axis=1), nearest, -1))
 
 
-def neighbour_graph(points: np.ndarray, _: np.ndarray) -> csr_matrix:
-    """The symmetric graph of nearest neighbours, as a kernel for scikit-learn."""
+def neighbour_graph(points: np.ndarray) -> csr_matrix:
+    """The symmetric graph of nearest neighbours, with a weight of 1."""
     graph = kneighbors_graph(points, min(SPREAD_NEIGHBOURS, len(points) - 1), mode="connectivity")
     return graph.maximum(graph.T)
 
@@ -413,7 +446,10 @@ def principal_factors(
     )
     variance = profiles.power(2).T @ cell_weights - 2 * mean * (profiles.T @ cell_weights) + mean**2
     n_factors = min(N_FACTORS, min(profiles.shape) - 1)
-    _, scales, axes = svds(centred, k=n_factors, v0=np.ones(min(profiles.shape)))
+    start = np.random.default_rng(0).standard_normal(
+        min(profiles.shape)
+    )  # centred cells of equal weight map ones to 0
+    _, scales, axes = svds(centred, k=n_factors, v0=start)
     factors = scales[::-1, None] * axes[::-1]
     return factors, (variance - (factors**2).sum(axis=0)).clip(min=0)
 
@@ -448,15 +484,15 @@ def losses_of_cells(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return F.cross_entropy(*cells, reduction="none").numpy()
 
 
-def at_best_temperature(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Divide scores of any scale by the temperature with the lowest loss."""
-    scores = scores / max(np.abs(scores).max(), 1e-9)  # `TEMPERATURES` are for scores in the range of cosines
-    return scores / fit_temperature(scores, targets)
+def best_temperature(scores: np.ndarray, targets: np.ndarray) -> float:
+    """The temperature with the lowest loss, for scores of any scale; `TEMPERATURES` are for the range of cosines."""
+    scale = max(np.abs(scores).max(), 1e-9)
+    return float(scale * fit_temperature(scores / scale, targets))
 
 
 def calibrated_loss(scores: np.ndarray, targets: np.ndarray) -> float:
     """Mean negative log-likelihood of scores of any scale, at the temperature with the lowest loss."""
-    return negative_log_likelihood(at_best_temperature(scores, targets), targets)
+    return negative_log_likelihood(scores / best_temperature(scores, targets), targets)
 
 
 def fit_temperature(similarity: np.ndarray, targets: np.ndarray) -> float:
@@ -471,8 +507,7 @@ def fit_temperature_of_scores(scores: np.ndarray, targets: np.ndarray) -> float:
     regression is underconfident on them, but a temperature below 1 makes it overconfident on other files
     (`train/LOG.md`).
     """
-    scale = max(np.abs(scores).max(), 1e-9)
-    return max(1.0, float(scale * fit_temperature(scores / scale, targets)))
+    return max(1.0, best_temperature(scores, targets))
 
 
 def modest_loss(scores: np.ndarray, targets: np.ndarray) -> float:
