@@ -8,6 +8,7 @@ the extra `app`.
 """
 
 import functools
+import html
 import inspect
 import logging
 import os
@@ -86,6 +87,10 @@ input[type=range]:focus-visible, .wrap-inner:has(input:focus-visible) { outline:
 .tab-container[role=tablist] button { padding: 4px 5px; margin: 0 }
 table td, table td * { word-break: normal; overflow-wrap: anywhere; hyphens: auto }
 """
+# Gradio opens the list of a dropdown again when the Tab key leaves the dropdown, and the list covers the map.
+KEYS = """() => window.addEventListener("keydown", (event) => {
+    if (event.key === "Tab" && event.target.role === "combobox") event.stopPropagation();
+}, true)"""
 # Gradio's own fonts come from Google. Its tables are in `font_mono`, in which names of types fill a narrow column.
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["system-ui", "sans-serif"]}
 
@@ -138,7 +143,7 @@ def task(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, .
         folders = {f"{Path(arg).parent}{os.sep}" for arg in args if isinstance(arg, str) and os.path.isabs(arg)}
 
         def shown(message: object) -> str:
-            text = on_page(" ".join(str(message).split()))
+            text = html.escape(on_page(" ".join(str(message).split())), quote=False)  # gradio shows HTML
             return functools.reduce(lambda text, folder: text.replace(folder, ""), folders, text)
 
         with Warnings() as raised:
@@ -508,6 +513,7 @@ def launch(page: Any, host: str, port: int | None = None, max_size: str | int = 
         max_file_size=max_size,
         theme=gr.themes.Default(**FONTS),
         css=STYLE,
+        js=KEYS,
         footer_links=[],
         run_history=False,
         quiet=True,

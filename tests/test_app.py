@@ -322,7 +322,7 @@ def test_a_file_that_is_too_large_for_a_page_names_the_command(adata, monkeypatc
     [
         ("open", (None,), "Choose a file"),
         ("annotate", (None, "", ANY_TISSUE, 0), "Choose a file"),
-        ("generate", (None, "  ", 2), "needs some text"),
+        ("generate", (None, "  ", 2), "The prompt is empty"),
     ],
 )
 def test_a_bad_input_is_said_in_the_browser(tasks, name, arguments, match):
