@@ -60,7 +60,7 @@ def calibrate_checkpoint(
     stored = pipeline.model.config.annotation or {}
     if pipeline.can_explain and "similarity_weight" in stored:
         words = trained_words(words_of(adata.obs, label_key), stored, label_key)
-        if len(found := set(words) & set(stored["labels"])) == 1:
+        if len(found := set(words.tolist()) & set(stored["labels"])) == 1:
             raise ValueError(
                 f"obs[{label_key!r}] has one label of the checkpoint only, {found.pop()!r}: probabilities are fitted "
                 "on cells of several labels. Name another column by --label-key, or take cells of more types."
