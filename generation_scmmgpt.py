@@ -40,7 +40,8 @@ def labels_and_prompts(prompts: str | Sequence[str] | dict[str, str]) -> tuple[l
     texts = [prompts] if isinstance(prompts, str) else list(prompts.values() if isinstance(prompts, dict) else prompts)
     n_empty = sum(not text.strip() for text in texts)
     if n_empty or not texts:
-        which = f"{n_empty} of {len(texts)} prompts are empty" if len(texts) > 1 else "The prompt is empty"
+        which = f"{n_empty:,} of {len(texts):,} prompts {'is' if n_empty == 1 else 'are'} empty"
+        which = which if len(texts) > 1 else "The prompt is empty"
         which = which if texts else "There is no prompt"
         raise ValueError(f"{which}: describe a cell, such as 'a B cell from blood'.")
     return labels, texts
@@ -56,11 +57,12 @@ def warn_of_unknown_types(prompts: Sequence[str], annotation: Mapping[str, Any])
     labels = list(annotation.get("labels", {}))
     unknown = [text for text in prompts if not names_known_type(text, labels, annotation.get("terms", []))]
     if labels and unknown:
-        several = f"{len(unknown)} of {len(prompts)} prompts, such as {unknown[0]!r}, name"
+        few = f"{unknown[0]!r} names"
+        several = f"{len(unknown):,} of {len(prompts):,} prompts, such as {unknown[0]!r}, name"
         logger.warning(
-            f"{several if len(prompts) > 1 else f'{unknown[0]!r} names'} none of the {len(labels)} cell types "
-            f"that this checkpoint knows (such as {', '.join(map(repr, labels[:3]))}): the cells are a guess, and "
-            " the vocabulary may lack marker genes of another type."
+            f"{few if len(unknown) == 1 else several} none of the {len(labels)} cell types that this checkpoint knows "
+            f"(such as {', '.join(map(repr, labels[:3]))}): the cells are a guess, and the vocabulary may lack marker "
+            "genes of another type."
         )
 
 
