@@ -8,7 +8,6 @@ the extra `app`.
 """
 
 import functools
-import html
 import inspect
 import logging
 import os
@@ -35,7 +34,7 @@ from scmmgpt.commands.chat import Chat
 from scmmgpt.commands.checkpoints import check_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import CHECKED, OneLineParser, explain, number, run_command
 from scmmgpt.commands.page_session import DESCRIPTION, NO_SELECTION, SEARCHED, Session
-from scmmgpt.commands.page_words import FIELDS, Warnings, named_labels, on_page, unbroken
+from scmmgpt.commands.page_words import FIELDS, Warnings, as_text, named_labels, on_page, unbroken
 from scmmgpt.commands.questions import EXAMPLES
 from scmmgpt.commands.writing import make_writable, nullable_strings
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
@@ -143,7 +142,7 @@ def task(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, .
         folders = {f"{Path(arg).parent}{os.sep}" for arg in args if isinstance(arg, str) and os.path.isabs(arg)}
 
         def shown(message: object) -> str:
-            text = html.escape(on_page(" ".join(str(message).split())), quote=False)  # gradio shows HTML
+            text = as_text(on_page(" ".join(str(message).split())))
             return functools.reduce(lambda text, folder: text.replace(folder, ""), folders, text)
 
         with Warnings() as raised:
@@ -439,9 +438,9 @@ class Tasks:
             if "scmmgpt_cell_type" not in session.adata.obs:
                 self.label(session)
             session.chat, session.turns = Chat(self.pipeline, session.adata, rows, session.proved(self.pipeline)), []
-        answer = unbroken(session.chat.ask(question.strip()).text)
+        answer = as_text(unbroken(session.chat.ask(question.strip()).text))
         session.turns += [
-            {"role": "user", "content": question},
+            {"role": "user", "content": as_text(question)},
             {"role": "assistant", "content": answer},
         ]
         return session, session.turns, ""

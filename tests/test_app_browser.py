@@ -270,6 +270,19 @@ def test_a_reload_brings_the_cells_back_and_another_tab_has_none(page, address, 
     assert not page.get_by_text(app.GONE).count()
 
 
+def test_names_of_a_file_are_no_html(page, tmp_path):
+    cells = blood_cells()
+    cells.obs["cell_type"] = "<img src='https://example.org/x'>"  # `close_page` counts the requests
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    upload(page, tmp_path / "cells.h5ad")
+    page.get_by_role("button", name="<img src='https://example.org/x'> (60)").click()
+    page.get_by_text("60 cells selected: <img src='https://example.org/x'> 60.").wait_for()
+    show_tab(page, "Ask")
+    page.get_by_label("Question").locator("visible=true").fill("Which cells are <img src='https://example.org/y'>?")
+    page.keyboard.press("Enter")
+    page.get_by_text("Which cells are <img src='https://example.org/y'>?").locator("visible=true").first.wait_for()
+
+
 def test_two_users_at_once_have_their_own_cells(browser, address, tmp_path):
     pages = [open_page(browser, address) for _ in range(2)]
     for n, page in zip((24, 36), pages, strict=True):
