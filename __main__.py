@@ -171,13 +171,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def annotate(args: Args) -> int:
     """Name the type of each cell, or choose among your own labels."""
-    from scmmgpt.commands.results import evidence_rows, table_of, write_table
+    from scmmgpt.commands.results import evidence_rows, table_of
 
     labels, cl_ids = read_labels(args.labels)
     names = ("tissue", "cluster_key", "min_score", "error_rate", "matching_weight", "read_batch")
     options = {name: getattr(args, name) for name in names}
+    tables: dict[Path, Any] = {}
     if outputs := several_outputs(args):
-        tables = {}
         if args.table is not None:
             tables[args.table] = lambda results: table_of(results.cells, args.columns)
         if args.evidence is not None:
@@ -188,8 +188,8 @@ def annotate(args: Args) -> int:
     pipeline.annotate(adata, labels, cl_ids=cl_ids, **options, **read_options(args))
     if args.evidence is not None:
         evidence = pipeline.explain(adata, cluster_key=args.cluster_key, **read_options(args))
-        write_table(args.evidence, evidence_rows(evidence, adata))
-    finish(args, adata, {"cells": adata.n_obs, **labels_found(adata)})
+        tables[args.evidence] = evidence_rows(evidence, adata)
+    finish(args, adata, {"cells": adata.n_obs, **labels_found(adata)}, tables=tables)
     return 0
 
 
@@ -238,13 +238,12 @@ def describe(args: Args) -> None:
 
         sampler = CaptionSampler(args.templates)
     pipeline, adata = load(args)
+    tables: dict[Path, Any] = {}
     if args.proof is not None:
         import pandas as pd
 
-        from scmmgpt.commands.results import write_table
-
         pipeline.describe(adata, args.prompt, proof=True, cluster_key=args.cluster_key, **read_options(args))
-        write_table(args.proof, pd.DataFrame(adata.uns["scmmgpt"]["describe"]["clauses"]))
+        tables[args.proof] = pd.DataFrame(adata.uns["scmmgpt"]["describe"]["clauses"])
     else:
         options = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams")}
         pipeline.describe(adata, args.prompt, cluster_key=args.cluster_key, **options, **read_options(args))
@@ -254,7 +253,8 @@ def describe(args: Args) -> None:
         obs = {name: adata.obs[name].astype(object).to_numpy() for name in adata.obs.columns}
         adata.obs["scmmgpt_reference"] = sampler.answer(obs, cell_ids=hash_names(adata.obs_names))
     texts = adata.obs["scmmgpt_description"]
-    finish(args, adata, {"cells": adata.n_obs, "distinct_descriptions": texts.nunique(), "first": str(texts.iloc[0])})
+    found = {"cells": adata.n_obs, "distinct_descriptions": texts.nunique(), "first": str(texts.iloc[0])}
+    finish(args, adata, found, tables=tables)
 
 
 def calibrate(args: Args) -> None:

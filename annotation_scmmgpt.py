@@ -317,10 +317,12 @@ def advice_on_sets(n_cells: int, n_before: int = 0) -> list[str]:
     """
     warnings, least = [], least_error_rate(n_cells)
     if n_before > n_cells:
-        warnings.append(f"Label sets (`error_rate=`) now rest on {n_cells} cells; they rested on {n_before} cells.")
+        warnings.append(
+            f"Label sets (`error_rate=`) now rest on {n_cells:,} cells; they rested on {n_before:,} cells."
+        )
     if least > 1 / SET_STEPS:
         warnings.append(
-            f"{n_cells} cells support error rates of {least:g} and more: at a lower rate, every label set holds all "
+            f"{n_cells:,} cells support error rates of {least:g} and more: at a lower rate, every label set holds all "
             f"labels (a rate of {1 / SET_STEPS:g} needs {SET_STEPS - 1} cells)."
         )
     return warnings

@@ -34,7 +34,7 @@ from scmmgpt.commands.chat import Chat
 from scmmgpt.commands.checkpoints import check_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import CHECKED, OneLineParser, explain, number, run_command
 from scmmgpt.commands.page_session import DESCRIPTION, NO_SELECTION, SEARCHED, Session
-from scmmgpt.commands.page_words import FIELDS, Warnings, named_labels, on_page, unbroken
+from scmmgpt.commands.page_words import FIELDS, Warnings, as_text, named_labels, on_page, unbroken
 from scmmgpt.commands.questions import EXAMPLES
 from scmmgpt.commands.writing import make_writable, nullable_strings
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
@@ -86,6 +86,10 @@ input[type=range]:focus-visible, .wrap-inner:has(input:focus-visible) { outline:
 .tab-container[role=tablist] button { padding: 4px 5px; margin: 0 }
 table td, table td * { word-break: normal; overflow-wrap: anywhere; hyphens: auto }
 """
+# Gradio opens the list of a dropdown again when the Tab key leaves the dropdown, and the list covers the map.
+KEYS = """() => window.addEventListener("keydown", (event) => {
+    if (event.key === "Tab" && event.target.role === "combobox") event.stopPropagation();
+}, true)"""
 # Gradio's own fonts come from Google. Its tables are in `font_mono`, in which names of types fill a narrow column.
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["system-ui", "sans-serif"]}
 
@@ -138,7 +142,7 @@ def task(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, .
         folders = {f"{Path(arg).parent}{os.sep}" for arg in args if isinstance(arg, str) and os.path.isabs(arg)}
 
         def shown(message: object) -> str:
-            text = on_page(" ".join(str(message).split()))
+            text = as_text(on_page(" ".join(str(message).split())))
             return functools.reduce(lambda text, folder: text.replace(folder, ""), folders, text)
 
         with Warnings() as raised:
@@ -434,9 +438,9 @@ class Tasks:
             if "scmmgpt_cell_type" not in session.adata.obs:
                 self.label(session)
             session.chat, session.turns = Chat(self.pipeline, session.adata, rows, session.proved(self.pipeline)), []
-        answer = unbroken(session.chat.ask(question.strip()).text)
+        answer = as_text(unbroken(session.chat.ask(question.strip()).text))
         session.turns += [
-            {"role": "user", "content": question},
+            {"role": "user", "content": as_text(question)},
             {"role": "assistant", "content": answer},
         ]
         return session, session.turns, ""
@@ -508,6 +512,7 @@ def launch(page: Any, host: str, port: int | None = None, max_size: str | int = 
         max_file_size=max_size,
         theme=gr.themes.Default(**FONTS),
         css=STYLE,
+        js=KEYS,
         footer_links=[],
         run_history=False,
         quiet=True,

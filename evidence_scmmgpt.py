@@ -394,14 +394,16 @@ def without_genes(label: str, words: Collection[str], tissues: Collection[str] =
 
 
 def labels_in_short(label: str, terms: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Trained labels of a type that is named without "cell" or the organ, such as "NK" or "activated stellate".
+    """Trained labels of a type that is named without the organ or "cell": "delta cell", "NK" or "activated stellate".
 
     Empty if the name fits types that are not nested.
 
     >>> labels_in_short("proliferating_Alpha", [{"names": ["pancreatic alpha cell"], "labels": ["A"]}])
     ['A']
+    >>> labels_in_short("Alpha cells", [{"names": ["alpha cell of islet of langerhans"], "labels": ["A"]}])
+    ['A']
     """
-    words = STATE.sub("", normalize_label(label))
+    words = re.sub(" cells?$", "", STATE.sub("", normalize_label(label)))
     name = f"{words} cell"
     is_whole = re.compile(re.escape(name)).fullmatch
     is_part = re.compile(rf"{re.escape(name)} of .*|.* {re.escape(name)}").fullmatch

@@ -36,10 +36,12 @@ def join(parts: Sequence[str]) -> str:
 def share(value: float) -> str:
     """A share in words; what is not none or not all is not called so.
 
-    >>> share(0.0004), share(0.254), share(0.999), share(1.0)
-    ('0.1 %', '25 %', '99.9 %', '100 %')
+    >>> share(0.0004), share(0.0006), share(0.254), share(0.999), share(0.9996), share(1.0)
+    ('<0.1 %', '0.1 %', '25 %', '99.9 %', '>99.9 %', '100 %')
     """
     percent = 100 * float(value)
+    if 0 < percent < 0.05 or 99.95 < percent < 100:
+        return "<0.1 %" if percent < 1 else ">99.9 %"
     is_edge = 0 < percent < 1 or 99 < percent < 100
     return f"{min(max(percent, 0.1), 99.9):.1f} %" if is_edge else f"{percent:.0f} %"
 

@@ -40,7 +40,10 @@ def labels_and_prompts(prompts: str | Sequence[str] | dict[str, str]) -> tuple[l
     texts = [prompts] if isinstance(prompts, str) else list(prompts.values() if isinstance(prompts, dict) else prompts)
     n_empty = sum(not text.strip() for text in texts)
     if n_empty or not texts:
-        raise ValueError(f"Pass one prompt or more; each needs some text, but {n_empty} of {len(texts)} are empty.")
+        which = f"{n_empty:,} of {len(texts):,} prompts {'is' if n_empty == 1 else 'are'} empty"
+        which = which if len(texts) > 1 else "The prompt is empty"
+        which = which if texts else "There is no prompt"
+        raise ValueError(f"{which}: describe a cell, such as 'a B cell from blood'.")
     return labels, texts
 
 
@@ -54,10 +57,12 @@ def warn_of_unknown_types(prompts: Sequence[str], annotation: Mapping[str, Any])
     labels = list(annotation.get("labels", {}))
     unknown = [text for text in prompts if not names_known_type(text, labels, annotation.get("terms", []))]
     if labels and unknown:
+        few = f"{unknown[0]!r} names"
+        several = f"{len(unknown):,} of {len(prompts):,} prompts, such as {unknown[0]!r}, name"
         logger.warning(
-            f"{len(unknown)} of {len(prompts)} prompts, such as {unknown[0]!r}, name none of the {len(labels)} "
-            f"cell types that this checkpoint knows (such as {', '.join(map(repr, labels[:3]))}): the cells are a "
-            "guess, and the vocabulary may lack marker genes of another type."
+            f"{few if len(unknown) == 1 else several} none of the {len(labels)} cell types that this checkpoint knows "
+            f"(such as {', '.join(map(repr, labels[:3]))}): the cells are a guess, and the vocabulary may lack marker "
+            "genes of another type."
         )
 
 
@@ -73,8 +78,9 @@ def warn_of_panels(counts: Any, sizes: np.ndarray) -> None:
     n_few = int((np.asarray(counts.sum(axis=1)).ravel() < LEAST_OF_LIBRARY * sizes).sum())
     if n_few:
         logger.warning(
-            f"{n_few} of {len(sizes)} cells hold less than half of the counts of their library: these cells resemble "
-            "training cells of a panel of few genes. Leave these cells out, or try a prompt without a tissue."
+            f"{n_few:,} of {len(sizes):,} cells {'holds' if n_few == 1 else 'hold'} less than half of the counts of "
+            "the library: such cells resemble training cells of a panel of few genes. Leave them out, or try a prompt "
+            "without a tissue."
         )
 
 

@@ -33,6 +33,13 @@ ANTIBODY = re.compile(
     r"^(HTO|Hashtag)[_.-]?\d|[|._:-](pAbO|stAbO)$|\bAHS\d{4}\b|^SampleTag\d|[._-](?-i:[ACGT]{15})$",
     re.IGNORECASE,
 )
+# Proteins under names that no gene has: CD45RA, IgG1, "PD-L1 (CD274)", "HLA-A,B,C". Other proteins of the same file
+# may have names of genes (CD4, CD19).
+PROTEIN = re.compile(
+    r"^CD45R[AO]\b|^((Mouse|Rat|Human|Hamster)[ _.-]?)?Ig(G|M|A|D)\d?[abc]?([ _.,-]|$)|\(CD\d+[a-z]*\)$|"
+    r"^HLA[ -]?A[,/ -]+B[,/ -]+C\b"
+)
+MIN_PROTEINS = 3  # least number of such names
 # Spike-ins, control probes and codewords, and the rows of htseq-count and STAR that are no genes.
 CONTROL = re.compile(
     r"^(ERCC-\d{5}|(Blank|BLANK)[-_]?\d+|FalseCode\d+|Negative\d+|"
@@ -372,6 +379,9 @@ def _count_matches(match: GeneMatch, names: Sequence[str], n_vocabulary: int, we
         "how": {str(k): int(v) for k, v in Counter(match.how[is_gene].tolist()).items()},
         "set_aside": {str(k): int(v) for k, v in Counter(match.how[~is_gene].tolist()).items()},
     }
+    proteins = [names[v] for v in np.flatnonzero(is_gene).tolist() if PROTEIN.search(names[v])]
+    if len(proteins) >= MIN_PROTEINS:
+        counts["like_proteins"] = proteins[:N_EXAMPLES]
     unmatched = np.flatnonzero(~matched & is_gene)
     total = float(weights[is_gene].sum())
     if total > 0:
@@ -472,6 +482,12 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
         messages.append(
             f"The genes that match the model's vocabulary hold only {r['share_expression_matched']:.1%} of the "
             f"expression; {largest}."
+        )
+    if proteins := r.get("like_proteins"):
+        messages.append(
+            f"Some columns have names of proteins ({', '.join(proteins[:3])}), and nothing tells proteins from genes: "
+            "a protein that has the name of a gene (CD4, CD19) is read as that gene. Leave proteins out, or write "
+            "'Antibody Capture' for them and 'Gene Expression' for genes in `adata.var['feature_types']`."
         )
     is_species = find_species(r["species_declared"]) or re.fullmatch("[A-Z][a-z]+ [a-z]+", r["species_declared"])
     if is_species and species not in ("unknown", r["species_declared"]):

@@ -94,7 +94,7 @@ class LabellingSteps(CellPasses):
         """
         stored = self.model.config.annotation or {}
         if tissue is not None and labels is not None:
-            raise ValueError("labels and tissue both choose the candidates; pass one of the two.")
+            raise ValueError("`labels=` and `tissue=` both choose the candidate labels; pass one of the two.")
         if tissue is not None:
             labels = labels_of_tissue(tissue, stored)
         temperature_default = stored.get("temperature", 1 / self._bridge().inverse_temperature().item())

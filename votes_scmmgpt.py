@@ -138,7 +138,12 @@ def summarize_annotation(
             f"Remove a label that cannot occur, or replace it by a known label.{questions}"
         )
     if n_novel >= NOVEL_SHARE * n_cells:
-        outcome = f"{n_unknown} of these cells are {UNKNOWN}, the others have a broader or a profiled type"
+        some = (
+            f"{n_unknown:,} of these cells {'is' if n_unknown == 1 else 'are'}"
+            if n_unknown
+            else "none of these cells is"
+        )
+        outcome = f"{some} {UNKNOWN}, the others have a broader or a profiled type"
         outcome = f"these cells are {UNKNOWN}" if n_unknown == n_novel else outcome
         outcome = "these cells are labelled nevertheless" if min_score == 0 else outcome
         warnings.append(

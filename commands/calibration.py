@@ -10,6 +10,7 @@ import numpy as np
 
 from scmmgpt.annotation_scmmgpt import least_error_rate
 from scmmgpt.commands.files import check_file, read_json, whole_file
+from scmmgpt.expression_scmmgpt import share
 from scmmgpt.labels_scmmgpt import trained_labels_of
 from scmmgpt.records_scmmgpt import MISSING, need_columns, words_of
 
@@ -17,6 +18,7 @@ from scmmgpt.records_scmmgpt import MISSING, need_columns, words_of
 if TYPE_CHECKING:
     from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
+LOW_ACCURACY = 0.5  # of the fit, below which a warning asks for the column of labels
 GIVEN = "scmmgpt_given"  # a temporary column of obs
 
 
@@ -53,14 +55,25 @@ def calibrate_checkpoint(
         The numbers of the fit, the number of labels, and the least error rate that the number of cells allows.
 
     Raises:
-        ValueError: If no label of the cells means a label of the checkpoint.
+        ValueError: If no label of the cells means a label of the checkpoint, or all cells have one label.
     """
     stored = pipeline.model.config.annotation or {}
     if pipeline.can_explain and "similarity_weight" in stored:
-        adata.obs[GIVEN] = trained_words(words_of(adata.obs, label_key), stored, label_key)
+        words = trained_words(words_of(adata.obs, label_key), stored, label_key)
+        if len(found := set(words.tolist()) & set(stored["labels"])) == 1:
+            raise ValueError(
+                f"obs[{label_key!r}] has one label of the checkpoint only, {found.pop()!r}: probabilities are fitted "
+                "on cells of several labels. Name another column by --label-key, or take cells of more types."
+            )
+        adata.obs[GIVEN] = words
         done = pipeline.calibrate(adata, GIVEN, **reading)
     else:
         done = _calibrate_anew(pipeline, adata, source, label_key, reading)
+    if done["accuracy"] < LOW_ACCURACY:
+        logging.getLogger("scmmgpt").warning(
+            f"In {share(done['accuracy'])} of the cells only, obs[{label_key!r}] has the label that the checkpoint "
+            "gives. Check the column: with wrong labels, all probabilities become low. `config.json` has new values."
+        )
     config_file = Path(checkpoint) / "config.json"
     config = read_json(config_file, dict)
     config["annotation"] = pipeline.model.config.annotation
@@ -98,10 +111,10 @@ def trained_words(given: np.ndarray, stored: Mapping[str, Any], label_key: str) 
         )
     of_name = [labels[0] if len(labels) == 1 else str(name) for name, labels in zip(names, meant, strict=True)]
     if left := [str(name) for name, labels in zip(names, meant, strict=True) if len(labels) != 1 and name != MISSING]:
+        shown = ", ".join(map(repr, left[:3])) + (", ..." if len(left) > 3 else "")
         logging.getLogger("scmmgpt").warning(
-            f"{len(left)} of {len(names)} labels of obs[{label_key!r}] do not match exactly one label of the "
-            f"checkpoint ({', '.join(map(repr, left[:3]))}{', ...' if len(left) > 3 else ''}). Their cells are left "
-            "out."
+            f"{len(left)} of {len(names)} labels of obs[{label_key!r}] {'does' if len(left) == 1 else 'do'} not match "
+            f"exactly one label of the checkpoint ({shown}). Their cells are left out."
         )
     return np.asarray(of_name, dtype=str)[numbers]
 

@@ -21,6 +21,7 @@ from scmmgpt.commands.questions import EXAMPLES, TOPICS, Group, Question, Questi
 from scmmgpt.commands.type_names import broader_types, names_of_types
 from scmmgpt.evidence_scmmgpt import NONE
 from scmmgpt.expression_scmmgpt import join, share
+from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.programmes_scmmgpt import PROGRAMMES
 from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, TYPE_FOLD, TYPE_SHARE, Proof
 from scmmgpt.records_scmmgpt import recorded, words_of
@@ -275,8 +276,9 @@ class Chat:
             return " ".join(self.called(group) for group in ([target] if len(several) < 2 else several))
         if RAREST.search(self.asked.text):
             return f"Labels of {who}, the rarest first: {self.parts(self.labels, mask, rarest=True)}."
-        n = len(set(self.labels[mask]) - {"Unknown"})
-        return f"Labels of {who}{f', {n} types' if n > N_PARTS else ''}: {self.parts(self.labels, mask)}."
+        found = set(self.labels[mask])
+        types = f", {len(found - {UNKNOWN})} types{f' and {UNKNOWN}' if UNKNOWN in found else ''}"
+        return f"Labels of {who}{types if len(found) > N_PARTS else ''}: {self.parts(self.labels, mask)}."
 
     def _none_of(self, groups: Sequence[Group]) -> str:
         """How many of the cells are of none of some groups, in words."""

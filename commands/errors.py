@@ -324,7 +324,11 @@ def naming(path: Any) -> Iterator[None]:
 def explain(
     error: BaseException, inputs: Iterable[Any] = (), outputs: Iterable[Any] = (), extra: str = "train"
 ) -> str:
-    """Turn an error into a message of one line."""
+    """Turn an error into a message of one line; notes of the error (`add_note`) come last."""
+    return " ".join([_explained(error, inputs, outputs, extra), *getattr(error, "__notes__", ())])
+
+
+def _explained(error: BaseException, inputs: Iterable[Any], outputs: Iterable[Any], extra: str) -> str:
     text, kind = " ".join(str(error).split()), type(error).__name__
     if isinstance(error, ModuleNotFoundError) and error.name and text.startswith(("No module", "import of")):
         module = error.name.partition(".")[0]

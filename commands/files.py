@@ -2,8 +2,11 @@
 
 import contextlib
 import errno
+import functools
+import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -19,6 +22,10 @@ LOCK = ".lock"  # lock file of a folder
 
 TABLES = (".csv", ".tsv", ".txt")  # also compressed
 COMPRESSED = (".gz", ".bz2", ".xz")
+
+BOOT, NAMESPACE = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")  # of Linux
+# Name of a temporary file: machine, process, random digits.
+TEMPORARY = re.compile(r"\..*?(?P<machine>[0-9a-f]{16})-(?P<process>[0-9]+)-[0-9a-f]{32}\.tmp(\.[^.]*)?", re.DOTALL)
 
 # -- before the work --------------------------------------------------------------------------------------------------
 
@@ -88,6 +95,8 @@ def is_part(path: Path, source: Path) -> bool:
 def check_file(path: str | os.PathLike, n_bytes: int = 0) -> None:
     """Refuse a file that cannot be written, or a disk with fewer than `n_bytes` free; leave no files behind.
 
+    Temporary files that a killed process left in the folder are removed, see [`remove_leftovers`].
+
     Raises:
         FileNotFoundError: If the folder of the file does not exist.
         OSError: If the path is a folder or a device, is write-protected, or the disk is full.
@@ -99,6 +108,7 @@ def check_file(path: str | os.PathLike, n_bytes: int = 0) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"The folder of the output {str(path)!r} does not exist; create it first.")
     _try_folder(folder, path)
+    remove_leftovers(folder)
     if path.exists() and not os.access(path, os.W_OK):
         raise OSError(f"The output {str(path)!r} exists and is protected against writing; name another file.")
     free = shutil.disk_usage(folder).free
@@ -126,16 +136,62 @@ def check_folder(path: str | os.PathLike) -> None:
             f"The output folder {str(path)!r} lies in {str(folder)!r}, which is a file; name another folder."
         )
     _try_folder(folder, path)
+    remove_leftovers(folder)
+    remove_leftovers(Path(os.path.realpath(path)).parent)  # of new folders
 
 
 def _try_folder(folder: Path, path: Path) -> None:
     """Create and remove a file, because permissions alone do not show whether a folder is writable."""
-    temporary = folder / f".{uuid.uuid4().hex}.tmp"
+    temporary = folder / temporary_name()
     try:
         temporary.touch(exist_ok=False)
     except OSError as error:
         raise OSError(f"The output {str(path)!r} cannot be written ({error.strerror}). Name another place.") from None
     temporary.unlink()
+
+
+def temporary_name(stem: str = "", suffix: str = "") -> str:
+    """Name of a new temporary file or folder of this process, hidden in listings."""
+    return f".{stem}{_machine() or 16 * '0'}-{os.getpid()}-{uuid.uuid4().hex}.tmp{suffix}"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of a folder whose process was killed.
+
+    Files of running processes stay, and so do files of other machines, of other containers, and of the time before a
+    restart of this machine: nothing here shows whether their process still runs. Systems other than Linux keep all.
+    """
+    machine = _machine()
+    if machine is None or not folder.is_dir():
+        return
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name.startswith(".")]
+    for found in filter(None, map(TEMPORARY.fullmatch, names)):
+        if found["machine"] == machine and not _is_running(int(found["process"])):
+            path = folder / found[0]
+            is_folder = path.is_dir() and not path.is_symlink()
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if is_folder else path.unlink()
+
+
+@functools.cache
+def _machine() -> str | None:
+    """16 hexadecimal digits of this machine since its start, and of its container; None without Linux."""
+    try:
+        parts = socket.gethostname(), BOOT.read_text(encoding="utf-8"), os.readlink(NAMESPACE)
+    except OSError:
+        return None
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # a process of another user
+        return True
+    return True
 
 
 def table_suffix(path: Path) -> str:
@@ -166,7 +222,7 @@ def whole_file(path: str | os.PathLike, *, keep_existing: bool = False, synced: 
     '42'
     """
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp{path.suffix}")
+    temporary = path.with_name(temporary_name(suffix=path.suffix))
     try:
         yield temporary
         if synced:
@@ -188,7 +244,7 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     If another process has created `path` in the meantime, the temporary folder is removed. The parent must exist.
     """
     path = Path(path).absolute()
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(temporary_name(f"{path.name}."))
     temporary.mkdir()
     try:
         yield temporary
@@ -212,7 +268,7 @@ def filled_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(temporary_name())
     temporary.mkdir()
     try:
         yield temporary

@@ -179,7 +179,8 @@ def render(report: dict[str, Any]) -> str:
         genes = f"{cells['genes_median']:,g} genes of the vocabulary (of {cells['converted']:,} cells)"
         lines.append(f"  cells: median total {totals}, {genes}")
     for name, column in report["obs"].items():
-        lines.append(f"       {name}: {column['values']} values, {column['share']:.0%} {column['most_common']!r}")
+        values = f"{column['values']:,} value{'' if column['values'] == 1 else 's'}"
+        lines.append(f"       {name}: {values}, {column['share']:.0%} {column['most_common']!r}")
     lines += [f"  ! {warning}" for warning in report.get("warnings", [])]
     if report["usable"]:
         lines.append(f"  => can be used: scmmgpt annotate {file['path']} --output annotated.h5ad")

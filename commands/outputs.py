@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,18 +61,27 @@ def check_tables(args: Args) -> None:
         check_file(table)
 
 
-def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any], rows: Any = None) -> None:
-    """Write the result, the table (`rows`, or else the new columns of `obs`), and the summary."""
-    from scmmgpt.commands.results import table_of, write_cells, write_table
+def finish(
+    args: Args,
+    adata: "anndata.AnnData",
+    summary: dict[str, Any],
+    rows: Any = None,
+    tables: Mapping[Path, Any] | None = None,
+) -> None:
+    """Write the result, the table (`rows`, or else the new columns of `obs`), further tables, and the summary."""
+    from scmmgpt.commands.results import after, table_of, write_cells, write_table
 
     if hasattr(args, "identity"):
         adata.uns["scmmgpt"] = {**adata.uns.get("scmmgpt", {}), "model": args.identity}
     write_cells(adata, getattr(args, "file", args.output), args.output)
-    if getattr(args, "table", None) is not None and rows is not None:
-        write_table(args.table, rows)
-    elif getattr(args, "table", None) is not None:
-        table = table_of(adata, args.columns, short=args.command == "describe")
-        write_table(args.table, table, index_label="barcode")
+    with after([args.output]):
+        for path, of_path in (tables or {}).items():
+            write_table(path, of_path)
+        if getattr(args, "table", None) is not None and rows is not None:
+            write_table(args.table, rows)
+        elif getattr(args, "table", None) is not None:
+            table = table_of(adata, args.columns, short=args.command == "describe")
+            write_table(args.table, table, index_label="barcode")
     write(args, {"output": str(args.output), **summary})
 
 

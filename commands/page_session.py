@@ -10,6 +10,7 @@ import pandas as pd
 
 from scmmgpt.commands.cell_map import draw
 from scmmgpt.commands.chat import Chat
+from scmmgpt.commands.page_words import as_text
 from scmmgpt.proof_scmmgpt import Proof
 
 
@@ -68,10 +69,11 @@ class Session:
         return f": {kinds}{', ...' if len(counts) > SHOWN_KINDS else '.'}"
 
     def said(self) -> str:
-        """How many cells are selected, and of which kinds."""
+        """How many cells are selected, and of which kinds, as Markdown; a name of the file is text, never HTML."""
         if not len(self.rows):
             return NO_SELECTION
-        return f"{len(self.rows):,} {'cell' if len(self.rows) == 1 else 'cells'} selected{self.kinds(self.rows)}"
+        kinds = as_text(self.kinds(self.rows))
+        return f"{len(self.rows):,} {'cell' if len(self.rows) == 1 else 'cells'} selected{kinds}"
 
     def relabelled(self, color: str | None) -> None:
         """Show new labels, without what was said of those before them."""

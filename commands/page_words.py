@@ -1,5 +1,6 @@
 """Words of the page: its fields, the labels typed into a field, and messages of the library in terms of the page."""
 
+import html
 import logging
 import re
 import threading
@@ -42,6 +43,15 @@ def unbroken(text: str) -> str:
     '11\xa0% of 20 cells'
     """
     return SPLIT_PERCENT.sub("\N{NO-BREAK SPACE}", text)
+
+
+def as_text(text: str) -> str:
+    """Let Markdown and messages of gradio, which show HTML, show a text as it is: a file may hold any words.
+
+    >>> as_text("a<b & c")
+    'a&lt;b &amp; c'
+    """
+    return html.escape(text, quote=False)
 
 
 def on_page(text: str) -> str:

@@ -34,7 +34,7 @@ from scmmgpt.commands.cluster import Workers
 from scmmgpt.commands.errors import explain, full_disk, naming
 from scmmgpt.commands.files import lock_folder, read_json, write_json
 from scmmgpt.commands.partition_tasks import Arrays, Job, Partition, read_columns
-from scmmgpt.commands.results import CopiesAhead, RowBlocks, can_copy, rehearse, write_cells, write_table
+from scmmgpt.commands.results import CopiesAhead, RowBlocks, after, can_copy, rehearse, write_cells, write_table
 from scmmgpt.commands.sources import Source
 from scmmgpt.readers.soma import is_soma
 from scmmgpt.records_scmmgpt import clusters_of, need_columns, words_of
@@ -351,8 +351,9 @@ def compute_outputs(
             summaries[str(path)] = {**counts, **found(done[-1])}
         if not summaries:
             raise ValueError(failures[0])
-        for table, rows_of in tables.items():
-            _write_rows(table, done, rows_of, several=len(outputs) > 1)
+        with after([outputs[results.source] for results in done]):
+            for table, rows_of in tables.items():
+                _write_rows(table, done, rows_of, several=len(outputs) > 1)
         if not failures:
             runs[0].remove()
     return summaries[str(output)] if len(outputs) == 1 else {"files": summaries}, failures

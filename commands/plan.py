@@ -184,6 +184,7 @@ def describe_plan(costs: Costs, n_cells: int | None, workers: list[int]) -> tupl
     }
     busy = f"by the clock {1e3 * costs.clock_seconds:.3g} ms a cell: the machine was busy, or its disk slow"
     one, device = plans[0], "GPU" if "cuda" in costs.device else "thread"
+    useful = one["useful_workers"]
     lines = [
         f"measured on {costs.n_sampled:,} cells by one {device}: "
         f"{1e3 * costs.seconds:.3g} ms a cell; {costs.load_seconds:.1f} s to load the checkpoint; "
@@ -194,7 +195,8 @@ def describe_plan(costs: Costs, n_cells: int | None, workers: list[int]) -> tupl
             for name, (line, unit) in _LINES.items()
             if one[name]
         ),
-        f"More than {one['useful_workers']:,} workers do not help: one process copies the input and joins results.",
+        f"More than {useful:,} worker{'' if useful == 1 else 's'} "
+        f"{'does' if useful == 1 else 'do'} not help: one process copies the input and joins results.",
         f"A partition of {CELLS_PER_PARTITION:,} cells takes {_with_unit(one['partition_seconds'] / 3600, 'h')}, the "
         "most that a worker loses if the run stops. `--cells-per-partition` changes it.",
     ]

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from scmmgpt.audit_scmmgpt import CONTRADICTED
+from scmmgpt.commands.inspect_input import KIND_WORDS
 from scmmgpt.commands.verify import COMMANDS, receipts
 from scmmgpt.expression_scmmgpt import share
 from scmmgpt.labels_scmmgpt import UNKNOWN
@@ -259,12 +260,13 @@ def group_rows(described: Mapping[str, Any]) -> list[dict[str, str]]:
 def input_facts(read: Mapping[str, Any]) -> dict[str, Any]:
     """How the file was read, in words."""
     matrix, genes = read.get("matrix", {}), read.get("genes", {})
-    share = genes.get("share_expression_matched")
+    share, kind = genes.get("share_expression_matched"), str(matrix.get("kind"))
+    kind = KIND_WORDS.get(kind, kind)
     facts = {
-        "matrix": f"{matrix['chosen']}: {matrix['kind']}, {matrix['conversion']}" if "chosen" in matrix else None,
+        "matrix": f"{matrix['chosen']}: {kind}, {matrix['conversion']}" if "chosen" in matrix else None,
         "species": genes.get("species"),
-        "genes": genes.get("genes"),
-        "genes of the checkpoint": genes.get("matched"),
+        "genes": f"{genes['genes']:,}" if "genes" in genes else None,
+        "genes of the checkpoint": f"{genes['matched']:,}" if "matched" in genes else None,
         "share of the expression in them": f"{100 * share:.3g} %" if share is not None else None,
     }
     return {name: str(value) for name, value in facts.items() if value is not None}

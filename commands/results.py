@@ -39,6 +39,7 @@ Cells: TypeAlias = anndata.AnnData | CellFile
 
 
 ENTRIES_AT_ONCE = 2**22  # entries per read of an array of a Zarr store
+SHOWN = 3  # files that a message names
 ROWS_AT_ONCE = 50_000  # rows per write of a table
 ROWS_COPIED = 4096  # rows per copy of a matrix
 BYTES_COPIED = 2**24  # bytes per copy of a file
@@ -189,6 +190,17 @@ def table_of(cells: Cells, columns: Sequence[str] = (), *, short: bool = False) 
     table = cells.obs[list(dict.fromkeys([*columns, *added]))].copy()
     names = {name: name.removeprefix("scmmgpt_") for name in added}
     return table.rename(columns={name: new for name, new in names.items() if new not in table}) if short else table
+
+
+@contextlib.contextmanager
+def after(outputs: Sequence[Path]) -> Iterator[None]:
+    """Let an error in this block, which writes tables, say that the cells are written already."""
+    try:
+        yield
+    except Exception as error:
+        shown = ", ".join(map(str, outputs[:SHOWN])) + (", ..." if len(outputs) > SHOWN else "")
+        error.add_note(f"The cells with all results are written ({shown}), the table is not.")
+        raise
 
 
 def write_table(path: Path, rows: Any, index_label: str | None = None) -> None:

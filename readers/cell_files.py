@@ -45,6 +45,19 @@ from scmmgpt.rows_scmmgpt import layers_of
 logger = logging.getLogger(__name__)
 
 KNOWN = ".h5ad, .zarr, SOMA, .h5mu, 10x .h5, a folder with matrix.mtx, .loom, .csv, .tsv, .txt"
+FIRST_BYTES = 40  # of a file that is no HDF5, for its error
+# First bytes of other formats -> the format.
+MAGIC = {
+    b"PK": "a ZIP archive or a spreadsheet",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"(\xb5/\xfd": "compressed by zstd",
+    b"%PDF": "a PDF file",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    b"RDX": "an R object",
+    b"PAR1": "a Parquet file",
+}
 # File names of unsupported formats -> the remedy.
 UNREAD = {
     r"\.(rds|rda|rdata|h5seurat|qs)(\.gz)?$": "is an R object. Save it from R with "
@@ -297,7 +310,7 @@ def _format_of_hdf5(path: Path) -> tuple[str, Opener]:
 
 def _open_hdf5(path: Path) -> h5py.File:
     with open(path, "rb") as file:
-        start = file.read(8)
+        start = file.read(FIRST_BYTES)
     if start.startswith(b"\x1f\x8b"):
         raise FileError(f"{path} is compressed by gzip as a whole: run `gunzip` on it first.")
     try:
@@ -318,8 +331,28 @@ def _open_hdf5(path: Path) -> h5py.File:
         if h5py.is_hdf5(path):
             raise
         raise FileError(
-            f"{path} is not an HDF5 file, despite its name (it starts with {start!r}). Supported formats: {KNOWN}."
+            f"{path} is not an HDF5 file, despite its name ({first_words(start)}). Supported formats: {KNOWN}."
         ) from error
+
+
+def first_words(start: bytes) -> str:
+    r"""Say what a file is that begins with these bytes: empty, a known format, text or none of these.
+
+    >>> first_words(b"gene,cell1\n3"), first_words(b"PK\x03\x04\x14"), first_words(b"")
+    ("it is text: 'gene,cell1'", 'it is a ZIP archive or a spreadsheet', 'it is empty')
+    >>> first_words(b"\x93\x00\xff"), first_words("\nzellen für".encode()[:-1])
+    ('it is no text either', "it is text: 'zellen fü'")
+    """
+    if not start:
+        return "it is empty"
+    known = next((name for magic, name in MAGIC.items() if start.startswith(magic)), None)
+    if known is not None:
+        return f"it is {known}"
+    text = start.decode("utf-8-sig", errors="ignore")  # without a mark at the start, or half a letter at the end
+    if len(text.encode()) < len(start) - 6 or not all(c.isprintable() or c.isspace() for c in text):
+        return "it is no text either"
+    lines = text.splitlines()
+    return f"it is text: {next((line.strip() for line in lines if line.strip()), '')!r}"
 
 
 def _disk_matrix(element: Any) -> Any:

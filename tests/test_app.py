@@ -316,7 +316,7 @@ def test_colours_of_a_map_are_the_commonest_first_and_numbers_grow_darker():
     [
         ("open", (None,), "Choose a file"),
         ("annotate", (None, "", ANY_TISSUE, 0), "Choose a file"),
-        ("generate", (None, "  ", 2), "needs some text"),
+        ("generate", (None, "  ", 2), "The prompt is empty"),
     ],
 )
 def test_a_bad_input_is_said_in_the_browser(tasks, name, arguments, match):

@@ -158,6 +158,26 @@ def test_a_type_is_selected_by_keyboard_and_stays_selected_in_another_colour(pag
     page.get_by_text(page_session.NO_SELECTION).wait_for()
 
 
+def test_who_passes_a_dropdown_by_keyboard_leaves_no_list_over_the_map(page, tmp_path):
+    blood_cells().write_h5ad(tmp_path / "cells.h5ad")
+    upload(page, tmp_path / "cells.h5ad")
+    page.get_by_role("button", name="natural killer cell (15)").focus()
+    page.keyboard.press("Tab")
+    colours = page.get_by_role("combobox", name="Colour of the cells")
+    assert colours.evaluate("dropdown => dropdown === document.activeElement")
+    page.get_by_role("option", name="donor_id").wait_for()
+    page.keyboard.press("Tab")
+    page.get_by_role("option").first.wait_for(state="detached")
+    page.keyboard.press("Tab")
+    assert not page.get_by_role("option").count()
+    colours.focus()  # the keys of the list work as before
+    page.keyboard.type("donor")
+    page.get_by_role("option", name="tissue", exact=True).wait_for(state="detached")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.get_by_text("Colour: donor_id.").wait_for()
+
+
 COLOURED = """() => { const canvas = document.querySelector("canvas");
     const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
     let n = 0;
@@ -205,12 +225,14 @@ def test_results_of_other_cells_leave_the_page(page, tmp_path):
 def test_files_without_cells_or_too_large_are_refused_in_words(page, tmp_path, monkeypatch):
     (tmp_path / "nothing.csv").write_text("nothing")
     (tmp_path / "text.h5ad").write_text("no HDF5")
+    (tmp_path / "page.h5ad").write_text("<!DOCTYPE html><img src='https://example.org/x'>")
     (tmp_path / "large.h5ad").write_bytes(bytes(MOST_BYTES + 1))
     blood_cells(40).write_h5ad(tmp_path / "many.h5ad")
     monkeypatch.setattr(app, "MAX_CELLS", 30)
     for name, words in (
         ("nothing.csv", "nothing.csv"),
-        ("text.h5ad", "is not an HDF5 file"),
+        ("text.h5ad", "is not an HDF5 file, despite its name (it is text: 'no HDF5')"),
+        ("page.h5ad", '(it is text: "<!DOCTYPE html><img src='),
         ("large.h5ad", "maximum allowed size"),
         ("many.h5ad", "many.h5ad has 40 cells, and the page takes at most 30"),
     ):
@@ -246,6 +268,19 @@ def test_a_reload_brings_the_cells_back_and_another_tab_has_none(page, address, 
     page.reload()
     page.get_by_text("No cells yet.").wait_for()
     assert not page.get_by_text(app.GONE).count()
+
+
+def test_names_of_a_file_are_no_html(page, tmp_path):
+    cells = blood_cells()
+    cells.obs["cell_type"] = "<img src='https://example.org/x'>"  # `close_page` counts the requests
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    upload(page, tmp_path / "cells.h5ad")
+    page.get_by_role("button", name="<img src='https://example.org/x'> (60)").click()
+    page.get_by_text("60 cells selected: <img src='https://example.org/x'> 60.").wait_for()
+    show_tab(page, "Ask")
+    page.get_by_label("Question").locator("visible=true").fill("Which cells are <img src='https://example.org/y'>?")
+    page.keyboard.press("Enter")
+    page.get_by_text("Which cells are <img src='https://example.org/y'>?").locator("visible=true").first.wait_for()
 
 
 def test_two_users_at_once_have_their_own_cells(browser, address, tmp_path):

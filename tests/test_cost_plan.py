@@ -1,6 +1,7 @@
 """`scmmgpt plan`: costs of a sample on this machine become hours, memory and storage for many cells."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -95,3 +96,5 @@ def test_a_person_reads_hours_minutes_and_what_more_workers_bring():
     assert "output on disk 30 GB 30 GB" in words
     assert words[-2].startswith("More than 500 workers do not help")
     assert words[-1].startswith("A partition of 16,384 cells takes 2.7 min")
+    slow_disk = replace(HOUR, disk_rate=1.0)
+    assert "More than 1 worker does not help: " in " ".join(describe_plan(slow_disk, 10_000, [1])[1])

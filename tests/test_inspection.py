@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from scmmgpt import reading_scmmgpt
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
-from scmmgpt.genes_scmmgpt import GeneIndex, classify_features, detect_species, find_species
+from scmmgpt.genes_scmmgpt import PROTEIN, GeneIndex, classify_features, detect_species, find_species
 from scmmgpt.matrices_scmmgpt import convert_rows, inspect_matrix
 from scmmgpt.reading_scmmgpt import choose_input, inspect_matrices, read_cells
 from scmmgpt.records_scmmgpt import need_columns, storable
@@ -799,6 +800,19 @@ def test_features_are_known_by_their_names_too():
     assert set(classify_features(genes)) == {"gene"}
 
 
+def test_proteins_beside_genes_that_only_their_names_show_bring_a_warning(counts, gene_index):
+    proteins = ["IgG1", "CD45RA", "PD-L1 (CD274)", "HLA-A,B,C", "GENE3-1"]
+    adata = make_adata(np.c_[counts, counts[:, :5]], [*SYMBOLS, *proteins])
+    warned = " ".join(read_cells(adata, gene_index)[1]["warnings"])
+    assert "Some columns have names of proteins (IgG1, CD45RA, PD-L1 (CD274))" in warned
+    adata.var["feature_types"] = ["Gene Expression"] * len(SYMBOLS) + ["Antibody Capture"] * len(proteins)
+    _, report = read_cells(adata, gene_index)
+    assert report["genes"]["set_aside"] == {"antibody": 5}
+    assert "proteins" not in " ".join(report["warnings"])
+    genes = ["IGHG1", "Ighg1", "IGHM", "Igha", "HLA-A", "CD45", "CD8A", "IGLL5", "Igd", "IGFBP7"]
+    assert not any(map(PROTEIN.search, genes))
+
+
 def test_a_matrix_of_proteins_is_refused(counts, gene_index):
     adata = make_adata(counts[:, :3], ["CD3", "CD4", "CD19"])
     adata.var["feature_types"] = "Antibody Capture"
@@ -913,6 +927,29 @@ def test_a_matrix_without_counts_is_refused_with_a_way_out(gene_index, matrix, e
     adata = make_adata(matrix)
     with pytest.raises(error, match=words):
         read_cells(adata, gene_index)
+
+
+def test_a_few_negative_values_are_no_sign_of_scaling(counts, gene_index):
+    counts = counts.astype(np.float32)
+    counts[3, 17] = -1
+    with pytest.raises(
+        ValueError, match=r"few negative values \(minimum -1, less than 1% .* gene 'GENE17'\)\): expr"
+    ) as said:
+        read_cells(make_adata(counts), gene_index)
+    assert "scale" not in str(said.value)
+
+
+@pytest.mark.parametrize("logs", [False, True])
+def test_smoothed_values_bring_a_warning_and_measured_ones_of_the_same_cells_none(gene_index, logs, monkeypatch):
+    monkeypatch.setattr(reading_scmmgpt, "MIN_SMOOTH_GENES", 50)
+    rng = np.random.default_rng(0)
+    counts = umi_counts(rng).astype(np.float64)
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    weights = rng.dirichlet(np.ones(len(counts)), size=len(counts))
+    for values, is_smooth in ((shares, False), (weights @ shares, True)):
+        values = np.log1p(1e4 * values) if logs else 1e4 * values
+        warned = " ".join(read_cells(make_adata(values), gene_index)[1]["warnings"])
+        assert ("X has 100% of the expressed genes above zero in each cell" in warned) == is_smooth
 
 
 def test_genes_that_were_each_divided_by_their_deviation_are_refused_unless_their_kind_is_given(counts, gene_index):

@@ -437,6 +437,35 @@ def test_a_disk_that_is_full_at_any_moment_loses_nothing_and_leaves_no_half_resu
     assert_same(out, tmp_path / "whole.h5ad")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["annotate", "--evidence"],
+        ["annotate", "--table"],
+        ["annotate", "--workers", 1, "--evidence"],
+        ["audit", "--table"],
+        ["describe", "--proof"],
+    ],
+    ids=lambda words: " ".join(map(str, words)),
+)
+def test_a_table_that_cannot_be_written_leaves_the_cells_whole_and_the_error_says_so(
+    words, fitted, tmp_path, small, monkeypatch, capsys
+):
+    def fail(*_, **__):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    synthetic.synthetic_adata().write_h5ad(tmp_path / "cells.h5ad")
+    for module in (partitions, results):
+        monkeypatch.setattr(module, "write_table", fail)
+    verb, *options = words
+    out, table = tmp_path / "out.h5ad", tmp_path / "table.csv"
+    run(verb, tmp_path / "cells.h5ad", *options, table, "-o", out, checkpoint=fitted, status=2)
+    assert capsys.readouterr().err.endswith(f" The cells with all results are written ({out}), the table is not.\n")
+    columns = {"annotate": "scmmgpt_cell_type", "audit": "scmmgpt_audit", "describe": "scmmgpt_description"}
+    assert anndata.read_h5ad(out).obs[columns[verb]].notna().all()
+    assert not table.exists()
+
+
 def test_damaged_partitions_are_named_and_computed_again(fitted, tmp_path, small, monkeypatch, caplog):
     synthetic.synthetic_adata().write_h5ad(tmp_path / "cells.h5ad")
     words = ["annotate", tmp_path / "cells.h5ad", "--evidence", tmp_path / "evidence.csv", "-o"]

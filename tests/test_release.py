@@ -374,11 +374,31 @@ def test_calibrating_on_some_labels_keeps_the_others_and_asks_no_network(built, 
         assert after[name] == before[name]
     assert after["matching_weight"] == 0
     assert after["doubt"] == before["doubt"]
-    assert "1 of 4 labels of obs['given'] do not match exactly one label of the checkpoint ('my" in caplog.text
+    assert "1 of 4 labels of obs['given'] does not match exactly one label of the checkpoint ('my" in caplog.text
     words = ["annotate", tmp_path / "cells.h5ad", "--model", copy, "-o", tmp_path / "out.h5ad", "--quiet"]
     assert command_line.main([str(word) for word in words]) == 0
     words = ["calibrate", tmp_path / "cells.h5ad", "--model", copy, "--label-key", "donor_id", "--quiet"]
     assert command_line.main([str(word) for word in words]) == 2
+
+
+def test_a_calibration_asks_for_another_column_where_labels_are_wrong_or_one(built, tmp_path, caplog, capsys):
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(built, copy)
+    cells = synthetic_adata(200, seed=5)
+    types = cells.obs["cell_type"].astype(str).to_numpy()
+    names = list(TYPES)
+    other = dict(zip(names, [*names[1:], names[0]], strict=True))
+    cells.obs["wrong"], cells.obs["one"] = [other[name] for name in types], "B cells"
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    words = ["calibrate", str(tmp_path / "cells.h5ad"), "--model", str(copy), "--quiet", "--label-key"]
+    before = (copy / "config.json").read_text()
+    assert command_line.main([*words, "one"]) == 2
+    assert "obs['one'] has one label of the checkpoint only, 'B cell': " in capsys.readouterr().err
+    assert (copy / "config.json").read_text() == before
+    assert command_line.main([*words, "cell_type"]) == 0
+    assert "Check the column" not in caplog.text
+    assert command_line.main([*words, "wrong"]) == 0
+    assert "of the cells only, obs['wrong'] has the label that the checkpoint gives. Check the column" in caplog.text
 
 
 def test_a_checkpoint_with_some_of_its_labels_still_answers(built):

@@ -11,6 +11,7 @@ from scipy.sparse import csc_matrix
 
 from scmmgpt.__main__ import main
 from scmmgpt.commands import results
+from scmmgpt.generation_scmmgpt import labels_and_prompts
 from scmmgpt.readers.cell_files import CellFile, read_file
 
 
@@ -126,7 +127,21 @@ def test_a_prompt_that_names_no_known_type_is_doubted(tiny_pipeline, monkeypatch
     tiny_pipeline.generate("Some B cells from blood.", genes=["CD19"])
     assert not said
     tiny_pipeline.generate("A pancreatic beta cell.", genes=["CD19"])
-    assert "1 of 1 prompts, such as 'A pancreatic beta cell.', name none of the 2 cell types" in said[0]
+    assert "'A pancreatic beta cell.' names none of the 2 cell types" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        ("  ", "The prompt is empty: "),
+        ([], "There is no prompt: "),
+        (["a B cell", ""], "1 of 2 prompts is empty: "),
+        ({"a": "", "b": " ", "c": "B"}, "2 of 3 prompts are empty: "),
+    ],
+)
+def test_prompts_without_words_are_counted(prompts, says):
+    with pytest.raises(ValueError, match=says):
+        labels_and_prompts(prompts)
 
 
 def test_a_table_of_many_rows_is_written_in_parts_compressed_or_not(tmp_path, monkeypatch):

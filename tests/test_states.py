@@ -335,7 +335,7 @@ def test_cells_with_few_of_the_counts_of_their_library_are_told(pipeline, caplog
     pipeline.generate("a B cell", 4, genes=["CD19", "CD14"])  # the others are not drawn
     assert "of their library" not in caplog.text
     pipeline.generate("a B cell", 4)
-    assert "4 of 4 cells hold less than half of the counts of their library" in caplog.text
+    assert "4 of 4 cells hold less than half of the counts of the library" in caplog.text
 
 
 def test_states_travel_with_the_checkpoint(pipeline, tmp_path):

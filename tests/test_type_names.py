@@ -26,6 +26,9 @@ TERMS, KNOWN = STORED["terms"], list(STORED["labels"])
         ("Ductal", "duct epithelial cell"),
         ("stromal", "stromal cell"),
         ("APCs", "professional antigen presenting cell"),
+        ("alpha cells", "pancreatic A cell"),
+        ("Beta cell", "type B pancreatic cell"),
+        ("delta cell", "pancreatic D cell"),
     ],
 )
 def test_an_everyday_name_is_a_label(label, name):

@@ -1,6 +1,10 @@
 """What `.h5ad` cannot hold is found and mended before a model runs."""
 
 import logging
+import os
+import signal
+import subprocess
+import sys
 
 import anndata
 import numpy as np
@@ -8,7 +12,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scmmgpt.commands.files import check_file, check_folder, check_paths, filled_folder, read_json
+from scmmgpt.commands import files
+from scmmgpt.commands.files import check_file, check_folder, check_paths, filled_folder, read_json, whole_file
 from scmmgpt.commands.results import rehearse, write_cells
 from scmmgpt.commands.writing import make_writable, nullable_strings, size_in_memory
 from scmmgpt.readers.cell_files import read_file
@@ -157,6 +162,46 @@ def test_a_folder_is_filled_whole_or_not_at_all(tmp_path):
     assert (path / "part" / "file").read_text() == "new"
     assert (path / "old").read_text() == "replaced"
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.skipif(not files.BOOT.is_file(), reason="only Linux numbers its starts")
+def test_temporary_files_of_killed_processes_are_removed_before_the_next_output_and_no_others(tmp_path):
+    script = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from scmmgpt.commands.files import filled_folder, whole_file, whole_folder
+        with whole_file(sys.argv[1] + "/out.h5ad") as file, whole_folder(sys.argv[1] + "/a.b") as folder:
+            with filled_folder(sys.argv[1] + "/model") as other:
+                for path in (file, folder / "part", other / "part"):
+                    path.write_text("half")
+                os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert subprocess.run([sys.executable, "-c", script, tmp_path]).returncode == -signal.SIGKILL
+    left = {path.name for path in tmp_path.iterdir()}
+    assert len(left) == 3
+    machine, process, _ = min(left).strip(".").split("-")
+    others = [  # of another machine, of this process, without a machine, and of another program
+        min(left).replace(machine, machine[::-1]),
+        min(left).replace(f"-{process}-", f"-{os.getpid()}-"),
+        min(left).replace(machine, 16 * "0"),
+        f".{'0' * 32}.tmp.h5ad",
+        f"copy of {min(left)}",
+    ]
+    for name in others:
+        (tmp_path / name).write_text("kept")
+    with whole_file(tmp_path / "now.csv") as temporary:
+        temporary.write_text("at work")
+        check_file(tmp_path / "next.h5ad")
+        assert {path.name for path in tmp_path.iterdir()} == {*others, temporary.name}
+
+
+def test_a_new_folder_is_checked_without_the_leftovers_beside_it(tmp_path, monkeypatch):
+    (tmp_path / files.temporary_name("model.")).mkdir()
+    check_folder(tmp_path / "model")
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(files, "_is_running", lambda process: False)
+    check_folder(tmp_path / "model")
+    assert len(list(tmp_path.iterdir())) == (0 if files.BOOT.is_file() else 1)
 
 
 def test_an_output_is_no_folder_no_device_and_in_a_folder(tmp_path):
