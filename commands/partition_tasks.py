@@ -77,7 +77,7 @@ class Job:
         options = {name: value for name, value in self.arguments().items() if name not in joined}
         signed = {k: v for k, v in pipeline.signer.sign(self.verb).items() if k not in ("checkpoint", "device")}
         fields = {"verb": self.verb, "device": self.device, "batch_size": self.batch_size, **options, **signed}
-        fields["config"] = digest([pipeline.model.config.to_json_string()])
+        fields["config"] = digest([repr(pipeline.model.config)])  # with `settings`, which has the values of labels
         return json.loads(json.dumps(fields))  # convert to JSON types, for the comparison with a stored request
 
 
