@@ -145,12 +145,9 @@ class ScMMGPTConfig(PreTrainedConfig):
             of the counts, which can be sampled.
         num_state_components: Components of a cell's state, from which cells are generated (see [`ScMMGPTCellStates`]);
             `None` generates from the expression head alone. `tune` sets it.
-        num_profile_components: How many of these components hold the mean profile of a type in a dataset.
-        state_prior: How states of a text are drawn: `"flow"`, or `"cells"`, near those of training cells with similar
-            texts.
-        state_flow_width: Width of the flow that draws the states of a text.
-        num_training_states: States of training cells that the model keeps, to draw from or to compare generated cells
-            with; training sets it, and `num_training_texts` and `num_texts_of_cell`, the texts of these cells.
+        num_state_groups, num_training_states, num_training_texts, num_texts_of_cell: Groups of cells that have a
+            profile, training cells whose states the model keeps, to draw cells near them, the distinct texts of all
+            and the texts of each; training sets them.
         logit_scale_init: Initial log inverse temperature; the default is ln(1/0.07), as in CLIP.
         matching_batch_size: Cells of a stage-1 batch that enter the matching loss; by default all. Matching costs
             three passes a cell (with its text, a wrong text, a wrong cell), contrast a third of one.
@@ -208,9 +205,7 @@ class ScMMGPTConfig(PreTrainedConfig):
     cell_token_id: int = 32000
     expression_head: str = "mse"
     num_state_components: int | None = None
-    num_profile_components: int = 0
-    state_prior: str = "flow"
-    state_flow_width: int = 256
+    num_state_groups: int = 0
     num_training_states: int = 0
     num_training_texts: int = 0
     num_texts_of_cell: int = 0
@@ -248,22 +243,14 @@ class ScMMGPTConfig(PreTrainedConfig):
             "text_pooling": ("mean", "cls"),
             "cell_tokens": ("queries", "labels", "both"),
             "cell_embedding": CELL_EMBEDDINGS,
-            "state_prior": ("flow", "cells"),
         }
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {choices}.")
-        counts = ["num_query_tokens", "num_condition_tokens", "projection_dim", "state_flow_width"]
+        counts = ["num_query_tokens", "num_condition_tokens", "projection_dim"]
         for name in counts if self.num_state_components is None else [*counts, "num_state_components"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if not 0 <= self.num_profile_components < (self.num_state_components or 1):
-            raise ValueError(
-                f"num_profile_components is {self.num_profile_components}; it must be at least 0, and less than "
-                f"num_state_components, {self.num_state_components}."
-            )
-        if self.num_profile_components and self.state_prior != "cells":
-            raise ValueError("num_profile_components needs state_prior='cells': the flow draws no profiles of types.")
         if self.cell_embedding == "profile" and not (self.label_readout or {}).get("num_groups"):
             raise ValueError(
                 "cell_embedding is 'profile', but the model has no label readout with groups, which `release` fits; "

@@ -318,7 +318,8 @@ class ScMMGPTPreTrainedModel(PreTrainedModel):
             init.zeros_(module.gene_weights.weight)
             init.zeros_(module.bias)
         elif isinstance(module, ScMMGPTCellStates):
-            init.ones_(module.residual_scale)
+            init.zeros_(module.state_noise)
+            init.ones_(module.state_scale)
         elif isinstance(module, ScMMGPTTextToCellProjector):
             init.normal_(module.query_tokens)  # a LayerNorm follows; smaller tokens would be lost in the first steps
             init.zeros_(module.query_means)

@@ -2,19 +2,17 @@
 
 A cell is a state z of a few components, a library size, and counts around the rates of the state:
 
-1. log rate of gene g, in counts per 10,000: `bias_g + directions_g · z`;
+1. log rate of gene g, in counts per 10,000: `bias_g + directions_g · z + profiles_g` of the cell's group, a type in a
+   dataset, which holds the genes of the group's mean profile that the states miss;
 2. counts: negative binomial, with one dispersion for each gene;
-3. the prior of (z, log library size), given a text. `state_prior="cells"`: the state of a training cell whose texts
-   are similar, with noise as large as a state is uncertain (a kernel density). `"flow"`: a mean, linear in the text's
-   features, and around it a residual that a flow carries from noise (flow matching: Lipman et al. 2023).
-
-The last `num_profile_components` are the same for all cells of a type in a dataset, and hold the genes of their mean
-profile that the other components miss.
+3. the prior of (z, log library size), given a text: the state of a training cell whose texts are similar, with noise
+   as large as a state is uncertain (a kernel density).
 
 Two cells of one text therefore differ in their states, which many genes share, and in the noise of their counts. A
-gene is a row of three tables, so leaving a gene out is leaving a row out. `train/states.py` fits the parameters.
+gene is a row of four tables, so leaving a gene out is leaving a row out. `train/states.py` fits the parameters.
 
-Shapes in comments: N cells, G genes of the vocabulary, K components, E width of the text features.
+Shapes in comments: N cells, G genes of the vocabulary, K components, P groups, T training cells, M distinct texts of
+these, E width of the text features.
 """
 
 import copy
@@ -24,14 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .cells_scmmgpt import COUNTS_PER_10K, RandomStream, cell_keys
 
 
-FLOW_STEPS = 20  # of the midpoint method; Euler's loses some of the variance
-NUM_FLOW_LAYERS = 3
-TIME_FREQUENCIES = 4
 TEXT_TEMPERATURE = 0.01  # of the cosine between a text and the texts of training cells (`train/LOG.md`)
 COMPARED_STATES = 2000  # training cells among which the distance of neighbours is measured
 MEAN_STATES = 256  # states whose rates are averaged for the mean profile of a text
@@ -44,39 +38,41 @@ class ScMMGPTCellStates(nn.Module):
     Cells are drawn in float64 on the CPU, so that a row of a batch equals the row alone.
     """
 
-    training_states: Tensor  # (num_training_states, K)
-    training_log_sizes: Tensor  # (num_training_states,)
-    training_weights: Tensor  # (num_training_states,): how often a cell is drawn
-    training_texts: Tensor  # int32 (num_training_states, num_texts_of_cell): rows of `text_features`
-    text_features: Tensor  # (num_training_texts, E)
+    training_states: Tensor  # (T, K)
+    training_log_sizes: Tensor  # (T,)
+    training_weights: Tensor  # (T,): how often a cell is drawn
+    training_groups: Tensor  # int32 (T,): columns of `gene_profiles`
+    training_texts: Tensor  # int32 (T, num_texts_of_cell): rows of `text_features`
+    text_features: Tensor  # (M, E)
     state_noise: Tensor  # (K + 1,): standard deviations around a training cell, of its log library size last
+    state_scale: Tensor  # (K,): standard deviations of the states of training cells around the means of their texts
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        vocab_size, place = config.cell_config.vocab_size, config.num_state_components + 1
-        self.num_components, self.num_profiles = config.num_state_components, config.num_profile_components
+        vocab_size, n_cells = config.cell_config.vocab_size, config.num_training_states
+        self.num_components = config.num_state_components
         self.gene_directions = nn.Embedding(vocab_size, self.num_components)
         self.gene_bias = nn.Embedding(vocab_size, 1)
         self.gene_log_dispersion = nn.Embedding(vocab_size, 1)
-        self.residual_scale = nn.Parameter(torch.ones(place))
-        self.register_buffer("training_states", torch.zeros(config.num_training_states, config.num_state_components))
-        self.draws_cells = config.state_prior == "cells"
-        if self.draws_cells:
-            self.register_buffer("training_log_sizes", torch.zeros(config.num_training_states))
-            self.register_buffer("training_weights", torch.ones(config.num_training_states))
-            shape = config.num_training_states, config.num_texts_of_cell
-            self.register_buffer("training_texts", torch.zeros(shape, dtype=torch.int32))
-            self.register_buffer("text_features", torch.zeros(config.num_training_texts, config.projection_dim))
-            self.register_buffer("state_noise", torch.zeros(place))
-            return
-        self.text_mean = nn.Linear(config.projection_dim, place)  # of the state and of the log library size
-        widths = [place + 2 * TIME_FREQUENCIES + config.projection_dim, *[config.state_flow_width] * NUM_FLOW_LAYERS]
-        self.flow_layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True))
-        self.flow_output = nn.Linear(widths[-1], place)
+        self.gene_profiles = nn.Embedding(vocab_size, config.num_state_groups)
+        self.register_buffer("training_states", torch.zeros(n_cells, self.num_components))
+        self.register_buffer("training_log_sizes", torch.zeros(n_cells))
+        self.register_buffer("training_weights", torch.ones(n_cells))
+        self.register_buffer("training_groups", torch.zeros(n_cells, dtype=torch.int32))
+        self.register_buffer("training_texts", torch.zeros(n_cells, config.num_texts_of_cell, dtype=torch.int32))
+        self.register_buffer("text_features", torch.zeros(config.num_training_texts, config.projection_dim))
+        self.register_buffer("state_noise", torch.zeros(self.num_components + 1))
+        self.register_buffer("state_scale", torch.ones(self.num_components))
 
-    def log_rate(self, states: Tensor) -> Tensor:
-        """Log of the expected counts per 10,000, `(N, G)` over the whole vocabulary, of states `(N, K)`."""
+    def log_rate(self, states: Tensor, cells: Tensor) -> Tensor:
+        """Log of the expected counts per 10,000, `(N, G)` over the whole vocabulary.
+
+        Args:
+            states: `(N, K)`.
+            cells: Training cells near which the states are, int64 `(N,)`.
+        """
         rates = states @ self.gene_directions.weight.t() + self.gene_bias.weight[:, 0]
+        rates = rates + self.gene_profiles.weight.t()[self.training_groups[cells].long()]
         return rates.clamp(min=-MAX_LOG_RATE, max=MAX_LOG_RATE)
 
     def dispersion(self) -> Tensor:
@@ -87,13 +83,21 @@ class ScMMGPTCellStates(nn.Module):
         """Probability that a cell of each of the texts `(N, E)` has the state of each training cell, `(N, T)`.
 
         The probability grows with the similarity of the training cell's texts, and with its weight.
+
+        Raises:
+            ValueError: If the model keeps no training cells.
         """
+        if not len(self.training_states):
+            raise ValueError(
+                "The cell states of this model are not fitted, so it cannot generate. Train it by "
+                "`python -m scmmgpt.train tune`, which fits them, or load a checkpoint of `tune`."
+            )
         of_texts = (text_features @ self.text_features.t() / TEXT_TEMPERATURE).softmax(dim=1)  # (N, M)
         shares = of_texts[:, self.training_texts.long()].sum(dim=2) * self.training_weights
         return shares / shares.sum(dim=1, keepdim=True)
 
-    def place_near_cells(self, uniform: Tensor, noise: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-        """States `(N, K)` and log library sizes `(N,)` near those of training cells.
+    def place(self, uniform: Tensor, noise: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States `(N, K)` and log library sizes `(N,)` near those of training cells, and these cells, int64 `(N,)`.
 
         Args:
             uniform: Which cell, `(N,)` between 0 and 1.
@@ -104,29 +108,7 @@ class ScMMGPTCellStates(nn.Module):
         ends = self.cell_shares(texts).cumsum(dim=1)[rows]
         cells = torch.searchsorted(ends, uniform[:, None].contiguous())[:, 0].clamp(max=ends.shape[1] - 1)
         noise = noise * self.state_noise
-        return self.training_states[cells] + noise[:, :-1], self.training_log_sizes[cells] + noise[:, -1]
-
-    def velocity(self, residual: Tensor, time: Tensor, text_features: Tensor) -> Tensor:
-        """Velocity of residuals `(N, K + 1)` at times `(N,)` between 0, noise, and 1, cells.
-
-        `text_features` `(N, E)` have length 1; the flow reads them with a variance of one in each dimension.
-        """
-        angles = time[:, None] * (math.pi * torch.arange(1, TIME_FREQUENCIES + 1, device=time.device))
-        texts = text_features * text_features.shape[1] ** 0.5
-        hidden = torch.cat([residual, angles.sin(), angles.cos(), texts], dim=1)
-        for layer in self.flow_layers:
-            hidden = F.silu(layer(hidden))
-        return self.flow_output(hidden)
-
-    def transport(self, noise: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Carry noise `(N, K + 1)` to states `(N, K)` and log library sizes `(N,)` of cells of the texts `(N, E)`."""
-        residual, half = noise, 0.5 / FLOW_STEPS
-        for step in range(FLOW_STEPS):
-            time = torch.full_like(residual[:, 0], step / FLOW_STEPS)
-            middle = residual + half * self.velocity(residual, time, text_features)
-            residual = residual + 2 * half * self.velocity(middle, time + half, text_features)
-        place = self.text_mean(text_features) + residual * self.residual_scale
-        return place[:, :-1], place[:, -1]
+        return self.training_states[cells] + noise[:, :-1], self.training_log_sizes[cells] + noise[:, -1], cells
 
     @torch.no_grad()
     def sample(
@@ -146,9 +128,9 @@ class ScMMGPTCellStates(nn.Module):
             Counts, int64 `(N, G)` over the whole vocabulary, and library sizes, float64 `(N,)`.
         """
         exact = self._exact()
-        draws, states, log_size = exact._draw_states(text_features, cell_ids, seed)
+        draws, (states, log_size, cells) = exact._draw_states(text_features, cell_ids, seed)
         sizes = log_size.exp().numpy() if library_size is None else np.asarray(library_size, dtype=np.float64)
-        means = exact.log_rate(states).exp().numpy() * (sizes[:, None] / COUNTS_PER_10K)
+        means = exact.log_rate(states, cells).exp().numpy() * (sizes[:, None] / COUNTS_PER_10K)
         theta = exact.dispersion().numpy()
         rows = zip(draws, means, strict=True)
         return np.stack([rng.poisson(rng.standard_gamma(theta) / theta * mean) for rng, mean in rows]), sizes
@@ -170,13 +152,13 @@ class ScMMGPTCellStates(nn.Module):
         exact = self._exact()
         if len(exact.training_states) < 2:
             return None
-        _, states, _ = exact._draw_states(text_features, cell_ids, seed)
+        _, (states, _, _) = exact._draw_states(text_features, cell_ids, seed)
         rows = torch.arange(0, len(exact.training_states), -(-len(exact.training_states) // COMPARED_STATES))
         to_others = torch.cdist(exact.training_states[rows], exact.training_states)
         to_others[torch.arange(len(rows)), rows] = math.inf  # a cell is no neighbour of its own
         unit = to_others.min(dim=1).values.median()
         nearest = torch.cdist(states, exact.training_states).min(dim=1).values / unit
-        return nearest.numpy(), (states / exact.residual_scale[:-1].norm()).numpy()
+        return nearest.numpy(), (states / exact.state_scale.norm()).numpy()
 
     @torch.no_grad()
     def mean_expression(self, text_features: Tensor) -> np.ndarray:
@@ -184,27 +166,21 @@ class ScMMGPTCellStates(nn.Module):
         exact, means = self._exact(), []
         rng = np.random.default_rng(0)
         noise = torch.from_numpy(rng.standard_normal((MEAN_STATES, self.num_components + 1)))
+        grid = (torch.arange(MEAN_STATES, dtype=torch.float64) + 0.5) / MEAN_STATES
         for text in text_features.cpu().double():
-            if exact.draws_cells:
-                grid = (torch.arange(MEAN_STATES, dtype=torch.float64) + 0.5) / MEAN_STATES
-                states, _ = exact.place_near_cells(grid, noise, text.expand(MEAN_STATES, -1))
-            else:
-                states, _ = exact.transport(noise, text.expand(MEAN_STATES, -1))
-            means.append(exact.log_rate(states).exp().mean(dim=0))
+            states, _, cells = exact.place(grid, noise, text.expand(MEAN_STATES, -1))
+            means.append(exact.log_rate(states, cells).exp().mean(dim=0))
         return torch.stack(means).log1p().float().numpy()
 
     def _draw_states(
         self, text_features: Tensor, cell_ids: np.ndarray, seed: int
-    ) -> tuple[list[np.random.Generator], Tensor, Tensor]:
-        """Generators of the cells, and their states `(N, K)` and log library sizes `(N,)`; of a float64 copy."""
+    ) -> tuple[list[np.random.Generator], tuple[Tensor, Tensor, Tensor]]:
+        """Generators of the cells, and their places (see [`place`]); of a float64 copy."""
         keys = cell_keys(np.asarray(cell_ids), seed=seed, epoch=0, stream=RandomStream.STATE)
         draws = [np.random.Generator(np.random.Philox(key=int(key))) for key in keys]
         noise = np.stack([rng.standard_normal(self.num_components + 1) for rng in draws])
-        features = text_features.cpu().double()
-        if not self.draws_cells:
-            return draws, *self.transport(torch.from_numpy(noise), features)
         uniform = torch.tensor([rng.random() for rng in draws], dtype=torch.float64)
-        return draws, *self.place_near_cells(uniform, torch.from_numpy(noise), features)
+        return draws, self.place(uniform, torch.from_numpy(noise), text_features.cpu().double())
 
     def _exact(self) -> "ScMMGPTCellStates":
         """A copy in float64 on the CPU."""

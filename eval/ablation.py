@@ -4,7 +4,7 @@
 python -m scmmgpt.eval ablation --model CHECKPOINT [CHECKPOINT ...] --corpus corpus --output ablation.json
 ```
 
-Wide parts are the label readout, its token in the language model, and the cell states with their flow. Deep parts are
+Wide parts are the label readout, its token in the language model, and the cell states. Deep parts are
 the cell model, the Q-Former, its tokens in the language model, and the expression head. A part is switched off in a
 trained checkpoint without retraining, so the remaining parts may rely on the missing part. Rows, on the test split:
 

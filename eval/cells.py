@@ -58,13 +58,15 @@ class LabelledCells:
         return replace(self, counts=sparse.csr_matrix(counts[:, columns]), genes=np.asarray(genes))
 
 
-def read_splits(corpus: "Corpus | str | Path", *, label_key: str = "cell_type") -> tuple[LabelledCells, LabelledCells]:
-    """Read the training cells and the held-out test cells of a corpus (open, or a path)."""
+def read_splits(
+    corpus: "Corpus | str | Path", *, label_key: str = "cell_type", held_out: str = "test"
+) -> tuple[LabelledCells, LabelledCells]:
+    """Read the training cells and the cells of the split `held_out` of a corpus (open, or a path)."""
     if isinstance(corpus, str | Path):
         from scmmgpt.train.data.corpus import open_corpus
 
         corpus = open_corpus(corpus)
-    return read_split(corpus, "train", label_key=label_key), read_split(corpus, "test", label_key=label_key)
+    return read_split(corpus, "train", label_key=label_key), read_split(corpus, held_out, label_key=label_key)
 
 
 def read_split(corpus: "Corpus", split: str, *, label_key: str) -> LabelledCells:
@@ -137,7 +139,7 @@ def read_labelled(path: str | Path, label_key: str) -> tuple["AnnData", np.ndarr
 
 
 def match_names(names: ArrayLike, test: LabelledCells, source: str) -> tuple[np.ndarray, np.ndarray]:
-    """Find the cells of the file `source` in the test split, by barcode.
+    """Find the cells of the file `source` in the held-out split, by barcode.
 
     Returns:
         Rows of `test`, and the matching rows of the file, int arrays of equal length.
@@ -148,8 +150,8 @@ def match_names(names: ArrayLike, test: LabelledCells, source: str) -> tuple[np.
     index, barcodes = pd.Index(test.names), np.asarray(names).astype(str)
     if not index.is_unique:
         raise ValueError(
-            f"The test split has {index.duplicated().sum()} barcodes twice: results cannot be matched to its cells. "
-            "Make barcodes unique (for example by a sample prefix) and prepare the corpus again."
+            f"The held-out split has {index.duplicated().sum()} barcodes twice: results cannot be matched to its "
+            "cells. Make barcodes unique (for example by a sample prefix) and prepare the corpus again."
         )
     n_repeated = len(barcodes) - len(set(barcodes))
     if n_repeated:
@@ -158,14 +160,14 @@ def match_names(names: ArrayLike, test: LabelledCells, source: str) -> tuple[np.
     kept = np.flatnonzero(rows >= 0)
     if not len(kept):
         raise ValueError(
-            f"None of the {len(barcodes)} cells of {source} is in the test split of the corpus ({len(test)} cells, "
-            f"such as {str(test.names[0])!r}). Evaluate the held-out cells."
+            f"None of the {len(barcodes)} cells of {source} is in the held-out split of the corpus ({len(test)} "
+            f"cells, such as {str(test.names[0])!r}). Evaluate the held-out cells."
         )
     if len(kept) < len(barcodes):
         n_unknown = len(barcodes) - len(kept)
-        logger.warning("Left out %d of %d cells of %s: not in the test split.", n_unknown, len(barcodes), source)
+        logger.warning("Left out %d of %d cells of %s: not in the held-out split.", n_unknown, len(barcodes), source)
     if len(kept) < len(test):
-        logger.warning("%d of %d test cells are not in %s.", len(test) - len(kept), len(test), source)
+        logger.warning("%d of %d held-out cells are not in %s.", len(test) - len(kept), len(test), source)
     return rows[kept], kept
 
 

@@ -537,11 +537,22 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     """Add the arguments of this task, which the report also takes."""
     parser.add_argument("--generated", required=required, help=".h5ad of generated cells, log1p(CP10k) or counts")
     parser.add_argument("--prompt-key", help=f"obs column of the prompted type (default: {' or '.join(PROMPT_KEYS)})")
+    parser.add_argument("--datasets", nargs="+", metavar="ID", help="real cells of these datasets (default: of all)")
+
+
+def of_datasets(cells: LabelledCells, datasets: Sequence[str]) -> LabelledCells:
+    """Select the cells of some datasets: a gene that a panel does not measure is not 0 in its cells."""
+    of_cells = cells.obs["dataset_id"].astype(str)
+    if unknown := sorted(set(datasets) - set(of_cells)):
+        raise ValueError(f"No cell is of {unknown}. The datasets of these cells are {np.unique(of_cells).tolist()}.")
+    return cells.take(np.flatnonzero(np.isin(of_cells, datasets)))
 
 
 def evaluate_file(args: argparse.Namespace, train: LabelledCells, test: LabelledCells) -> dict:
     """Evaluate the generated cells."""
     generated = read_generated(args.generated, prompt_key=args.prompt_key)
+    if args.datasets:
+        train, test = (of_datasets(cells, args.datasets) for cells in (train, test))
     return evaluate_generation(generated, train, test, seed=args.seed)
 
 

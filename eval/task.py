@@ -39,7 +39,7 @@ def run_task(
         command: Name of the task.
         description: First line of the help.
         add_arguments: Adds the arguments of the task to a parser.
-        evaluate: Function of the parsed arguments, the training cells and the test cells of the corpus.
+        evaluate: Function of the parsed arguments, the training cells and the held-out cells of the corpus.
         argv: Words of the command line; default: `sys.argv[1:]`.
 
     Returns:
@@ -47,9 +47,15 @@ def run_task(
     """
     parser = task_parser(command, description)
     add_arguments(parser)
+    parser.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        default="test",
+        help="held-out cells: choose settings on validation, and look at test once (%(default)s)",
+    )
     args = parser.parse_args(argv)
     with log_if_slow(f"Evaluating on {args.corpus}"):
-        result = evaluate(args, *read_splits(args.corpus, label_key=args.label_key))
+        result = evaluate(args, *read_splits(args.corpus, label_key=args.label_key, held_out=args.split))
     sys.stdout.write(markdown_table(result))
     write_json(args.output, result)
     return 0

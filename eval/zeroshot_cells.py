@@ -17,11 +17,11 @@ from scipy import sparse
 from scmmgpt.cells_scmmgpt import log1p_cp10k
 from scmmgpt.eval import generation, results
 from scmmgpt.eval.cells import LabelledCells
-from scmmgpt.train.states import TextedCells, fit_states, new_factors
+from scmmgpt.train.states import TextedCells, fit_states, new_states
 from scmmgpt.unseen_scmmgpt import predict_centroids
 
 
-NUM_COMPONENTS, FLOW_WIDTH = 16, 256  # sizes of the configurations of `tune`
+NUM_COMPONENTS = 16  # as in the small configurations of `tune`
 
 Cells = tuple[np.ndarray, np.ndarray]  # counts `(n, n_genes)` and library sizes `(n,)`
 
@@ -45,7 +45,7 @@ def from_states(prompt: Prompt, n: int, seed: int) -> Cells:
     """Draw cells from cell states fitted to the training cells and their texts."""
     train = prompt.train
     torch.manual_seed(seed)
-    states = new_factors(len(train.genes), NUM_COMPONENTS, prompt.texts.shape[1], FLOW_WIDTH)
+    states = new_states(len(train.genes), NUM_COMPONENTS, prompt.texts.shape[1])
     features = torch.from_numpy(prompt.texts.astype(np.float32))
     fit_states(states, TextedCells(train.counts, train.total_counts, features, prompt.of_cell[:, None]), seed=seed)
     return states.sample(features[[prompt.left_out]].expand(n, -1), np.arange(n), seed=seed)

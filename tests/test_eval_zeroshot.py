@@ -144,7 +144,7 @@ def test_cells_are_generated_for_labels_that_no_generator_has_seen(tmp_path, mon
 
     monkeypatch.setitem(zeroshot_cells.SYSTEMS, "scMMGPT", spy)
     monkeypatch.setattr(zeroshot, "embed_texts", lambda texts: np.eye(len(texts)))
-    for module, name in ((states, "MAX_FACTOR_STEPS"), (states, "MAX_FLOW_STEPS"), (realism, "N_TREES")):
+    for module, name in ((states, "MAX_FACTOR_STEPS"), (realism, "N_TREES")):
         monkeypatch.setattr(module, name, 20)  # for speed
     words = ["--adata", str(tmp_path / "cells.h5ad"), "--label-key", "label", "--output", str(tmp_path / "out")]
     assert zeroshot.main([*words, "--generate", "20", "--test-share", "0.5"]) == 0

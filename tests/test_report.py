@@ -42,6 +42,7 @@ def demo(tmp_path_factory):
         part = adata[rows]
         obs = {
             "barcode": part.obs_names.to_numpy(),
+            "dataset_id": np.resize(["one", "two", "two"], len(part)),
             **{name: part.obs[name].astype(str).to_numpy() for name in ("cell_type", "cell_type_ontology_term_id")},
         }
         splits[split] = (Cells.from_csr(part.X, ids, cell_ids=hash_names(part.obs_names)), obs)
@@ -182,6 +183,18 @@ def test_counts_are_normalised_by_the_library_size_of_the_whole_cell(tmp_path):
     assert prompts.tolist() == ["a", "b"]
     assert genes.tolist() == ["G1", "G2"]
     assert sizes.tolist() == [1000, 5000]
+
+
+def test_generated_cells_are_compared_with_some_datasets_of_a_split(demo, tmp_path, capsys):
+    files = ["--corpus", str(demo / "corpus"), "--generated", str(demo / "generated.h5ad")]
+    output = tmp_path / "generation.json"
+    assert evaluate(["generation", *files, "--datasets", "two", "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    assert (result["n_train"], result["n_real"]) == (106, 53)
+    assert evaluate(["generation", *files, "--split", "validation", "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["n_real"] == 20
+    assert evaluate(["generation", *files, "--datasets", "three", "--output", str(output)]) != 0
+    assert "No cell is of ['three']. The datasets of these cells are ['one', 'two']." in capsys.readouterr().err
 
 
 def test_cells_are_matched_by_barcode_in_any_order(demo):

@@ -1,7 +1,6 @@
 """States of cells: the fit recovers how cells vary, and what is drawn depends on text, id and seed alone."""
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from scipy import sparse
 from scmmgpt import synthetic
 from scmmgpt.configuration_scmmgpt import ScMMGPTConfig
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
-from scmmgpt.states_scmmgpt import ScMMGPTCellStates
 from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.corpus import open_corpus
 from scmmgpt.train.states import (
@@ -22,6 +20,7 @@ from scmmgpt.train.states import (
     fit_cell_states,
     fit_states,
     likely_dispersion,
+    new_states,
     not_of_panels,
     read_texted_cells,
     regress_counts,
@@ -31,23 +30,6 @@ from scmmgpt.train.states import (
 
 N_GENES = 30
 TEXTS = torch.eye(4)[:2]
-
-
-def new_states(n_genes=N_GENES, width=4, prior="flow", num_profiles=0):
-    torch.manual_seed(0)
-    return ScMMGPTCellStates(
-        SimpleNamespace(
-            cell_config=SimpleNamespace(vocab_size=n_genes),
-            num_state_components=3 + num_profiles,
-            num_profile_components=num_profiles,
-            state_prior=prior,
-            num_training_states=0,
-            num_training_texts=0,
-            num_texts_of_cell=0,
-            projection_dim=width,
-            state_flow_width=32,
-        )
-    )
 
 
 def planted_cells(n=500, seed=0):
@@ -64,29 +46,29 @@ def planted_cells(n=500, seed=0):
     return TextedCells(matrix, counts.sum(axis=1), TEXTS, of_type[:, None]), of_type
 
 
-@pytest.fixture(scope="module", params=["flow", "cells"])
-def fitted(request):
-    cells, of_type = planted_cells()
-    states = new_states(prior=request.param)
-    fit_states(states, cells)
-    return states, cells, of_type
-
-
 @pytest.fixture(scope="module")
-def flow():
+def fitted():
     cells, of_type = planted_cells()
-    states = new_states()
+    states = new_states(N_GENES, 3, 4)
     fit_states(states, cells)
     return states, cells, of_type
 
 
 @pytest.fixture
 def pipeline():
-    torch.manual_seed(0)
-    pipeline = synthetic.tiny_pipeline(num_state_components=3, state_flow_width=16)
-    with torch.no_grad():
-        pipeline.model.model.cell_states.text_mean.bias[-1] = 7.0  # about 1,100 counts
-        pipeline.model.model.cell_states.gene_bias.weight.fill_(5.0)
+    """A model with random states of 40 cells of about 1,100 counts, half of them of each of two texts."""
+    pipeline = synthetic.tiny_pipeline(num_state_components=3)
+    states, config, rng = pipeline.model.model.cell_states, pipeline.model.config, np.random.default_rng(0)
+    states.training_states = torch.from_numpy(rng.normal(size=(40, 3))).float()
+    states.training_log_sizes, states.training_weights = torch.full((40,), 7.0), torch.ones(40)
+    states.training_groups = torch.zeros(40, dtype=torch.int32)
+    states.gene_profiles = torch.nn.Embedding.from_pretrained(torch.zeros(config.cell_config.vocab_size, 1))
+    states.training_texts = torch.arange(40, dtype=torch.int32)[:, None] % 2
+    states.text_features = torch.eye(config.projection_dim)[:2]
+    states.state_noise = torch.full((4,), 0.1)
+    torch.nn.init.constant_(states.gene_bias.weight, 5.0)
+    config.num_training_states, config.num_training_texts, config.num_texts_of_cell = 40, 2, 1
+    config.num_state_groups = 1
     return pipeline
 
 
@@ -116,21 +98,19 @@ def test_genes_of_a_type_that_no_direction_holds_are_those_of_its_profile():
     rates = np.full((600, N_GENES), 10.0)
     rates[np.arange(600), of_type] = 40
     counts = sparse.csr_matrix(rng.poisson(rates).astype(np.float32))
-    cells = TextedCells(counts, counts.sum(axis=1).A1, torch.eye(6), of_type[:, None], groups=of_type)
     errors = {}
-    for num_profiles in (0, 6):
-        states = new_states(width=6, prior="cells", num_profiles=num_profiles)
+    for groups in (np.zeros(600, dtype=np.int64), of_type):
+        cells = TextedCells(counts, counts.sum(axis=1).A1, torch.eye(6), of_type[:, None], groups=groups)
+        states = new_states(N_GENES, 3, 6)
         fit_states(states, cells)
         drawn, sizes = states.sample(torch.eye(6)[of_type], np.arange(600))
         share = [(drawn[of_type == k, k] / sizes[of_type == k]).mean() for k in range(6)]
-        errors[num_profiles] = np.abs(np.array(share) - 40 / 330).max()
-    assert errors[6] < 0.01 < errors[0], errors
+        errors[groups.max()] = np.abs(np.array(share) - 40 / 330).max()
+    assert errors[5] < 0.01 < errors[0], errors
 
 
-def test_a_text_draws_cells_whose_texts_are_similar():
-    cells, of_type = planted_cells()
-    states = new_states(prior="cells")
-    fit_states(states, cells)
+def test_a_text_draws_cells_whose_texts_are_similar(fitted):
+    states, of_type = copy.deepcopy(fitted[0]), fitted[2]
     near = torch.nn.functional.normalize(TEXTS[0] + 0.1 * TEXTS[1], dim=0)
     shares = states.cell_shares(torch.stack([near, TEXTS[1]])).numpy()
     assert shares.sum(axis=1) == pytest.approx([1, 1])
@@ -181,7 +161,7 @@ def test_cells_are_drawn_as_often_as_their_weights_have_it():
 @pytest.mark.parametrize("n_cells", [1, 2, 3])
 def test_fewer_cells_than_components_are_enough_for_a_fit(n_cells):
     cells, _ = planted_cells(n_cells)
-    states = new_states()
+    states = new_states(N_GENES, 3, 4)
     fit_states(states, cells)
     assert all(torch.isfinite(value).all() for value in states.state_dict().values())
     counts, sizes = states.sample(TEXTS[[0] * 20], np.arange(20))
@@ -189,17 +169,18 @@ def test_fewer_cells_than_components_are_enough_for_a_fit(n_cells):
     assert counts.sum(axis=1).mean() == pytest.approx(sizes.mean(), rel=0.5)
 
 
-def test_the_posterior_is_where_the_density_is_highest(flow):
-    states, cells, _ = flow
+def test_the_posterior_is_where_the_density_is_highest(fitted):
+    states, cells, _ = fitted
     genes = np.arange(N_GENES - 2)
-    found = find_posterior(states, cells, genes, torch.zeros(len(cells), 3))
+    prior = torch.from_numpy(np.random.default_rng(0).normal(size=(len(cells), 3))).float()
+    found = find_posterior(states, cells, genes, torch.zeros(len(cells), 3), prior)
     z = found.mean[:5].clone().requires_grad_()
     theta = states.dispersion()[genes].detach()
     sizes = torch.from_numpy(cells.total_counts[:5].astype(np.float32))[:, None] / 1e4
-    mean = states.log_rate(z)[:, genes].exp() * sizes
+    rates = z @ states.gene_directions.weight[genes].detach().t() + states.gene_bias.weight[genes, 0].detach()
+    mean = rates.exp() * sizes
     y = torch.from_numpy(cells.counts[:5, genes].toarray())
-    prior = states.text_mean(cells.features[cells.texts[:5, 0]])[:, :-1]
-    log_density = (y * mean.log() - (y + theta) * (theta + mean).log()).sum() - 0.5 * (z - prior).square().sum()
+    log_density = (y * mean.log() - (y + theta) * (theta + mean).log()).sum() - 0.5 * (z - prior[:5]).square().sum()
     (gradient,) = torch.autograd.grad(log_density, z)
     assert gradient.abs().max() < 0.05
     assert found.factor.shape == (500, 3, 3)
@@ -212,7 +193,7 @@ def test_a_gene_without_a_count_is_not_drawn(fitted):
 
 def test_equal_cells_and_seeds_give_equal_states(fitted):
     cells, _ = planted_cells(100)
-    one, two, other = new_states(), new_states(), new_states()
+    one, two, other = (new_states(N_GENES, 3, 4) for _ in range(3))
     for states, seed in ((one, 0), (two, 0), (other, 1)):
         fit_states(states, cells, seed=seed)
     for name, value in one.state_dict().items():
@@ -232,15 +213,6 @@ def test_a_cell_depends_on_its_text_its_id_and_the_seed_alone(fitted):
     given, size = states.sample(texts, ids, seed=3, library_size=np.full(4, 5000.0))
     assert size.tolist() == [5000] * 4
     assert (given.sum(axis=1) > together.sum(axis=1)).all()
-
-
-def test_the_flow_is_followed_to_second_order(monkeypatch):
-    states = new_states()
-    monkeypatch.setattr(states, "velocity", lambda residual, time, text: residual * (1 + time[:, None]))
-    with torch.no_grad():
-        carried, _ = states.transport(torch.ones(1, 4), TEXTS[:1])
-    expected = states.text_mean(TEXTS[:1])[:, :-1] + np.exp(1.5)
-    torch.testing.assert_close(carried, expected, rtol=0, atol=2e-2)
 
 
 def test_the_mean_profile_of_a_text_is_that_of_its_cells(fitted):
@@ -287,8 +259,12 @@ def test_states_are_fitted_to_a_corpus_and_its_captions(corpus, pipeline, tiny_p
     assert shares == pytest.approx([shares[0]] * len(shares))  # of a label: the root of its number of cells
     cells = read_texted_cells(*arguments)
     assert (cells.weights == 1).all()
+    assert np.array_equal(np.unique(cells.groups, return_counts=True)[1], np.sort(np.bincount(cells.groups))[::-1])
     assert cells.counts.shape == (32, pipeline.model.config.cell_config.vocab_size)
-    assert cells.texts.shape == (32, 10)  # four captions of the set, four short ones, and the name twice
+    assert cells.texts.shape == (
+        32,
+        16,
+    )  # eight captions, and four names twice
     assert torch.linalg.vector_norm(cells.features, dim=1).tolist() == pytest.approx([1] * len(cells.features))
     before = states.gene_bias.weight.clone()
     fit_cell_states(pipeline.model, open_corpus(corpus), CaptionSampler(), tiny_processor)
@@ -298,7 +274,7 @@ def test_states_are_fitted_to_a_corpus_and_its_captions(corpus, pipeline, tiny_p
 
 
 def test_states_of_training_cells_travel_with_the_checkpoint(corpus, tiny_processor, tmp_path):
-    pipeline = synthetic.tiny_pipeline(num_state_components=5, num_profile_components=2, state_prior="cells")
+    pipeline = synthetic.tiny_pipeline(num_state_components=5)
     fit_cell_states(pipeline.model, open_corpus(corpus), CaptionSampler(), tiny_processor)
     states, config = pipeline.model.model.cell_states, pipeline.model.config
     assert states.training_states.shape == (32, 5)
@@ -311,13 +287,6 @@ def test_states_of_training_cells_travel_with_the_checkpoint(corpus, tiny_proces
     means = pipeline.generate(["a B cell", "a T cell"], do_sample=False).X
     assert means.shape[0] == 2
     assert np.isfinite(means.toarray()).all()
-
-
-def test_profiles_of_types_need_states_of_cells():
-    with pytest.raises(ValueError, match="num_profile_components needs state_prior='cells'"):
-        ScMMGPTConfig(num_state_components=4, num_profile_components=2)
-    with pytest.raises(ValueError, match="num_profile_components is 4; it must be at least 0, and less than"):
-        ScMMGPTConfig(num_state_components=4, num_profile_components=4, state_prior="cells")
 
 
 def test_the_pipeline_draws_a_state_and_a_library_for_each_cell(pipeline):
@@ -396,38 +365,24 @@ def test_stored_labels_ask_by_the_kind_of_text_that_was_trained(pipeline, tiny_p
     assert tiny_pipeline.label_prompts() == {"B": text, "mine": "the cell that I sorted"}
 
 
-def test_generated_cells_are_compared_with_training_cells(flow):
-    states, _, _ = flow
+def test_generated_cells_are_compared_with_training_cells(fitted):
+    states, cells, _ = fitted
     distances, places = states.compare(TEXTS[[0] * 300], np.arange(300))
     assert states.training_states.shape == (500, 3)
     assert 0.3 < np.median(distances) < 3  # as near as training cells are to each other, and no copies
-    assert 0.5 < places.var(axis=0, ddof=1).sum() < 1.5
+    assert 0.5 < places.var(axis=0, ddof=1).sum() < 2
+    _, sizes = states.sample(TEXTS[[0] * 300], np.arange(300))
+    assert len(np.unique(sizes)) == 300
+    assert not np.isin(sizes.round(), cells.total_counts).all()
     copied = copy.deepcopy(states)
-    _, drawn, _ = copied._exact()._draw_states(TEXTS[[0] * 300], np.arange(300), 0)
-    copied.training_states = drawn.detach()
+    copied.state_noise = torch.zeros(4)
     assert (copied.compare(TEXTS[[0] * 300], np.arange(300))[0] < 1e-6).all()
     alone = states.compare(TEXTS[[0]], np.array([7]))
     assert np.allclose(alone[0], distances[7])
     assert np.allclose(alone[1], places[7])
 
 
-def test_cells_near_training_cells_are_no_copies():
-    cells, _ = planted_cells()
-    states = new_states(prior="cells")
-    fit_states(states, cells)
-    distances, places = states.compare(TEXTS[[0] * 300], np.arange(300))
-    assert 0.3 < np.median(distances) < 3
-    assert 0.5 < places.var(axis=0, ddof=1).sum() < 2
-    _, sizes = states.sample(TEXTS[[0] * 300], np.arange(300))
-    assert len(np.unique(sizes)) == 300
-    assert not np.isin(sizes.round(), cells.total_counts).all()
-
-
-def test_generate_writes_distance_and_diversity_where_training_states_are_kept(pipeline, tmp_path):
-    assert "training_distance" not in pipeline.generate(["a B cell"], n_cells=3).obs
-    states = pipeline.model.model.cell_states
-    states.training_states = torch.randn(20, 3)
-    pipeline.model.config.num_training_states = 20
+def test_generate_writes_distance_and_diversity(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     loaded = type(pipeline).from_pretrained(str(tmp_path))
     generated = loaded.generate(["a B cell", "a T cell"], n_cells=3)
@@ -435,3 +390,8 @@ def test_generate_writes_distance_and_diversity_where_training_states_are_kept(p
     assert (generated.obs["training_distance"] > 0).all()
     assert generated.uns["scmmgpt"]["generate"]["diversity"].shape == (2,)
     assert np.isnan(loaded.generate("a B cell").uns["scmmgpt"]["generate"]["diversity"]).all()
+
+
+def test_states_that_were_never_fitted_are_an_error_with_the_way_out():
+    with pytest.raises(ValueError, match="cell states of this model are not fitted.*`python -m scmmgpt.train tune`"):
+        synthetic.tiny_pipeline(num_state_components=3).generate("a B cell")

@@ -41,7 +41,6 @@ SMALL_PROJECTOR = {"num_condition_tokens": 2, "text_to_cell_config": {"num_hidde
 def few_steps_of_states(monkeypatch):
     """States of cells are fitted after each run of stage 2; `test_states.py` tests their fit."""
     monkeypatch.setattr(states, "MAX_FACTOR_STEPS", 20)
-    monkeypatch.setattr(states, "MAX_FLOW_STEPS", 20)
 
 
 def words_of(values):

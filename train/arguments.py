@@ -29,8 +29,8 @@ ALIGN_FIELDS = (
     "matching_weight matching_batch_size captioning_weight cell_pretraining_weight initializer_range"
 ).split()
 TUNE_FIELDS = (
-    "cell_tokens expression_head num_condition_tokens num_state_components num_profile_components state_prior "
-    "state_flow_width text_to_cell_config language_weight expression_weight"
+    "cell_tokens expression_head num_condition_tokens num_state_components text_to_cell_config language_weight "
+    "expression_weight"
 ).split()
 REWARDS = ("cell_type", "genes")  # of `reinforce`
 NEW_MODEL_FIELDS = (
@@ -286,9 +286,7 @@ class TuneModelArguments(CheckedFields):
         "Fields of `ScMMGPTConfig`. `cell_tokens`: input of the language model for a cell: `queries`, `labels` of the "
         "readout, or `both` (default if `align` fitted a readout, else `queries`); `expression_head`: mse predicts a "
         "mean, nb and zinb a distribution of counts; `num_state_components`: components of the distribution of cell "
-        "states for generation (32; null: none); `state_prior`: flow draws the states of a text, cells keeps those of "
-        "training cells and draws near them, with `num_profile_components` (0) of the components for profiles of "
-        "types; `num_condition_tokens` (8); `text_to_cell_config`: fields of "
+        "states for generation (32; null: none); `num_condition_tokens` (8); `text_to_cell_config`: fields of "
         "`Blip2QFormerConfig` for the text-to-cell projector (2 layers); `language_weight`, `expression_weight` (1).",
         {"expression_head": "nb", "num_state_components": 32},
         fields=TUNE_FIELDS,

@@ -60,7 +60,7 @@ from scmmgpt.unseen_scmmgpt import Gate, named_genes
 
 logger = logging.getLogger(__name__)
 
-NAME, VERSION = "scmmgpt-human", "0.9.0"
+NAME, VERSION = "scmmgpt-human", "0.10.0"
 MIN_SOURCES = 3  # that measure a gene of the vocabulary
 MAX_CELLS = 100  # of a label of a dataset, for the readout
 MAX_BYTES = 64_000_000

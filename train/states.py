@@ -1,4 +1,4 @@
-"""The fit of [`ScMMGPTCellStates`]: a factor model of the training cells, and the prior of its states given texts.
+"""The fit of [`ScMMGPTCellStates`]: a factor model of the training cells, whose states the model keeps.
 
 1. Closed form: principal components of log1p(CP10k) give gene directions and a linear encoder, and ridge regression
    the mean state of a text.
@@ -7,9 +7,8 @@
    decoder).
 3. Rounds of expectation and maximisation: the posterior of each state, by Newton's method, and the regression of the
    counts of each gene on states drawn from it, which gives bias, direction and dispersion; in the end of every gene.
-4. With `state_prior="flow"`, gradient steps on the flow, which carries noise to the states and library sizes of the
-   cells of a text. With `"cells"`, the states of the cells are kept, and what the factors miss of the mean profile of
-   each type in each dataset becomes further components (`missed_profiles`).
+4. What the factors miss of the mean profile of each type in each dataset: few directions do not hold the genes of rare
+   types, such as insulin.
 
 The encoder is of the fit alone: no cell is read when cells are generated. `train/LOG.md` has the choices.
 """
@@ -42,23 +41,22 @@ logger = logging.getLogger(__name__)
 
 MAX_CELLS = 10_000  # of the training split: some minutes of one core
 LEAST_HELD, LEAST_OTHERS = 0.5, 20  # see `not_of_panels`
-MAX_KEPT = 2000  # states of training cells that generated cells are compared with
 MAX_BROADER = 3  # names of broader types of a cell among its texts
 CAPTION_EPOCHS = 4  # captions of a cell from each set of templates
 TEXTS_AT_ONCE = 128
 NUM_GENES = 3000  # the most expressed genes, which determine the states
-FACTOR_BATCH, FLOW_BATCH = 128, 256
-FACTOR_EPOCHS, FLOW_EPOCHS = 50, 375
-MAX_FACTOR_STEPS, MAX_FLOW_STEPS = 1000, 4000
+FACTOR_BATCH = 128
+FACTOR_EPOCHS, MAX_FACTOR_STEPS = 50, 1000
 EM_ROUNDS = 3
-FACTOR_RATE, ENCODER_RATE, FLOW_RATE = 3e-3, 3e-4, 1e-3  # peak learning rates of Adam
+FACTOR_RATE, ENCODER_RATE = 3e-3, 3e-4  # peak learning rates of Adam
 WARM_UP = 0.2  # share of the steps over which the divergence gains its weight
 RIDGE = 1.0
 START_SCALE = 0.5  # of the directions: the scores of principal components hold noise, which states do not
 DIRECTION_PRECISION = 20.0  # of the Gaussian prior of a gene's direction
 MIN_SCALE = 1e-3  # of scores along an axis, and of what a text leaves open
 LIBRARY_NOISE = 0.1  # of the log library size around that of a training cell, which is not copied
-PROFILE_COUNTS = 5.0  # see `missed_profiles`
+PROFILE_COUNTS = 1.0  # see `missed_profiles`
+MAX_GROUPS = 256  # that have a profile: the largest ones, and the last of all others
 MIN_RATE = 1e-4  # counts per 10,000 of a gene that no training cell expresses
 NEWTON_STEPS, MAX_CHANGE = 8, 1.5  # of regression and posterior, and the largest change of a log rate in a step
 GENES_AT_ONCE, CELLS_AT_ONCE = 128, 256  # in the regression, where 512 take twice the time each, and of the posterior
@@ -76,7 +74,7 @@ class TextedCells:
         texts: Rows of `features`, int64 `(n_cells, n_draws)`: the texts of each cell.
         weights: Relative frequency of each cell in the batches, and weight in the regressions, `(n_cells,)`; default:
             equal.
-        groups: The type of each cell in its dataset, int64 `(n_cells,)`; default: one group.
+        groups: The group of each cell, such as a type in a dataset, int64 `(n_cells,)`; default: one group.
     """
 
     counts: sparse.csr_matrix
@@ -230,12 +228,13 @@ def fit_factors(cells: TextedCells, genes: np.ndarray, num_components: int, *, s
 
 
 @torch.no_grad()
-def find_posterior(states: ScMMGPTCellStates, cells: TextedCells, genes: np.ndarray, start: Tensor) -> Posterior:
-    """Mode and curvature of each cell's state, given its counts of the genes and the mean state of its texts."""
+def find_posterior(
+    states: ScMMGPTCellStates, cells: TextedCells, genes: np.ndarray, start: Tensor, expected: Tensor
+) -> Posterior:
+    """Mode and curvature of each cell's state, given its counts of the genes and the mean of its prior `(N, K)`."""
     directions, bias = states.gene_directions.weight[genes], states.gene_bias.weight[genes, 0]
     theta, k = states.dispersion()[genes], states.num_components
     squares = (directions[:, :, None] * directions[:, None, :]).flatten(1)  # (G, K * K)
-    expected = states.text_mean(torch.from_numpy(cells.mean_features()))[:, :-1]
     counts, means, factors = cells.counts[:, genes], [], []
     for first in range(0, len(cells), CELLS_AT_ONCE):
         rows = slice(first, first + CELLS_AT_ONCE)
@@ -316,69 +315,16 @@ def likely_dispersion(counts: Tensor, mean: Tensor) -> Tensor:
     return torch.tensor(DISPERSIONS)[torch.stack(scores).argmax(dim=0)]
 
 
-def fit_prior_mean(states: ScMMGPTCellStates, posterior: Posterior, cells: TextedCells) -> None:
-    """Ridge regression of the mean state and log library size of a text, and the scale of what is left."""
+def text_means(posterior: Posterior, cells: TextedCells) -> Tensor:
+    """The mean state of the texts of each cell, by ridge regression, `(N, K)`."""
     features = cells.mean_features()
-    place = np.concatenate([posterior.mean.numpy(), np.log(cells.total_counts)[:, None]], axis=1)
-    ridge = Ridge(RIDGE).fit(features, place, cells.weights)
-    residual = place - ridge.predict(features)
-    variance = posterior.factor.square().sum(dim=2).mean(dim=0).numpy()
-    with torch.no_grad():
-        states.text_mean.weight.copy_(torch.from_numpy(ridge.coef_))
-        states.text_mean.bias.copy_(torch.from_numpy(ridge.intercept_))
-        spread = np.sqrt(np.average(residual**2, axis=0, weights=cells.weights) + np.append(variance, 0))
-        states.residual_scale.copy_(torch.from_numpy(np.maximum(spread, MIN_SCALE)))
-
-
-def fit_flow(states: ScMMGPTCellStates, posterior: Posterior, cells: TextedCells, *, steps: int, seed: int) -> None:
-    """Flow matching from noise to the residuals of the cells' states and library sizes, along straight lines."""
-    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam([*states.flow_layers.parameters(), *states.flow_output.parameters()], lr=FLOW_RATE)
-    schedule = cosine_schedule(optimizer, steps)
-    log_size = torch.from_numpy(np.log(cells.total_counts).astype(np.float32))
-    losses = []
-    for rows in tqdm(batches(cells.weights, FLOW_BATCH, steps, rng), "Fitting the flow of states", total=steps):
-        features = cells.draw_features(rows, rng)
-        place = torch.cat([posterior.draw(rows, generator), log_size[rows][:, None]], dim=1)
-        target = (place - states.text_mean(features).detach()) / states.residual_scale.detach()
-        noise = torch.randn(target.shape, generator=generator)
-        time = torch.rand(len(rows), generator=generator)
-        between = noise + time[:, None] * (target - noise)
-        loss = (states.velocity(between, time, features) - (target - noise)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    logger.info("Flow: mean loss of the last steps %.4f", np.mean(losses[-100:]))
+    ridge = Ridge(RIDGE).fit(features, posterior.mean.numpy(), cells.weights)
+    return torch.from_numpy(ridge.predict(features)).float()
 
 
 def fit_states(states: ScMMGPTCellStates, cells: TextedCells, *, seed: int = 0) -> None:
-    """Fit all parameters; the same cells, texts and seed give the same ones."""
+    """Fit all parameters, and keep the cells; the same cells, texts and seed give the same states."""
     generator = torch.Generator().manual_seed(seed)
-    if states.draws_cells:
-        num_factors = states.num_components - states.num_profiles
-        factors = new_factors(states.gene_bias.num_embeddings, num_factors, cells.features.shape[1])
-        posterior = fit_genes(factors, cells, generator, seed=seed)
-        keep_cells(states, factors, posterior, cells)
-        return
-    posterior = fit_genes(states, cells, generator, seed=seed)
-    steps = min(MAX_FLOW_STEPS, -(-FLOW_EPOCHS * len(cells) // FLOW_BATCH))
-    fit_flow(states, posterior, cells, steps=steps, seed=seed)
-    kept = np.sort(np.random.default_rng(seed).permutation(len(cells))[:MAX_KEPT])
-    states.training_states = posterior.draw(kept, generator).to(states.residual_scale)
-
-
-def new_factors(vocab_size: int, num_components: int, text_width: int, flow_width: int = 1) -> ScMMGPTCellStates:
-    """A factor model without profiles of types, to be fitted."""
-    sizes = {"num_state_components": num_components, "projection_dim": text_width, "num_training_states": 0}
-    config = SimpleNamespace(cell_config=SimpleNamespace(vocab_size=vocab_size), **sizes)
-    config.num_profile_components, config.state_prior, config.state_flow_width = 0, "flow", flow_width
-    return ScMMGPTCellStates(config)
-
-
-def fit_genes(states: ScMMGPTCellStates, cells: TextedCells, generator: torch.Generator, *, seed: int) -> Posterior:
-    """Fit directions, bias and dispersion of the genes and the mean of the prior; return the states of the cells."""
     totals = np.asarray(cells.counts.sum(axis=0)).ravel()
     genes = np.sort(np.argsort(-totals, kind="stable")[:NUM_GENES])
     genes = genes[totals[genes] > 0]
@@ -390,60 +336,54 @@ def fit_genes(states: ScMMGPTCellStates, cells: TextedCells, generator: torch.Ge
     posterior = fit_factors(cells, genes, states.num_components, steps=steps, seed=seed)
     for _ in tqdm(range(EM_ROUNDS), "Refining the factors"):
         regress_genes(states, posterior.draw(slice(None), generator), cells, genes)
-        fit_prior_mean(states, posterior, cells)
-        posterior = find_posterior(states, cells, genes, posterior.mean)
+        posterior = find_posterior(states, cells, genes, posterior.mean, text_means(posterior, cells))
     regress_genes(states, posterior.draw(slice(None), generator), cells, np.flatnonzero(totals))
-    fit_prior_mean(states, posterior, cells)
-    return posterior
+    keep_cells(states, posterior, cells)
 
 
 @torch.no_grad()
-def keep_cells(
-    states: ScMMGPTCellStates, factors: ScMMGPTCellStates, posterior: Posterior, cells: TextedCells
-) -> None:
-    """Fill the states with those of the cells, their texts, and the profiles of types that the factors miss."""
-    noise = posterior.factor.square().sum(dim=2).mean(dim=0).sqrt()
-    axes, places = missed_profiles(factors, posterior, noise, cells, states.num_profiles)
-    states.gene_directions.weight.copy_(torch.cat([factors.gene_directions.weight, torch.from_numpy(axes.T)], dim=1))
-    states.gene_bias.weight.copy_(factors.gene_bias.weight)
-    states.gene_log_dispersion.weight.copy_(factors.gene_log_dispersion.weight)
-    states.training_states = torch.cat([posterior.mean, torch.from_numpy(places[cells.groups])], dim=1)
+def keep_cells(states: ScMMGPTCellStates, posterior: Posterior, cells: TextedCells) -> None:
+    """Keep states, library sizes, groups and texts of the cells, and the scales of noise and of states."""
+    weights = torch.from_numpy(cells.weights.astype(np.float32))
+    noise = posterior.factor.square().sum(dim=2).mean(dim=0)
+    left = (posterior.mean - text_means(posterior, cells)).square()
+    states.training_states = posterior.mean
     states.training_log_sizes = torch.from_numpy(np.log(cells.total_counts).astype(np.float32))
-    states.training_weights = torch.from_numpy(cells.weights.astype(np.float32))
+    states.training_weights = weights
+    states.training_groups = torch.from_numpy(cells.groups.astype(np.int32))
     states.training_texts = torch.from_numpy(cells.texts.astype(np.int32))
     states.text_features = cells.features.clone()
-    profiles = torch.zeros(states.num_profiles)
-    states.state_noise = torch.cat([noise, profiles, torch.tensor([LIBRARY_NOISE])])
-    scale = factors.residual_scale
-    states.residual_scale.copy_(torch.cat([scale[:-1], profiles + MIN_SCALE, scale[-1:]]))
+    states.state_noise = torch.cat([noise.sqrt(), torch.tensor([LIBRARY_NOISE])])
+    states.state_scale = (weights @ left / weights.sum() + noise).sqrt().clamp(min=MIN_SCALE)
+    profiles = torch.zeros(cells.counts.shape[1], cells.groups.max() + 1)
+    states.gene_profiles = nn.Embedding.from_pretrained(profiles, freeze=False)
+    states.gene_profiles.weight.copy_(missed_profiles(states, cells).t())
 
 
-def missed_profiles(
-    factors: ScMMGPTCellStates, posterior: Posterior, noise: Tensor, cells: TextedCells, num_profiles: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Leading axes of what the factors miss of the mean profiles of types in datasets, in log rates.
+def missed_profiles(states: ScMMGPTCellStates, cells: TextedCells) -> Tensor:
+    """Log of the counts of each group over those that its states let expect, float32 `(n_groups, vocab_size)`.
 
-    A gene of few counts is shrunk towards the factors, by `PROFILE_COUNTS` counts. Noise of the states, with standard
-    deviations `noise` `(K,)`, raises the mean of a rate.
-
-    Returns:
-        Axes, float32 `(num_profiles, vocab_size)`, and the place of each group, float32 `(n_groups, num_profiles)`.
+    A gene of few counts is shrunk towards the states, by `PROFILE_COUNTS` counts. The noise of the states raises the
+    mean of a rate.
     """
     n_groups, rows = cells.groups.max() + 1, np.arange(len(cells))
     of_groups = sparse.csr_matrix((np.ones(len(cells)), (cells.groups, rows)), (n_groups, len(cells)))
     expected = np.zeros((n_groups, cells.counts.shape[1]))
-    raised = 0.5 * factors.gene_directions.weight.square() @ noise.square()
+    raised = 0.5 * states.gene_directions.weight.square() @ states.state_noise[:-1].square()
     for first in range(0, len(cells), CELLS_AT_ONCE):
-        part = slice(first, first + CELLS_AT_ONCE)
-        rates = (factors.log_rate(posterior.mean[part]) + raised).exp().numpy() * (
-            cells.total_counts[part, None] / COUNTS_PER_10K
-        )
+        part = rows[first : first + CELLS_AT_ONCE]
+        log_rate = states.log_rate(states.training_states[part], torch.from_numpy(part))
+        rates = (log_rate + raised).exp().numpy() * (cells.total_counts[part, None] / COUNTS_PER_10K)
         expected += of_groups[:, part] @ rates
-    missed = np.log(((of_groups @ cells.counts).toarray() + PROFILE_COUNTS) / (expected + PROFILE_COUNTS))
-    left, sizes, right = np.linalg.svd(missed, full_matrices=False)
-    axes, places = np.zeros((num_profiles, missed.shape[1])), np.zeros((n_groups, num_profiles))
-    axes[: len(sizes)], places[:, : len(sizes)] = right[:num_profiles], (left * sizes)[:, :num_profiles]
-    return axes.astype(np.float32), places.astype(np.float32)
+    counted = (of_groups @ cells.counts).toarray()
+    return torch.from_numpy(np.log((counted + PROFILE_COUNTS) / (expected + PROFILE_COUNTS)).astype(np.float32))
+
+
+def new_states(vocab_size: int, num_components: int, text_width: int) -> ScMMGPTCellStates:
+    """Cell states without a model, to be fitted."""
+    sizes = {"num_state_components": num_components, "projection_dim": text_width}
+    sizes |= dict.fromkeys(("num_state_groups", "num_training_states", "num_training_texts", "num_texts_of_cell"), 0)
+    return ScMMGPTCellStates(SimpleNamespace(cell_config=SimpleNamespace(vocab_size=vocab_size), **sizes))
 
 
 @torch.no_grad()
@@ -454,15 +394,14 @@ def read_texted_cells(
     processor: ScMMGPTProcessor,
     seed: int = 0,
     balance: str | None = None,
-    with_broader: bool = False,
 ) -> TextedCells:
     """At most `MAX_CELLS` training cells from all of the corpus, and the features of captions about them.
 
-    The texts are captions of the training, short ones, which name little but the type, and the bare name with and
-    without an article, so that all kinds of prompt are known. No text names genes of its cell, which would give the
-    target away. Cells of gene panels are left out if wider datasets have the type ([`not_of_panels`]). Rare labels of
-    the column `balance` are drawn more often, as for the other losses of `tune`. `with_broader` adds the names of
-    broader types ([`broader_names`]).
+    The texts are captions of the training, short ones, which name little but the type, and the bare names of the type
+    and of broader types ([`broader_names`]) with and without an article, so that all kinds of prompt are known. No
+    text names genes of its cell, which would give the target away. Cells of gene panels are left out if wider datasets
+    have the type ([`not_of_panels`]). Rare labels of the column `balance` are drawn more often, as for the other
+    losses of `tune`.
     """
     columns = {column + suffix for column in CAPTION_COLUMNS for suffix in ("", "_ontology_term_id")} | {"dataset_id"}
     cells, table = corpus.sample("train", MAX_CELLS, sorted(columns | ({balance} if balance else set())), seed=seed)
@@ -478,7 +417,7 @@ def read_texted_cells(
     ]
     names = [str(name) if isinstance(name, str) else None for name in obs["cell_type"]]
     short = draws[-1]
-    for named in (names, *(broader_names(obs) if with_broader else ())):
+    for named in (names, *broader_names(obs)):
         for word in (str, with_article):
             draws.append([word(name) if name else caption for name, caption in zip(named, short, strict=True)])
     texts, rows = np.unique(np.array(draws, dtype=object).astype(str), return_inverse=True)
@@ -493,7 +432,8 @@ def read_texted_cells(
         _, of_label, n_cells = np.unique(obs[balance].astype(str), return_inverse=True, return_counts=True)
         weights = n_cells[of_label] ** (1 / BALANCE_TEMPERATURE - 1)
     pairs = np.stack([obs["dataset_id"].astype(str), types_of(obs)]).astype(str)
-    groups = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1)
+    _, of_pair, n_cells = np.unique(pairs, axis=1, return_inverse=True, return_counts=True)
+    groups = np.minimum((-n_cells).argsort(kind="stable").argsort()[of_pair.reshape(-1)], MAX_GROUPS - 1)
     return TextedCells(counts, sizes, torch.cat(features), rows.reshape(len(draws), len(cells)).T, weights, groups)
 
 
@@ -558,14 +498,10 @@ def fit_cell_states(
     balance: str | None = None,
 ) -> None:
     """Fit the states of the model to the training cells of the corpus, and to the texts as the model encodes them."""
-    was_training = model.training
+    was_training, states = model.training, model.model.cell_states
     model.eval()
-    with_broader = model.model.cell_states.draws_cells
-    cells = read_texted_cells(corpus, captions, model, processor, seed, balance, with_broader)
-    fit_states(model.model.cell_states, cells, seed=seed)
-    states = model.model.cell_states
-    model.config.num_training_states = len(states.training_states)
-    if states.draws_cells:
-        model.config.num_training_texts = len(states.text_features)
-        model.config.num_texts_of_cell = states.training_texts.shape[1]
+    fit_states(states, read_texted_cells(corpus, captions, model, processor, seed, balance), seed=seed)
+    model.config.num_training_states, model.config.num_texts_of_cell = states.training_texts.shape
+    model.config.num_training_texts = len(states.text_features)
+    model.config.num_state_groups = states.gene_profiles.embedding_dim
     model.train(was_training)

@@ -167,7 +167,7 @@ def join(
     fields = {"cell_tokens": cell_tokens, **model_args.model_config, "text_to_cell_config": projector}
     if model_args.trained.qformer and fields.get("num_state_components"):
         logger.warning("No cell states are fitted: they depend on the Q-Former, which this run trains further.")
-        fields |= {"num_state_components": None, "num_profile_components": 0, "state_prior": "flow"}
+        fields["num_state_components"] = None
     return ScMMGPTForConditionalGeneration.from_components(
         alignment, language_model, cell_token_id=processor.cell_token_id, **fields
     )
