@@ -4,6 +4,7 @@
 model and the text-to-cell projector. Both validate at construction and serialise to `config.json`.
 """
 
+import copy
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -260,6 +261,18 @@ class ScMMGPTConfig(PreTrainedConfig):
                 f"cell_tokens is {self.cell_tokens!r}, but the model has no label readout; choose 'queries', or start "
                 "from a checkpoint of `align` whose corpus has cell types."
             )
+
+    def __repr__(self) -> str:
+        """The configuration as JSON; stored settings of labels are named without their values.
+
+        transformers makes this text at every load, for its log. With all values, it has thousands of lines and takes
+        longer than the reading of the file.
+        """
+        brief = copy.copy(self)
+        for name in ("annotation", "label_readout", "release"):
+            if (stored := getattr(self, name)) is not None:
+                setattr(brief, name, dict.fromkeys(stored, "..."))
+        return f"{type(self).__name__} {brief.to_json_string()}"
 
     @property
     def num_cell_tokens(self) -> int:

@@ -8,8 +8,9 @@ that a file does not measure is absent, not zero.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from os.path import commonprefix
 from typing import Any, NamedTuple
@@ -121,7 +122,7 @@ class GeneIndex:
         aliases: Mapping[str, Any] | None = None,
         orthologs: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
-        self.vocabulary = {name: int(i) for name, i in vocabulary.items() if not re.fullmatch(r"<.*>", name)}
+        self.vocabulary = {name: int(i) for name, i in vocabulary.items() if name[:1] != "<" or name[-1] != ">"}
         if not self.vocabulary:
             raise ValueError(f"The gene vocabulary has no genes ({len(vocabulary)} entries, all special tokens).")
         aliases = aliases or {}
@@ -130,9 +131,21 @@ class GeneIndex:
         self.aliases = dict(aliases)
         self.orthologs = {species: dict(table) for species, table in (orthologs or {}).items()}
         self.species = detect_species(list(self.vocabulary))[0]
-        # Some files have `C1ORF112` for `C1orf112`. Symbols that differ in case only are not folded.
-        self._folded = {key: self.vocabulary[name] for key, name in _folded_keys(self.vocabulary).items()}
-        self._folded_orthologs = {species: _folded_keys(table) for species, table in self.orthologs.items()}
+
+    # The next two tables are made on first use: workers match no genes, and most files are of one species.
+
+    @cached_property
+    def _folded(self) -> dict[str, int]:
+        """Symbol in capitals -> id: some files have `C1ORF112` for `C1orf112`.
+
+        Symbols that differ in case only are left out.
+        """
+        return {key: self.vocabulary[name] for key, name in _folded_keys(self.vocabulary).items()}
+
+    @cached_property
+    def _folded_orthologs(self) -> dict[str, dict[str, str]]:
+        """Species -> name in capitals -> name, as `_folded`."""
+        return {species: _folded_keys(table) for species, table in self.orthologs.items()}
 
     def __len__(self) -> int:
         return len(self.vocabulary)
@@ -195,10 +208,11 @@ class GeneIndex:
         return (-1, "unmatched") if found is None else (found, "excel date")
 
 
-def _folded_keys(names: Iterable[str]) -> dict[str, str]:
+def _folded_keys(names: Mapping[str, Any]) -> dict[str, str]:
     """Name in capitals -> name, for names that are unique in capitals."""
-    folded = Counter(name.upper() for name in names)
-    return {name.upper(): name for name in names if folded[name.upper()] == 1}
+    capitals = [name.upper() for name in names]
+    times = Counter(capitals)
+    return {key: name for key, name in zip(capitals, names, strict=True) if times[key] == 1}
 
 
 def _embedded(name: str) -> str | None:

@@ -144,10 +144,20 @@ class Computed:
 
 
 def prepare(job: Job, source: Source) -> None:
-    """Load checkpoint and source before the first partition arrives; errors are left to the partitions."""
-    with contextlib.suppress(Exception), _COMPUTING:
-        _load(job.model, job.device, job.batch_size)
-        source.open_rows(0, 1)
+    """Load checkpoint and source, and compute one cell, before the first partition arrives.
+
+    The readout is thereby solved for the genes of the source while the command makes its decisions. Errors and
+    warnings are left to the command and the partitions.
+    """
+    with contextlib.suppress(Exception), _COMPUTING, one_thread():
+        pipeline = _load(job.model, job.device, job.batch_size)
+        first = source.open_rows(0, 1)
+        logging.disable(logging.WARNING)
+        try:
+            choice = pipeline.processor.choose_input(source.open_whole(), **job.reading)
+            compute_part(pipeline, first, choice, job, {})
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def compute_partition(task: Partition) -> int:
@@ -272,9 +282,12 @@ def labelling_of(
     pipeline: "ScMMGPTPipeline", choice: "InputChoice", options: Mapping[str, Any], decided: Arrays
 ) -> "Labelling":
     """Make the labelling of `annotate` or `audit` for all partitions, with the statistics of the whole source."""
-    settings = settings_of(pipeline, options)
-    decisions = options.get("min_score"), None, options.get("error_rate")
-    labelling = pipeline.labelling(choice, settings, options.get("labels") is None, *decisions)
+    key = _labelling_key(pipeline, choice, options, {})
+    if not _SOLVED or _SOLVED[0][0] != key:
+        settings = settings_of(pipeline, options)
+        decisions = options.get("min_score"), None, options.get("error_rate")
+        _SOLVED[:] = [(key, pipeline.labelling(choice, settings, options.get("labels") is None, *decisions))]
+    labelling = replace(_SOLVED[0][1], choice=choice)
     if "predicted" in decided and labelling.readout is not None:
         readout = labelling.readout.after_batch(decided["predicted"])
         labelling = replace(labelling, readout=readout, batch_read=True)
@@ -318,7 +331,8 @@ def _labelling_key(
 # -- the process ------------------------------------------------------------------------------------------------------
 
 _LOADED: "list[tuple[tuple[str, str | None, int | None], ScMMGPTPipeline]]" = []  # the checkpoint of this process
-_LABELLING: "list[tuple[Any, Labelling]]" = []  # key and value of the cached labelling of this process
+_SOLVED: "list[tuple[Any, Labelling]]" = []  # key and labelling of this process, without statistics of the source
+_LABELLING: "list[tuple[Any, Labelling]]" = []  # the same with statistics of the source
 
 
 @contextlib.contextmanager
@@ -329,6 +343,7 @@ def using(pipeline: "ScMMGPTPipeline", job: Job) -> Iterator[None]:
         yield
     finally:
         _LOADED.clear()
+        _SOLVED.clear()
         _LABELLING.clear()
 
 

@@ -41,10 +41,10 @@ class Source:
             from scmmgpt.train.data.corpus import open_corpus
 
             return open_corpus(self.path, verify=False).to_adata(self.split, start, stop)
-        return self._opened()[start:stop]
+        return self.open_whole()[start:stop]
 
-    def _opened(self) -> Any:
-        """Open the file, and keep it open in this process for the next partition; only `var` is in memory."""
+    def open_whole(self) -> Any:
+        """Open a file for a worker, and keep it open for the next partition; only `var` is in memory."""
         from scmmgpt.readers.cell_files import read_file
 
         key = (self, *self.fingerprint().values())

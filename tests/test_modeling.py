@@ -731,3 +731,14 @@ def test_gradients_are_equal_with_and_without_checkpointing(tiny_config):
         model(**prompts, **cells, **targets, labels=labels, use_cache=False).loss.backward()
         gradients.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_the_text_of_a_configuration_names_the_settings_of_labels_without_their_values(tiny_config):
+    tiny_config.annotation = {"labels": {"B": "a B cell"}, "temperature": 0.25}
+    text = repr(tiny_config)
+    assert '"labels": "..."' in text
+    assert '"temperature": "..."' in text
+    assert "a B cell" not in text
+    assert f'"projection_dim": {tiny_config.projection_dim}' in text
+    assert tiny_config.annotation["temperature"] == 0.25
+    assert "a B cell" in tiny_config.to_json_string()

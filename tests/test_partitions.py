@@ -19,6 +19,7 @@ from scmmgpt.__main__ import main
 from scmmgpt.annotation_scmmgpt import fit_label_sets
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.commands import partition_tasks, partitions, results
+from scmmgpt.commands.partition_tasks import Job, Partition, default_options, file_name
 from scmmgpt.commands.results import RowBlocks
 from scmmgpt.commands.sources import Source
 from scmmgpt.labelling_scmmgpt import Labelling
@@ -220,6 +221,38 @@ def test_a_readout_is_solved_once_and_a_partition_is_read_while_others_are_compu
     out = tmp_path / "out.h5ad"
     run("annotate", tmp_path / "in.h5ad", "-o", out, "--cells-per-partition", 14, "--workers", 1, checkpoint=fitted)
     assert done == ["labelling", *["write_partition", "read_found"] * 3, *["read_columns"] * 3]
+
+
+def test_a_worker_solves_the_readout_before_its_first_partition(fitted, tmp_path, monkeypatch):
+    path, pipeline = tmp_path / "in.h5ad", ScMMGPTPipeline.from_pretrained(fitted, device="cpu")
+    synthetic.synthetic_adata(30).write_h5ad(path)
+    source = Source(path, "test", fitted)
+    job = Job("annotate", fitted, None, None, default_options("annotate"), {})
+    cells, parts = source.open(), tmp_path / "parts"
+    choice = pipeline.processor.choose_input(cells)
+    with partition_tasks.using(pipeline, job):
+        partition_tasks.write_decided(parts, partition_tasks.decide(pipeline, cells, choice, job))
+    with partition_tasks.using(pipeline, job):
+        partition_tasks.prepare(job, source)
+        monkeypatch.setattr(pipeline, "labelling", lambda *_: pytest.fail("the readout was solved again"))
+        for task in (Partition(job, source, choice, a, b, parts / file_name(a, b)) for a, b in ((0, 20), (20, 30))):
+            assert partition_tasks.compute_partition(task) == task.stop - task.start
+            assert task.path.is_file()
+
+
+def test_preparation_leaves_errors_and_warnings_to_the_command(fitted, tmp_path, caplog):
+    job = Job("annotate", fitted, None, None, default_options("annotate"), {})
+    pipeline = ScMMGPTPipeline.from_pretrained(fitted, device="cpu")
+    few = synthetic.synthetic_adata(30)
+    few.var_names = [name if i % 2 else f"unknown{i}" for i, name in enumerate(few.var_names)]
+    few.write_h5ad(tmp_path / "few.h5ad")
+    few[:, :0].copy().write_h5ad(tmp_path / "none.h5ad")
+    for name in ("few", "none", "absent"):
+        with partition_tasks.using(pipeline, job):
+            partition_tasks.prepare(job, Source(tmp_path / f"{name}.h5ad", "test", fitted))
+    assert not caplog.records
+    pipeline.processor.choose_input(few)
+    assert caplog.records
 
 
 def test_workers_begin_before_a_command_imports_libraries_and_before_the_checkpoint_is_loaded(
