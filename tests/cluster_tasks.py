@@ -22,6 +22,15 @@ def die(path: Path) -> str:
     return path.name
 
 
+def nap(path: Path) -> int:
+    """A task of half a second that writes a file, whole; returns the process."""
+    time.sleep(0.5)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(path.name)
+    temporary.rename(path)
+    return os.getpid()
+
+
 def fill(n_bytes: float) -> int:
     """A task after which the worker has about so many bytes; returns the process."""
     process = psutil.Process()

@@ -1,6 +1,7 @@
 """Failures of a cluster: workers and schedulers that are killed cost time, and nothing else."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from scmmgpt import synthetic
 from scmmgpt.commands.cluster import LOST, Workers
-from scmmgpt.tests.cluster_tasks import die, fill, overfill
+from scmmgpt.tests.cluster_tasks import die, fill, nap, overfill
 from scmmgpt.tests.clusters import dask_cluster, free_address
 from scmmgpt.tests.test_partitions import assert_same, run
 
@@ -39,6 +40,23 @@ def test_the_task_of_a_lost_worker_is_done_again_and_a_poisonous_one_is_cut_and_
     assert outcomes["the rest"] == ("the rest", None)
     assert str(outcomes["poison"][1]) == LOST
     assert str(outcomes["error"][1]) == "no such cell"
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_every_few_seconds_lose_nothing_and_are_reported(tmp_path, log, caplog):
+    tasks = [tmp_path / f"{i:02d}.txt" for i in range(40)]
+    with dask_cluster(log) as cluster, Workers(cluster=cluster.address) as workers:
+        found, killed, last = [], 0, time.monotonic()
+        for outcome in workers.run(nap, tasks):
+            found.append(outcome)
+            if time.monotonic() - last > 2 and killed < 4:
+                killed, last = killed + cluster.kill_a_worker(), time.monotonic()
+    assert killed >= 2
+    assert sorted(task for task, _, _ in found) == tasks
+    assert [error for _, _, error in found if error] == []
+    assert all(task.read_text() == task.name for task in tasks)
+    said = re.search(rf"Workers were lost {killed} times; what they had begun was computed again: (.*)\.", caplog.text)
+    assert set(said[1].split("; ")[:5]) <= set(map(str, tasks))
 
 
 N_PARTITIONS, DAMAGED = 12, 5  # of 4,096 cells; the partition whose counts cannot be read
@@ -71,7 +89,7 @@ def test_workers_that_dask_pauses_for_want_of_memory_end_the_command_with_the_li
         outcomes = [error for _, _, error in workers.run(fill, [440e6])]
         assert outcomes == [None]
         with pytest.raises(OSError, match=r"paused all 1 workers, .*\(500 MB\).* --memory-limit"):
-            list(workers.run(die, [tmp_path / "never.txt"]))
+            list(workers.run(nap, [tmp_path / "never.txt"]))
 
 
 @pytest.mark.slow

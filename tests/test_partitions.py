@@ -197,6 +197,21 @@ def test_the_model_of_the_package_is_named_in_each_result(adata, checkpoint, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("words", COMMANDS)
+def test_partitions_of_a_zarr_store_give_the_results_of_an_h5ad(fitted, tmp_path, small, words):
+    adata = synthetic.synthetic_adata()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    with anndata.settings.override(zarr_write_format=3):
+        adata.write_zarr(tmp_path / "cells.zarr", chunks=(8, 8))
+    words = words[:-1] if words[-1] in ("--evidence", "--table") else words
+    for name, where in (("h5ad", []), ("zarr", ["--workers", 1, "--cells-per-partition", 14])):
+        where = ["-o", tmp_path / f"of_{name}.h5ad", *where]
+        run(words[0], tmp_path / f"cells.{name}", *words[1:], *where, checkpoint=fitted)
+    assert_same(tmp_path / "of_zarr.h5ad", tmp_path / "of_h5ad.h5ad")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("words", COMMANDS)
 def test_two_processes_give_the_bits_of_one(fitted, tmp_path, words):
     synthetic.synthetic_adata(4200).write_h5ad(tmp_path / "cells.h5ad")
