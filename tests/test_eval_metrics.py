@@ -23,6 +23,7 @@ from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import (
 )
 from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import (
     discrepancy,
+    distance_kernel,
     distances_by_type,
     fit_cell_space,
     gaussian_kernel,
