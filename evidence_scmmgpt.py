@@ -408,9 +408,8 @@ def labels_in_short(label: str, terms: Sequence[Mapping[str, Any]]) -> list[str]
     is_whole = re.compile(re.escape(name)).fullmatch
     is_part = re.compile(rf"{re.escape(name)} of .*|.* {re.escape(name)}").fullmatch
     for fits in (is_whole, is_part) if len(words) > 1 and words not in TISSUE_WORDS else ():
-        fitting = [set(term["labels"]) for term in terms if any(map(fits, term["names"]))]
-        narrowest = min(fitting, key=len, default=set())
-        if fitting:
+        if fitting := [set(term["labels"]) for term in terms if any(map(fits, term["names"]))]:
+            narrowest = min(fitting, key=len)
             return sorted(narrowest) if all(narrowest <= other for other in fitting) else []
     return []
 
