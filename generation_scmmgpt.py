@@ -25,6 +25,7 @@ from .states_scmmgpt import ScMMGPTCellStates
 
 logger = logging.get_logger(__name__)
 
+MAX_LIBRARY = 1e8  # counts, which are int32
 LEAST_OF_LIBRARY = 0.5  # a cell with a smaller share of its library in the model's genes resembles a cell of a panel
 DRAWN_AT_ONCE = 256  # cells of one draw from cell states: their rates over all genes are in memory
 GENERATED_CELLS = 1024  # cells of one prompt in one run of the language model, of n_genes x 8 bytes each
@@ -128,11 +129,11 @@ def library_sizes(library_size: float | np.ndarray, n_cells: int) -> np.ndarray:
     """Library sizes (total counts) of the cells of a prompt, float32 `(n_cells,)`.
 
     Raises:
-        ValueError: If a library size is not positive and finite.
+        ValueError: If a library size is not positive, or above `MAX_LIBRARY`.
     """
     sizes = np.broadcast_to(np.asarray(library_size, dtype=np.float32), (n_cells,)).copy()
-    if not (np.isfinite(sizes).all() and (sizes > 0).all()):
-        raise ValueError(f"library_size must be positive and finite, but holds {sizes.min()}.")
+    if wrong := sizes[~((sizes > 0) & (sizes <= MAX_LIBRARY))].tolist():
+        raise ValueError(f"library_size must be above 0 and at most {MAX_LIBRARY:,.0f}, but holds {wrong[0]:g}.")
     return sizes
 
 

@@ -28,6 +28,7 @@ from .cells_scmmgpt import COUNTS_PER_10K, RandomStream, cell_keys
 
 TEXT_TEMPERATURE = 0.005  # of the cosine between a text and the texts of training cells (`train/LOG.md`)
 COMPARED_STATES = 2000  # training cells among which the distance of neighbours is measured
+COMPARED_AT_ONCE = 256  # cells, whose distances to all training cells are in memory
 MEAN_STATES = 256  # states whose rates are averaged for the mean profile of a text
 MAX_LOG_RATE = math.log(COUNTS_PER_10K)  # no gene has more than all of a cell's counts
 
@@ -149,19 +150,24 @@ class ScMMGPTCellStates(nn.Module):
 
         Returns:
             The distance of each state to the nearest one of a training cell, float64 `(N,)`, where 1 is the median
-            distance of a training cell to its nearest; and the states, float64 `(N, K)`, in units in which training
-            cells have a total variance of 1 around the means of their texts. None if the model keeps no states.
+            distance of a training cell to its nearest, without profiles of groups; and the states, float64 `(N, K)`,
+            in units in which training cells have a total variance of 1 around the means of their texts. None if the
+            model keeps a single state.
         """
         exact = self._exact()
         if len(exact.training_states) < 2:
             return None
-        _, (states, _, _) = exact._draw_states(text_features, cell_ids, seed)
         rows = torch.arange(0, len(exact.training_states), -(-len(exact.training_states) // COMPARED_STATES))
         to_others = torch.cdist(exact.training_states[rows], exact.training_states)
         to_others[torch.arange(len(rows)), rows] = math.inf  # a cell is no neighbour of its own
         unit = to_others.min(dim=1).values.median()
-        nearest = torch.cdist(states, exact.training_states).min(dim=1).values / unit
-        return nearest.numpy(), (states / exact.state_scale.norm()).numpy()
+        nearest, places = [], []
+        for first in range(0, len(cell_ids), COMPARED_AT_ONCE):
+            part = slice(first, first + COMPARED_AT_ONCE)
+            _, (states, _, _) = exact._draw_states(text_features[part], cell_ids[part], seed)
+            nearest.append(torch.cdist(states, exact.training_states).min(dim=1).values / unit)
+            places.append(states / exact.state_scale.norm())
+        return torch.cat(nearest).numpy(), torch.cat(places).numpy()
 
     @torch.no_grad()
     def mean_expression(self, text_features: Tensor) -> np.ndarray:

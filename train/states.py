@@ -15,7 +15,7 @@ The encoder is of the fit alone: no cell is read when cells are generated. `trai
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -24,6 +24,7 @@ import torch
 from scipy import sparse
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
+from sklearn.utils.sparsefuncs import mean_variance_axis
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -41,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 MAX_CELLS = 10_000  # of the training split: some minutes of one core
 LEAST_HELD, LEAST_OTHERS = 0.5, 20  # see `not_of_panels`
-MAX_BROADER, MAX_SYNONYMS = 3, 8  # names of broader types and synonyms of the type of a cell among its texts
 CAPTION_EPOCHS = 4  # captions of a cell from each set of templates
 TEXTS_AT_ONCE = 128
 NUM_GENES = 3000  # the most expressed genes, which determine the states
@@ -164,8 +164,9 @@ def principal_axes(
     n_cells, n_genes = expression.shape
     axes, scores = np.zeros((num_components, n_genes)), np.zeros((n_cells, num_components))
     rank = min(num_components, n_cells - 1, n_genes - 1)
-    if rank < 1:
-        return axes, np.asarray(expression.mean(axis=0)).ravel(), scores
+    centre, variances = mean_variance_axis(expression, axis=0)
+    if rank < 1 or not variances.any():
+        return axes, centre, scores
     pca = PCA(rank, svd_solver="arpack", random_state=seed)
     scores[:, :rank] = pca.fit_transform(expression)
     axes[:rank] = pca.components_
@@ -360,6 +361,7 @@ def keep_cells(states: ScMMGPTCellStates, posterior: Posterior, cells: TextedCel
     states.gene_profiles.weight.copy_(missed_profiles(states, cells).t())
 
 
+@torch.no_grad()
 def missed_profiles(states: ScMMGPTCellStates, cells: TextedCells) -> Tensor:
     """Log of the counts of each group over those that its states let expect, float32 `(n_groups, vocab_size)`.
 
@@ -397,17 +399,23 @@ def read_texted_cells(
 ) -> TextedCells:
     """At most `MAX_CELLS` training cells from all of the corpus, and the features of captions about them.
 
-    The texts are captions of the training, short ones, which name little but the type, and names of the type and of
-    broader types and synonyms with and without an article, so that all kinds of prompt are known. No
-    text names genes of its cell, which would give the target away. Cells of gene panels are left out if wider datasets
-    have the type ([`not_of_panels`]). Rare labels of the column `balance` are drawn more often, as for the other
-    losses of `tune`.
+    The texts are captions of the training, short ones, which name little but the type, and all names of the type and
+    of the types above it with an article, so that all kinds of prompt are known. No text names genes of its cell, which would give the
+    target away. Cells whose values are no counts are left out, and cells of gene panels if wider datasets have the
+    type ([`not_of_panels`]). Rare labels of the column `balance` are drawn more often, as for the other losses of
+    `tune`.
     """
     columns = {column + suffix for column in CAPTION_COLUMNS for suffix in ("", "_ontology_term_id")} | {"dataset_id"}
     cells, table = corpus.sample("train", MAX_CELLS, sorted(columns | ({balance} if balance else set())), seed=seed)
     obs = {name: np.asarray(values, dtype=object) for name, values in table.to_pandas().items()}
     vocab_size = model.config.cell_config.vocab_size
-    kept = np.flatnonzero(not_of_panels(cells.to_csr(vocab_size), obs["dataset_id"].astype(str), types_of(obs)))
+    counts = cells.to_csr(vocab_size)
+    is_whole = np.bincount(counts.nonzero()[0], counts.data != np.round(counts.data), counts.shape[0]) == 0
+    if not is_whole.any():
+        raise ValueError("No training cell has counts: cells cannot be generated. Set num_state_components to null.")
+    kept = np.flatnonzero(is_whole)
+    panels = not_of_panels(counts[kept], obs["dataset_id"][kept].astype(str), types_of(obs)[kept])
+    kept = kept[panels]
     cells, obs = cells[kept], {name: values[kept] for name, values in obs.items()}
     samplers = (captions, CaptionSampler("short", seed=captions.seed))
     draws = [
@@ -415,11 +423,9 @@ def read_texted_cells(
         for sampler in samplers
         for epoch in range(CAPTION_EPOCHS)
     ]
-    names = [str(name) if isinstance(name, str) else None for name in obs["cell_type"]]
     short = draws[-1]
-    for named in (names, *broader_names(obs), *synonyms_of(obs, names)):
-        for word in (str, with_article):
-            draws.append([word(name) if name else caption for name, caption in zip(named, short, strict=True)])
+    for names in names_of(obs):
+        draws.append([with_article(name) if name else text for name, text in zip(names, short, strict=True)])
     texts, rows = np.unique(np.array(draws, dtype=object).astype(str), return_inverse=True)
     features = []
     for first in range(0, len(texts), TEXTS_AT_ONCE):
@@ -437,30 +443,21 @@ def read_texted_cells(
     return TextedCells(counts, sizes, torch.cat(features), rows.reshape(len(draws), len(cells)).T, weights, groups)
 
 
-def broader_names(obs: Mapping[str, np.ndarray]) -> list[list[str | None]]:
-    """The broader types of the corpus that each cell is one of, from the narrowest on, at most `MAX_BROADER`.
+def names_of(obs: Mapping[str, np.ndarray]) -> list[list[str | None]]:
+    """All names of each cell, a list for each place: of its type, and of every type above it in the Cell Ontology.
 
-    A "monocyte" may thus be any cell of its kinds. A cell with fewer has its last name again.
+    "Monocyte" or "leukocyte" may thus be any cell of its kinds. A cell with fewer names has its type again.
     """
-    ids = np.array([term if isinstance(term, str) else "" for term in obs["cell_type_ontology_term_id"]])
-    present = set(ids) - {""}
-    above: dict[str, list[str | None]] = {"": [None] * MAX_BROADER}
-    for term in sorted(present):
-        depth = {other: len(ontology.ancestors(other)) for other in ontology.ancestors(term) if other in present}
-        chain = [term, *sorted(depth, key=lambda other: -depth[other])][: MAX_BROADER + 1]
-        known: list[str | None] = [ontology.term_name(other) for other in chain[1:] or chain]
-        above[term] = [*known, *known[-1:] * MAX_BROADER][:MAX_BROADER]
-    return [[above[term][level] for term in ids] for level in range(MAX_BROADER)]
-
-
-def synonyms_of(obs: Mapping[str, np.ndarray], names: Sequence[str | None]) -> list[list[str | None]]:
-    """At most `MAX_SYNONYMS` synonyms of the type of each cell; a cell with fewer has its name again."""
     ids = [term if isinstance(term, str) else "" for term in obs["cell_type_ontology_term_id"]]
-    known = {term: ontology.all_synonyms(term)[:MAX_SYNONYMS] if term else () for term in set(ids)}
-    return [
-        [known[term][i] if i < len(known[term]) else name for term, name in zip(ids, names, strict=True)]
-        for i in range(MAX_SYNONYMS)
-    ]
+    types: list[str | None] = [name if isinstance(name, str) else None for name in obs["cell_type"]]
+    names: dict[str, list[str]] = {term: [] for term in sorted(set(ids) - {""})}
+    for above in ontology.label_terms({term: term for term in names}):
+        for term in above["labels"]:
+            names[term] += above["names"]
+    most = max(map(len, names.values()), default=0)
+    at = {term: [*own, *[None] * (most - len(own))] for term, own in names.items()} | {"": [None] * most}
+    cells = list(zip(ids, types, strict=True))
+    return [types, *([at[term][place] or name for term, name in cells] for place in range(most))]
 
 
 def types_of(obs: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -509,8 +506,11 @@ def fit_cell_states(
 ) -> None:
     """Fit the states of the model to the training cells of the corpus, and to the texts as the model encodes them."""
     was_training, states = model.training, model.model.cell_states
+    device, dtype = states.gene_bias.weight.device, states.gene_bias.weight.dtype
     model.eval()
-    fit_states(states, read_texted_cells(corpus, captions, model, processor, seed, balance), seed=seed)
+    cells = read_texted_cells(corpus, captions, model, processor, seed, balance)
+    fit_states(states.to("cpu", torch.float32), cells, seed=seed)
+    states.to(device, dtype)
     model.config.num_training_states, model.config.num_texts_of_cell = states.training_texts.shape
     model.config.num_training_texts = len(states.text_features)
     model.config.num_state_groups = states.gene_profiles.embedding_dim
