@@ -397,13 +397,13 @@ def read_texted_cells(
     seed: int = 0,
     balance: str | None = None,
 ) -> TextedCells:
-    """At most `MAX_CELLS` training cells from all of the corpus, and the features of captions about them.
+    """At most `MAX_CELLS` training cells, of row groups at random, and the features of captions about them.
 
     The texts are captions of the training, short ones, which name little but the type, and all names of the type and
-    of the types above it with an article, so that all kinds of prompt are known. No text names genes of its cell, which would give the
-    target away. Cells whose values are no counts are left out, and cells of gene panels if wider datasets have the
-    type ([`not_of_panels`]). Rare labels of the column `balance` are drawn more often, as for the other losses of
-    `tune`.
+    of the types above it with an article, so that all kinds of prompt are known. No text names genes of its cell,
+    which would give the target away. Cells whose values are no counts are left out, and cells of gene panels if wider
+    datasets have the type ([`not_of_panels`]). Rare labels of the column `balance` are drawn more often, as for the
+    other losses of `tune`.
     """
     columns = {column + suffix for column in CAPTION_COLUMNS for suffix in ("", "_ontology_term_id")} | {"dataset_id"}
     cells, table = corpus.sample("train", MAX_CELLS, sorted(columns | ({balance} if balance else set())), seed=seed)
