@@ -133,7 +133,7 @@ def library_sizes(library_size: float | np.ndarray, n_cells: int) -> np.ndarray:
     """
     sizes = np.broadcast_to(np.asarray(library_size, dtype=np.float32), (n_cells,)).copy()
     if wrong := sizes[~((sizes > 0) & (sizes <= MAX_LIBRARY))].tolist():
-        raise ValueError(f"library_size must be above 0 and at most {MAX_LIBRARY:,.0f}, but holds {wrong[0]:g}.")
+        raise ValueError(f"library_size must be positive and at most {MAX_LIBRARY:,.0f}, but holds {wrong[0]:g}.")
     return sizes
 
 

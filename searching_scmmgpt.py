@@ -24,6 +24,7 @@ from .unseen_scmmgpt import GeneSearch
 
 SHOWN_TEXT = 60  # characters of a text, in a warning
 ARTICLE = re.compile(r"^(?:an?|the|any|all)\s+", re.IGNORECASE)
+PLACE = re.compile(r"\s+(?:from|in|of)\s.*$", re.IGNORECASE)
 logger = logging.get_logger(__name__)
 
 
@@ -263,17 +264,35 @@ class SearchSteps(CellPasses):
         return similarity, text_features
 
     def _types_named(self, texts: Sequence[str], measured: np.ndarray) -> Callable[[Cells], torch.Tensor]:
-        """Cells -> total probability of the profiled types that each text names, `(n_cells, n_texts)`; 0 for none.
+        """Cells -> total probability of the types that each text names, `(n_cells, n_texts)`; 0 for none.
 
-        The shared space was trained on trained labels only, so profiled types such as goblet cells have no place of
-        their own. The types compete with the trained labels as in `annotate --labels`.
+        The shared space has no place for profiled types such as goblet cells, and knows other names of trained labels
+        ("insulin-secreting cell") by their words alone. Profiled types compete with the trained labels as in
+        `annotate --labels`.
         """
-        of_text = [self.profiles_named(text) for text in texts]
-        if not (named := sorted({number for numbers in of_text for number in numbers})):
+        of_text, trained = [self.profiles_named(text) for text in texts], [self._labels_named(text) for text in texts]
+        named = sorted({number for numbers in of_text for number in numbers})
+        if not named and not any(trained):
             return lambda cells: torch.zeros(len(cells), len(texts))
-        panel = self._bridge().label_readout.for_genes(measured, named)
-        shares = torch.tensor([[float(number in numbers) for numbers in of_text] for number in named])
-        return lambda cells: torch.from_numpy(panel(cells)[:, -len(named) :]).exp() @ shares
+        panel, n_labels = self._bridge().label_readout.for_genes(measured, named), len(self._readout_columns())
+        shares = torch.zeros(n_labels + len(named), len(texts))
+        for text, (labels, numbers) in enumerate(zip(trained, of_text, strict=True)):
+            shares[[*labels, *(n_labels + named.index(number) for number in numbers)], text] = 1
+        return lambda cells: torch.from_numpy(panel(cells)).exp() @ shares
+
+    def _labels_named(self, text: str) -> list[int]:
+        """Columns of the trained labels that a text means, in any name of the type or of a broader type.
+
+        The text may name a place: "B lymphocytes from blood".
+        """
+        if self.model.config.label_readout is None:
+            return []
+        name, n_labels = ARTICLE.sub("", text.strip(" .")), len(self._readout_columns())
+        for words in (name, PLACE.sub("", name)):
+            meant = np.flatnonzero(self.meanings([words])[0][0, :n_labels]).tolist()
+            if meant:
+                return meant
+        return []
 
     def profiles_named(self, text: str) -> list[int]:
         """Numbers of the profiled types that a text names."""

@@ -504,3 +504,15 @@ def test_a_missing_label_is_no_word_and_whole_numbers_beside_it_stay_whole():
         "d": ["0.5", MISSING],
         "f": ["z", MISSING],
     }
+
+
+def test_a_search_by_any_name_of_a_type_finds_its_cells():
+    pipeline, adata = synthetic.fitted_pipeline(), synthetic.synthetic_adata(60, seed=3)
+    types = adata.obs["cell_type"].to_numpy()
+    for text, kinds in {
+        "B cells from blood": ["B cell"],
+        "naive T cell": ["T cell"],
+        "any lymphocyte": ["B cell", "T cell", "natural killer cell"],
+    }.items():
+        hits = pipeline.search(adata, text, top_k=int(np.isin(types, kinds).sum()))
+        assert {types[hit["index"]] for hit in hits} <= set(kinds)
