@@ -25,6 +25,7 @@ from .unseen_scmmgpt import GeneSearch
 SHOWN_TEXT = 60  # characters of a text, in a warning
 ARTICLE = re.compile(r"^(?:an?|the|any|all)\s+", re.IGNORECASE)
 PLACE = re.compile(r"\s+(?:from|in|of)\s.*$", re.IGNORECASE)
+PROSE = re.compile(r"\b(?:an?|the|that|which|than|like|not|with|without)\b", re.IGNORECASE)  # in no name of a type
 logger = logging.get_logger(__name__)
 
 
@@ -289,7 +290,7 @@ class SearchSteps(CellPasses):
             return []
         name, n_labels = ARTICLE.sub("", text.strip(" .")), len(self._readout_columns())
         for words in (name, PLACE.sub("", name)):
-            meant = np.flatnonzero(self.meanings([words])[0][0, :n_labels]).tolist()
+            meant = [] if PROSE.search(words) else np.flatnonzero(self.meanings([words])[0][0, :n_labels]).tolist()
             if meant:
                 return meant
         return []

@@ -516,3 +516,4 @@ def test_a_search_by_any_name_of_a_type_finds_its_cells():
     }.items():
         hits = pipeline.search(adata, text, top_k=int(np.isin(types, kinds).sum()))
         assert {types[hit["index"]] for hit in hits} <= set(kinds)
+    assert pipeline._labels_named("a cell that is unlike a T cell") == []  # a sentence, not a name
