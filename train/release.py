@@ -69,8 +69,8 @@ SUMMARIES = "tables/gene_summary_human.csv.gz"  # in the folder of the data
 CONFIGS = Path(__file__).parent / "configs"
 LIMITS = (
     "Types that rest on one dataset are known from one laboratory only. Malignant cells are none of the types, and "
-    "are mostly called epithelial. Descriptions and generated cells come from a language model of a few million "
-    "parameters that has read captions alone. The model is not a medical device."
+    "are mostly called epithelial. Descriptions come from a language model of a few million parameters that has read "
+    "captions alone. Generated cells lie near the states of training cells. The model is not a medical device."
 )
 TRAINED_CODE = ("*.py", "README.md", "runs", "adapter", "training_args.bin", "*.png", "trainer_state.json")
 
