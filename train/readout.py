@@ -50,10 +50,7 @@ COMPONENTS, SPREAD = "components", "spread"  # in place of a strength: regressio
 MOST_BESIDE = 1000  # labelled cells for which held-out cells are asked about `KNOWN`, since more learn it themselves
 KNOWN, KNOWN_COMPONENTS, KNOWN_SPREAD = "known", "known, components", "known, spread"  # beside what a checkpoint knows
 N_COMPONENTS, SPREAD_COMPONENTS, SPREAD_NEIGHBOURS, SPREAD_SHARE, SPREAD_STEPS = 50, 20, 15, 0.5, 30
-BELIEF, BELIEF_SHARE = (
-    0.5,
-    0.9,
-)  # start of a cell without a label where a checkpoint knows labels; `SPREAD_SHARE` there
+BELIEF, BELIEF_SHARE = 0.5, 0.9  # where a checkpoint knows labels: start of a cell without one; as `SPREAD_SHARE`
 LOSS_SCALE = 10.0  # of cross-validated losses, by which regressions are averaged
 FOLDS = 4  # folds of cross-validation if no cells are held out
 # The factor model for missing genes. More than 64 factors do not improve the labels. The noise of each gene gets one
@@ -446,9 +443,8 @@ def principal_factors(
     )
     variance = profiles.power(2).T @ cell_weights - 2 * mean * (profiles.T @ cell_weights) + mean**2
     n_factors = min(N_FACTORS, min(profiles.shape) - 1)
-    start = np.random.default_rng(0).standard_normal(
-        min(profiles.shape)
-    )  # centred cells of equal weight map ones to 0
+    # ARPACK's own start is ones, which centred cells of equal weight map to 0.
+    start = np.random.default_rng(0).standard_normal(min(profiles.shape))
     _, scales, axes = svds(centred, k=n_factors, v0=start)
     factors = scales[::-1, None] * axes[::-1]
     return factors, (variance - (factors**2).sum(axis=0)).clip(min=0)

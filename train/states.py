@@ -401,21 +401,14 @@ def read_texted_cells(
 
     The texts are captions of the training, short ones, which name little but the type, and all names of the type and
     of the types above it with an article, so that all kinds of prompt are known. No text names genes of its cell,
-    which would give the target away. Cells whose values are no counts are left out, and cells of gene panels if wider
-    datasets have the type ([`not_of_panels`]). Rare labels of the column `balance` are drawn more often, as for the
-    other losses of `tune`.
+    which would give the target away. Cells of gene panels are left out if wider datasets have the type
+    ([`not_of_panels`]). Rare labels of the column `balance` are drawn more often, as for the other losses of `tune`.
     """
     columns = {column + suffix for column in CAPTION_COLUMNS for suffix in ("", "_ontology_term_id")} | {"dataset_id"}
     cells, table = corpus.sample("train", MAX_CELLS, sorted(columns | ({balance} if balance else set())), seed=seed)
     obs = {name: np.asarray(values, dtype=object) for name, values in table.to_pandas().items()}
     vocab_size = model.config.cell_config.vocab_size
-    counts = cells.to_csr(vocab_size)
-    is_whole = np.bincount(counts.nonzero()[0], counts.data != np.round(counts.data), counts.shape[0]) == 0
-    if not is_whole.any():
-        raise ValueError("No training cell has counts: cells cannot be generated. Set num_state_components to null.")
-    kept = np.flatnonzero(is_whole)
-    panels = not_of_panels(counts[kept], obs["dataset_id"][kept].astype(str), types_of(obs)[kept])
-    kept = kept[panels]
+    kept = np.flatnonzero(not_of_panels(cells.to_csr(vocab_size), obs["dataset_id"].astype(str), types_of(obs)))
     cells, obs = cells[kept], {name: values[kept] for name, values in obs.items()}
     samplers = (captions, CaptionSampler("short", seed=captions.seed))
     draws = [
